@@ -1,0 +1,318 @@
+"""Deduplication of embeddings against Faiss brute force, and how its time and memory grow.
+
+    python benchmarks/dedup.py million            1 M x 256-d: recall, precision and time beside brute force
+    python benchmarks/dedup.py growth             1, 3 and 10 M x 128-d: time and peak resident memory, from files
+
+Vectors are the hard case of nearly isotropic embeddings: a Zipf mixture of 20,000 modes with so much noise that two
+vectors of one mode have cosine 0.3, where every 50th vector has a planted partner at a cosine uniform in 0.6 to 0.99.
+Each prints a table, and its figures as JSON (to --json, if given).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from curation.ops.cells import Cells, write_cells
+from curation.ops.components import duplicate_groups
+from curation.ops.join import Pairs, merge_pairs, self_pairs
+from curation.ops.kmeans import kmeans
+from curation.ops.nearest import assign
+from curation.ops.randomness import hash_sample
+from curation.ops.recall import certify, measured_recall
+
+THRESHOLD = 0.6
+NUM_MODES = 20_000
+NOISE = 1.5
+PLANT_EVERY = 50
+BLOCK_ROWS = 2**16
+POINTS_PER_CENTROID = 64
+BUDGET_BYTES = 4 * 2**30
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def blocks(num_rows: int, dim: int, seed: int) -> Iterator[np.ndarray]:
+    """The vectors in blocks of 65,536 rows: float16 [n, D]. Row 50 j + 1 is the planted partner of row 50 j."""
+    modes = unit(np.random.default_rng(seed).standard_normal((NUM_MODES, dim), np.float32))
+    share = 1 / np.arange(1, NUM_MODES + 1)
+    cumulative = np.cumsum(share / share.sum())
+    for start in range(0, num_rows, BLOCK_ROWS):
+        rng = np.random.default_rng((seed, start))
+        n = min(BLOCK_ROWS, num_rows - start)
+        of_row = np.minimum(np.searchsorted(cumulative, rng.random(n)), NUM_MODES - 1)
+        x = unit(modes[of_row] + rng.standard_normal((n, dim), np.float32) * np.float32(NOISE / np.sqrt(dim)))
+        first = np.flatnonzero((start + np.arange(n)) % PLANT_EVERY == 0)
+        first = first[first + 1 < n]
+        cosine = rng.uniform(0.6, 0.99, (len(first), 1))
+        away = rng.standard_normal((len(first), dim))
+        away = unit(away - (away * x[first]).sum(axis=1, keepdims=True) * x[first])
+        x[first + 1] = cosine * x[first] + np.sqrt(1 - cosine**2) * away
+        yield x.astype(np.float16)
+
+
+class Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+        print(f"  {step:28s}{self.seconds[step]:9.1f} s", flush=True)
+
+
+def warm_up(dim: int) -> None:
+    """Compile the kernels on a few vectors: numba keeps them on disk, so only a machine's first run pays."""
+    x = np.concatenate(list(blocks(20_000, dim, 9)))
+    with tempfile.TemporaryDirectory() as folder:
+        cells = grouped(Path(folder), lambda: iter([x]), len(x), 32, 1, None)
+        certificate, _ = certify(cells, THRESHOLD)
+        pairs = self_pairs(cells, 0, len(x), THRESHOLD, 2, certificate.sketch_radius or 90)
+        self_pairs(cells, 0, len(x), THRESHOLD, 2, None)
+        duplicate_groups(len(x), [(pairs.a, pairs.b, pairs.similarity)], [np.zeros(len(x))], max_component_size=2)
+
+
+def grouped(
+    folder: Path,
+    read: Callable[[], Iterator[np.ndarray]],
+    num_rows: int,
+    num_cells: int,
+    threads: int,
+    clock: Clock | None,
+) -> Cells:
+    """k-means on a sample, the assignment of every vector, and the cells on disk."""
+    clock = clock or Clock()
+    with clock("k-means"):
+        chosen = hash_sample(1, np.arange(num_rows), POINTS_PER_CENTROID * num_cells)
+        sample, start = [], 0
+        for block in read():
+            low, high = np.searchsorted(chosen, [start, start + len(block)])
+            sample.append(block[chosen[low:high] - start].astype(np.float32))
+            start += len(block)
+        centroids = kmeans(np.concatenate(sample), num_cells, 8, seed=1, num_threads=threads).centroids
+        del sample
+    with clock("assignment"):
+        own = np.concatenate([assign(block, centroids, num_threads=threads)[0] for block in read()])
+    with clock("cells"):
+        starts = np.cumsum([0] + [len(block) for block in read()])
+        rows = (
+            (np.arange(s, s + len(block)), block, own[s : s + len(block)])
+            for s, block in zip(starts, read(), strict=False)
+        )
+        return write_cells(folder, rows, np.bincount(own, minlength=num_cells), centroids)
+
+
+def deduplicated(cells: Cells, num_rows: int, threads: int, clock: Clock) -> tuple[dict, Pairs]:
+    """Certify, join and group, as the pipeline does; the figures, and the pairs."""
+    with clock("certify"):
+        certificate, truth = certify(cells, THRESHOLD, num_threads=threads)
+    with clock("join"):
+        step = 2**20
+        pairs = merge_pairs(
+            [
+                self_pairs(
+                    cells, start, min(start + step, num_rows), THRESHOLD, certificate.nprobe, certificate.sketch_radius,
+                    num_threads=threads,
+                )
+                for start in range(0, num_rows, step)
+            ]
+        )  # fmt: skip
+    with clock("components"):
+        groups = duplicate_groups(
+            num_rows, [(pairs.a, pairs.b, pairs.similarity)], [], max_component_size=1000, min_similarity=THRESHOLD
+        )
+    recall, bound = measured_recall(pairs, truth)
+    figures = {
+        "num_cells": cells.num_cells,
+        "certificate": vars(certificate),
+        "measured_recall": recall,
+        "measured_lower_bound": bound,
+        "num_pairs": len(pairs.a),
+        "num_groups": len(groups.table.label),
+    }
+    return figures, pairs
+
+
+def brute_force_round(index: faiss.Index, queries: np.ndarray) -> tuple[float, tuple[np.ndarray, ...]]:
+    """Seconds, and Faiss's answer."""
+    start = time.perf_counter()
+    answer = index.range_search(queries, THRESHOLD)
+    return time.perf_counter() - start, answer
+
+
+def pair_keys(a: np.ndarray, b: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.unique(np.minimum(a, b) * num_rows + np.maximum(a, b))
+
+
+def share_found(wanted: np.ndarray, found: np.ndarray) -> float:
+    return float(np.isin(wanted, found).mean()) if len(wanted) else 1.0
+
+
+def million(arguments: argparse.Namespace) -> dict:
+    """Cluster + dedup of vectors in memory beside Faiss IndexFlatIP.range_search, whose rounds lie between the steps."""
+    num_rows, dim, threads = arguments.rows or 1_000_000, 256, arguments.threads
+    num_cells = arguments.cells or max(num_rows // 1000, 16)
+    faiss.omp_set_num_threads(threads)
+    print(f"{num_rows:,} x {dim}, {num_cells} cells, {threads} threads")
+    warm_up(dim)
+    x = np.concatenate(list(blocks(num_rows, dim, 0)))
+    index = faiss.IndexFlatIP(dim)
+    for start in range(0, num_rows, BLOCK_ROWS):
+        index.add(x[start : start + BLOCK_ROWS].astype(np.float32))
+    asked = hash_sample(7, np.arange(num_rows), arguments.queries)
+    rounds = np.array_split(np.random.default_rng(0).permutation(asked), 5)
+    seconds_per_query, brute_pairs = [], []
+
+    def brute_force() -> None:
+        chosen = rounds[len(seconds_per_query)]
+        seconds, (limits, _, labels) = brute_force_round(index, x[chosen].astype(np.float32))
+        seconds_per_query.append(seconds / len(chosen))
+        query = np.repeat(chosen, np.diff(limits.astype(np.int64)))
+        other = query != labels
+        brute_pairs.append(pair_keys(query[other], labels[other], num_rows))
+
+    clock = Clock()
+    brute_force()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        read = lambda: (x[start : start + BLOCK_ROWS] for start in range(0, num_rows, BLOCK_ROWS))  # noqa: E731
+        cells = grouped(Path(folder), read, num_rows, num_cells, threads, clock)
+        brute_force()
+        figures, pairs = deduplicated(cells, num_rows, threads, clock)
+        brute_force()
+        one_cell = Clock()
+        with one_cell("one-cell join (SemDeDup rule)"):
+            one = self_pairs(cells, 0, num_rows, THRESHOLD, 1, None, num_threads=threads)
+        brute_force()
+        brute_force()
+    found, found_one = (pair_keys(p.a, p.b, num_rows) for p in (pairs, one))
+    first = np.arange(0, num_rows - 1, PLANT_EVERY)
+    exact = np.einsum("nd,nd->n", x[first].astype(np.float64), x[first + 1].astype(np.float64)).astype(np.float32)
+    planted = pair_keys(first[exact >= np.float32(THRESHOLD)], first[exact >= np.float32(THRESHOLD)] + 1, num_rows)
+    rescored = np.einsum("nd,nd->n", x[pairs.a].astype(np.float64), x[pairs.b].astype(np.float64))
+    brute = np.unique(np.concatenate(brute_pairs))
+    seconds = sum(clock.seconds.values())
+    brute_seconds = float(np.median(seconds_per_query)) * num_rows
+    return figures | {
+        "rows": num_rows,
+        "dim": dim,
+        "threads": threads,
+        "seconds": clock.seconds,
+        "total_seconds": seconds,
+        "brute_force_seconds": brute_seconds,
+        "brute_force_seconds_spread": [min(seconds_per_query) * num_rows, max(seconds_per_query) * num_rows],
+        "times_faster": brute_seconds / seconds,
+        "recall_of_brute_force_pairs": share_found(brute, found),
+        "brute_force_pairs": len(brute),
+        "recall_of_planted_pairs": share_found(planted, found),
+        "planted_pairs": len(planted),
+        "precision": float((rescored.astype(np.float32) >= np.float32(THRESHOLD)).mean()),
+        "one_cell_seconds": sum(one_cell.seconds.values())
+        + sum(clock.seconds[s] for s in ("k-means", "assignment", "cells")),
+        "one_cell_recall_of_brute_force_pairs": share_found(brute, found_one),
+        "one_cell_recall_of_planted_pairs": share_found(planted, found_one),
+    }
+
+
+def growth_once(arguments: argparse.Namespace) -> dict:
+    """One size, from a file of vectors: run in a process of its own, so that its peak memory is its own."""
+    num_rows, dim = arguments.rows, 128
+    num_cells = arguments.cells or int(round(2 * num_rows**0.5 / 64)) * 64 or 16
+    clock = Clock()
+    warm_up(dim)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        vectors = Path(folder) / "vectors.f16"
+        with vectors.open("wb") as file:
+            for block in blocks(num_rows, dim, 0):
+                file.write(block.tobytes())
+
+        def read() -> Iterator[np.ndarray]:
+            for start in range(0, num_rows, BLOCK_ROWS):
+                count = min(BLOCK_ROWS, num_rows - start) * dim
+                yield np.fromfile(vectors, np.float16, count, offset=start * dim * 2).reshape(-1, dim)
+
+        cells = grouped(Path(folder) / "cells", read, num_rows, num_cells, arguments.threads, clock)
+        figures, _ = deduplicated(cells, num_rows, arguments.threads, clock)
+    return figures | {
+        "rows": num_rows,
+        "dim": dim,
+        "threads": arguments.threads,
+        "seconds": clock.seconds,
+        "total_seconds": sum(clock.seconds.values()),
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def peak_resident_bytes() -> int:
+    """VmHWM of this process, which counts resident pages of every kind."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def growth(arguments: argparse.Namespace) -> dict:
+    """Each size in a fresh process; the exponent is that of time between one size and the next."""
+    sizes = [arguments.rows] if arguments.rows else [1_000_000, 3_000_000, 10_000_000]
+    runs = []
+    for size in sizes:
+        print(f"{size:,} x 128", flush=True)
+        with tempfile.NamedTemporaryFile(suffix=".json") as result:
+            command = [sys.executable, __file__, "growth-once", "--rows", str(size), "--json", result.name]
+            command += ["--threads", str(arguments.threads)]
+            command += ["--folder", arguments.folder] if arguments.folder else []
+            subprocess.run(command, check=True)
+            runs.append(json.loads(Path(result.name).read_text()))
+    for run, before in zip(runs[1:], runs[:-1], strict=True):
+        run["time_exponent"] = float(
+            np.log(run["total_seconds"] / before["total_seconds"]) / np.log(run["rows"] / before["rows"])
+        )
+    return {"runs": runs, "within_budget": all(run["peak_resident_bytes"] < BUDGET_BYTES for run in runs)}
+
+
+def table(figures: dict, indent: str = "") -> None:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            table(value, indent + "  ")
+        elif name == "runs":
+            for run in value:
+                table(run, indent + "  ")
+                print()
+        else:
+            print(f"{indent}{name:38s}{value if not isinstance(value, float) else round(value, 5)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["million", "growth", "growth-once"])
+    parser.add_argument("--rows", type=int, help="fewer (or more) vectors than the command's own sizes")
+    parser.add_argument("--cells", type=int, help="k-means cells")
+    parser.add_argument("--queries", type=int, default=2000, help="rows that brute force answers (million)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", help="where temporary files go")
+    parser.add_argument("--json", help="file to write the figures to")
+    arguments = parser.parse_args()
+    command = {"million": million, "growth": growth, "growth-once": growth_once}[arguments.command]
+    figures = command(arguments)
+    if arguments.command != "growth-once":
+        table(figures)
+        print(json.dumps(figures))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

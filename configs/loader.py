@@ -1,0 +1,119 @@
+"""YAML files and key=value overrides -> frozen dataclasses, with errors in the config's own names."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parent
+T = TypeVar("T")
+
+
+def config_names(group: str) -> list[str]:
+    """Names of the files in configs/<group>/, without suffix, sorted."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def find_config(group: str, name_or_path: str) -> Path:
+    """The file behind a name in configs/<group>/ or a path to a YAML file.
+
+    Raises:
+        ValueError: no such name or file; the message lists the names that exist and the nearest one.
+    """
+    named = CONFIGS / group / f"{name_or_path}.yaml"
+    if named.is_file():
+        return named
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    names = config_names(group)
+    raise ValueError(
+        f"no {group} config named {name_or_path!r}: neither a YAML file nor one of {', '.join(names)}."
+        + _nearest(name_or_path, names)
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that must hold a mapping.
+
+    Raises:
+        ValueError: the file is unreadable, no YAML, or something else than a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, found a {type(content).__name__}.")
+    return content or {}
+
+
+def load_config(schema: type[T], group: str, name_or_path: str, overrides: Sequence[str] = ()) -> T:
+    """Build the dataclass `schema` from its defaults, a YAML file, then `key=value` overrides, in that order.
+
+    Raises:
+        ValueError: an unknown file or key, or a value of the wrong type or out of range, named as the user wrote it.
+    """
+    path = find_config(group, name_or_path)
+    merged = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(merged, False)
+    _writable(merged)
+    merged = _merge(merged, read_yaml(path), str(path))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is not an override: write key=value, for example execution.workers=2.")
+        try:
+            change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(f"{override!r} is not readable as key=value: {_first_line(error)}") from None
+        assert isinstance(change, dict)
+        merged = _merge(merged, change, f"{override!r}")
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]  # OmegaConf returns the schema's type
+
+
+def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
+    _check_keys(base, change, origin, prefix="")
+    try:
+        return OmegaConf.merge(base, change)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise ValueError(f"{origin}: {key}: {_first_line(error)}") from None
+
+
+def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> None:
+    for key, value in change.items():
+        known = [str(name) for name in base]
+        if key not in known:
+            where = f"in {prefix.rstrip('.')!r}" if prefix else "at the top"
+            raise ValueError(
+                f"{origin}: unknown key {prefix + str(key)!r}; known {where}: {', '.join(known)}."
+                + _nearest(str(key), known)
+            )
+        child = base._get_node(key)
+        if OmegaConf.is_dict(child) and OmegaConf.get_type(child) not in (dict, None):
+            if not isinstance(value, dict):
+                raise ValueError(f"{origin}: {prefix}{key} is a section; set one of its keys: {', '.join(child)}.")
+            _check_keys(child, value, origin, f"{prefix}{key}.")
+
+
+def _writable(config: Any) -> None:
+    """Frozen dataclasses become read-only nodes, which OmegaConf will not merge into."""
+    for key in config:
+        child = config._get_node(key)
+        if OmegaConf.is_dict(child):
+            OmegaConf.set_readonly(child, False)
+            _writable(child)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,221 @@
+"""Which decodable images are not worth having: a list of rules in the config, applied to the index or to pixels."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+PixelFilter = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], Sequence[str | None]]
+BytesEdit = Callable[[bytes, dict[str, Any]], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Reject images whose short side is below `min_side_px` or long side above `max_side_px`."""
+
+    kind: ClassVar[str] = "size"
+    min_side_px: int = 16
+    max_side_px: int = 65_500
+
+    def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
+        short = np.minimum(_numbers(index, "width"), _numbers(index, "height"))
+        long = np.maximum(_numbers(index, "width"), _numbers(index, "height"))
+        return [("too_small", short < self.min_side_px), ("too_long", long > self.max_side_px)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aspect:
+    """Reject images whose long side is more than `max_ratio` times the short one."""
+
+    kind: ClassVar[str] = "aspect"
+    max_ratio: float = 8.0
+
+    def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
+        width, height = _numbers(index, "width"), _numbers(index, "height")
+        ratio = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
+        return [("extreme_aspect", ratio > self.max_ratio)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blank:
+    """Reject images with nothing to see: brightness deviates by less than this (0..127.5) over the picture."""
+
+    kind: ClassVar[str] = "blank"
+    min_luma_deviation: float = 2.0
+
+    def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
+        return [("blank", _numbers(index, "luma_deviation") < self.min_luma_deviation)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocklist:
+    """Reject what a text file lists, one a line: keys, sha256 digests (hex), or domains of the metadata's url."""
+
+    kind: ClassVar[str] = "blocklist"
+    of: str
+    """key, sha256 or domain"""
+    path: str
+    """a text file at any fsspec URL"""
+    url_column: str = "url"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("key", "sha256", "domain"):
+            raise ValueError(f"filters: a blocklist is of key, sha256 or domain, not of {self.of!r}.")
+
+    def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
+        listed = self._listed()
+        if self.of == "domain":
+            hits = [_in_domains(_metadata(text).get(self.url_column), listed) for text in index["metadata"].to_pylist()]
+            return [("blocked_domain", np.array(hits, bool))]
+        values = index["key"].to_pylist() if self.of == "key" else [v.hex() if v else "" for v in _list(index, "sha256")]
+        return [(f"blocked_{self.of}", np.array([value in listed for value in values], bool))]
+
+    def _listed(self) -> frozenset[str]:
+        try:
+            with fsspec.open(self.path, "rt", encoding="utf-8") as file:
+                return frozenset(line.strip() for line in file if line.strip() and not line.startswith("#"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"filters: the blocklist {self.path!r} cannot be read: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Keep images whose metadata field `column` lies in [min, max]; without the field, as `missing` says."""
+
+    kind: ClassVar[str] = "score"
+    column: str
+    min: float = -float("inf")
+    max: float = float("inf")
+    missing: str = "keep"
+    """keep or reject"""
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("keep", "reject"):
+            raise ValueError(f"filters: score.missing is keep or reject, not {self.missing!r}.")
+
+    def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
+        values = [_metadata(text).get(self.column) for text in index["metadata"].to_pylist()]
+        numeric = [isinstance(v, int | float) and not isinstance(v, bool) for v in values]
+        score = np.array([float(v) if ok else np.nan for v, ok in zip(values, numeric, strict=True)], float)
+        outside = (score < self.min) | (score > self.max)
+        return [
+            (f"score_{self.column}", outside),
+            (f"no_score_{self.column}", np.isnan(score) & (self.missing == "reject")),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """Ask the user's function about pixels during the one decode: NSFW scoring, quality models and the like.
+
+    `path` names `f(images: list of uint8 [H, W, 3], rows: list of dict) -> list of (reason to reject, or None)`.
+    """
+
+    kind: ClassVar[str] = "pixels"
+    path: str
+    """package.module:function"""
+
+    def function(self) -> PixelFilter:
+        return import_callable(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Change an image's bytes as it is written to a shard (blurring faces): the one exception to original bytes.
+
+    `path` names `f(content: bytes, row: dict) -> bytes`; the sample's .json then says so, with both digests.
+    """
+
+    kind: ClassVar[str] = "edit"
+    path: str
+    """package.module:function"""
+
+    def function(self) -> BytesEdit:
+        return import_callable(self.path)
+
+
+Filter = Size | Aspect | Blank | Blocklist | Score | Pixels | Edit
+_KINDS: dict[str, type] = {f.kind: f for f in (Size, Aspect, Blank, Blocklist, Score, Pixels, Edit)}
+
+
+def build_filters(entries: Sequence[dict[str, Any]]) -> list[Filter]:
+    """The config's list of mappings (`kind:` and that kind's fields) -> filters.
+
+    Raises:
+        ValueError: an unknown kind or field, a missing field, or a value that a filter refuses.
+    """
+    filters = []
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.get("kind") not in _KINDS:
+            raise ValueError(f"filters: {entry!r} needs a `kind`, one of {', '.join(_KINDS)}.")
+        schema = _KINDS[entry["kind"]]
+        known = {f.name: f for f in fields(schema)}
+        given = {name: value for name, value in entry.items() if name != "kind"}
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"filters: {entry['kind']} knows {', '.join(known)}, not {', '.join(unknown)}.")
+        missing = [n for n, f in known.items() if f.default is MISSING and n not in given]
+        if missing:
+            raise ValueError(f"filters: {entry['kind']} needs {', '.join(missing)}.")
+        filters.append(schema(**given))
+    return filters
+
+
+def first_reasons(index: pa.Table, filters: Sequence[Filter]) -> np.ndarray:
+    """The first reason, in the list's order, why each row of the index is rejected; None where it is not.
+
+    Rows that the index rejected already keep their reason. Returns objects [N].
+    """
+    reasons = np.array(index["reason"].to_pylist(), dtype=object)
+    decoded = np.asarray(pc.equal(index["status"], "ok").to_numpy(zero_copy_only=False), bool)
+    for rule in filters:
+        if isinstance(rule, Pixels | Edit):
+            continue  # asked while decoding, applied while writing
+        for reason, hit in rule.reasons(index):
+            reasons[decoded & hit & (reasons == None)] = reason  # noqa: E711  elementwise on objects
+    return reasons
+
+
+def import_callable(path: str) -> Any:
+    """package.module:function -> the function.
+
+    Raises:
+        ValueError: not of that form, or not to be imported.
+    """
+    module, colon, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"filters: cannot import {path!r}: {error}.") from None
+    if not callable(function):
+        raise ValueError(f"filters: {path!r} must name a function as package.module:function.")
+    return function
+
+
+def _numbers(index: pa.Table, column: str) -> np.ndarray:
+    return index[column].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _list(index: pa.Table, column: str) -> list[Any]:
+    return index[column].to_pylist()
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    return json.loads(text) if text else {}
+
+
+def _in_domains(url: Any, domains: frozenset[str]) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        host = (urlsplit(url).hostname or "").lower()
+    except ValueError:  # the pool's urls are hostile too
+        return False
+    labels = host.split(".")
+    return any(".".join(labels[i:]) in domains for i in range(len(labels)))

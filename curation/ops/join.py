@@ -1,0 +1,521 @@
+"""The one join: which pool vectors are near these query vectors?
+
+Vectors lie grouped by k-means cell. Each query probes its nprobe nearest cells; for each cell, all the queries that
+probe it meet its members in one tile; 256-bit sign sketches may shorten the candidate list; an exact similarity decides
+every pair. Self-deduplication, decontamination and retrieval are three reducers of that.
+
+Vectors are unit-norm and stored as float16 (queries are rounded to float16 too, so that everything is measured with one
+ruler). The similarity of two such vectors is computed exactly and rounded once to float32, and which cells are probed
+depends on the query and the centroids alone: results are the same bits for any tile, range, thread or order.
+
+Source: curation.md 3.7 for the measurements behind the layout; FAISS's big_batch_search, for turning the loop round.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from curation.ops.cells import Cells, nearest_cells
+from curation.ops.nearest import available_threads
+from curation.ops.sketches import (
+    ROUGH_MARGIN,
+    SKETCH_BITS,
+    SKETCH_WORDS,
+    bit_count,
+    check_mirror,
+    check_unit_rows,
+    exact_dot,
+    lowest_bit,
+    mirrored,
+    rough_dot,
+)
+
+DEFAULT_MEMORY_BYTES = 2**29
+_BLOCK = 32  # members whose sketches stay in registers while the queries pass by: 16 AVX-512 registers
+_CHUNK = 1024  # queries whose sketches stay in the first-level cache while the members pass by
+
+
+class Pairs(NamedTuple):
+    """Near-duplicate pairs, sorted by (a, b), each once, a < b.
+
+    Attributes:
+        a, b: gids, int64 [P].
+        similarity: float32 [P], exact.
+        mirrored: bool [P]; the pair is nearer when one image is flipped.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    similarity: np.ndarray
+    mirrored: np.ndarray
+
+
+class Matches(NamedTuple):
+    """Pool rows near queries, sorted by (query, gid): query index int64, gid int64, similarity float32, mirrored bool."""
+
+    query: np.ndarray
+    gid: np.ndarray
+    similarity: np.ndarray
+    mirrored: np.ndarray
+
+
+class _Queries(NamedTuple):
+    """What the kernels need of a block of queries."""
+
+    vectors: np.ndarray  # float32 [Q, D], float16 values
+    sketches: np.ndarray  # uint64 [Q, 4]
+    rows: np.ndarray  # int64 [Q], the query's own row in the cells, which is not a match of itself; -1 if none
+    order: np.ndarray  # int32, query indices grouped by the cell that they probe
+    starts: np.ndarray  # int64 [K], the part of order for each cell
+    stops: np.ndarray
+
+
+class _Tile(NamedTuple):
+    """A run of rows that are worked on at once: whole cells, or a piece of a large one."""
+
+    start: int
+    stop: int
+    first_cell: int
+    last_cell: int  # inclusive
+
+
+def self_pairs(
+    cells: Cells,
+    start: int,
+    stop: int,
+    similarity_threshold: float,
+    nprobe: int,
+    sketch_radius: int | None = None,
+    *,
+    mirror: np.ndarray | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    num_threads: int | None = None,
+) -> Pairs:
+    """All pairs that a query row in [start, stop) finds in its nprobe nearest cells.
+
+    Over all ranges, those are the pairs where either end finds the other. A pair whose ends lie in two ranges may be
+    found by both: merge_pairs joins the ranges.
+
+    Args:
+        similarity_threshold: cosine; pairs at or above it are kept.
+        sketch_radius: pairs whose sketches differ in more bits are not looked at; None looks at all.
+        mirror: signs [D] that turn an embedding into that of the flipped image; each query is then asked both ways, and
+            the larger similarity of a pair is kept (the unflipped one when equal).
+        max_memory_bytes: of queries and tiles together; the pairs themselves come on top.
+        num_threads: changes the time, never the result; Faiss's setting where absent.
+    """
+    _check(cells, nprobe, sketch_radius)
+    step = _queries_at_once(cells.dim, nprobe, cells.num_cells, max_memory_bytes)
+    found: list[Pairs] = []
+    for low in range(start, stop, step):
+        rows = np.arange(low, min(low + step, stop))
+        vectors = cells.read(low, int(rows[-1]) + 1)
+        for query, row, similarity, flipped in _both_ways(
+            vectors, rows, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
+        ):
+            found.append(_oriented(low + query, row, similarity, flipped))
+    rows_found = merge_pairs(found)
+    a, b = cells.gids_of_rows(rows_found.a), cells.gids_of_rows(rows_found.b)
+    return merge_pairs([_oriented(a, b, rows_found.similarity, rows_found.mirrored)])
+
+
+def pairs_above(
+    queries: np.ndarray,
+    cells: Cells,
+    similarity_threshold: float,
+    nprobe: int,
+    sketch_radius: int | None = None,
+    *,
+    mirror: np.ndarray | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    num_threads: int | None = None,
+) -> Matches:
+    """The pool rows at or above the threshold for each query, unit rows [Q, D]: see self_pairs for the arguments.
+
+    With nprobe = cells.num_cells and no sketch_radius this is brute force. A pool row that is the query itself is a
+    match as any other.
+    """
+    _check(cells, nprobe, sketch_radius)
+    check_unit_rows(queries, "queries")
+    step = _queries_at_once(cells.dim, nprobe, cells.num_cells, max_memory_bytes)
+    columns: list[tuple[np.ndarray, ...]] = []
+    for low in range(0, len(queries), step):
+        vectors = _stored(queries[low : low + step])
+        rows = np.full(len(vectors), -1)
+        for query, row, similarity, flipped in _both_ways(
+            vectors, rows, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
+        ):
+            columns.append((low + query, row, similarity, np.full(len(row), flipped)))
+    query, row, similarity, flipped = _concatenated(columns)
+    return Matches(*_unique(query, cells.gids_of_rows(row), similarity, flipped))
+
+
+def nearest(
+    queries: np.ndarray,
+    cells: Cells,
+    k: int,
+    nprobe: int,
+    *,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    num_threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest pool rows of each query, unit rows [Q, D], among its nprobe nearest cells.
+
+    Returns:
+        gids int64 [Q, k] and similarities float32 [Q, k], nearest first, equal ones by smaller gid; where the probed
+        cells hold fewer than k rows, gid -1 and similarity -inf.
+    """
+    _check(cells, nprobe, None)
+    check_unit_rows(queries, "queries")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    gids = np.full((len(queries), k), -1, np.int64)
+    similarities = np.full((len(queries), k), -np.inf, np.float32)
+    threads = available_threads(num_threads)
+    tile_rows = _tile_rows(cells.dim, max_memory_bytes, threads)
+    step = _queries_at_once(cells.dim + 3 * k, nprobe, cells.num_cells, max_memory_bytes // threads)
+    step = max(min(step, -(-len(queries) // threads)), 1)
+
+    def answer(low: int) -> None:  # blocks of queries share nothing, so each thread has its own
+        rows = slice(low, low + step)
+        block = _block(_stored(queries[rows]), np.full(len(queries[rows]), -1), cells, nprobe, 1, with_sketches=False)
+        for tile in _tiles(cells, block, tile_rows):
+            vectors, tile_gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
+            for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes // threads):
+                _insert_nearest(
+                    scores, asking, members.start, block.vectors, vectors, tile_gids, similarities[rows], gids[rows]
+                )
+
+    _in_threads(answer, range(0, len(queries), step), threads)
+    return gids, similarities
+
+
+def merge_pairs(batches: list[Pairs]) -> Pairs:
+    """One sorted set out of several: each pair once, with its larger similarity (the unflipped one when equal)."""
+    return Pairs(*_unique(*_concatenated([tuple(batch) for batch in batches])))
+
+
+def _both_ways(
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    cells: Cells,
+    threshold: float,
+    nprobe: int,
+    radius: int | None,
+    mirror: np.ndarray | None,
+    max_memory_bytes: int,
+    num_threads: int | None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
+    """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored."""
+    if mirror is not None:
+        check_mirror(mirror, cells.dim)
+    for signs in (None,) if mirror is None else (None, mirror):
+        asked = vectors if signs is None else mirrored(vectors, signs)
+        block = _block(asked, rows, cells, nprobe, num_threads, with_sketches=radius is not None)
+        yield *_block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads), signs is not None
+
+
+def _block_pairs(
+    block: _Queries, cells: Cells, threshold: float, radius: int | None, max_memory_bytes: int, num_threads: int | None
+) -> tuple[np.ndarray, ...]:
+    threads = available_threads(num_threads)
+
+    def work(tile: _Tile) -> tuple[np.ndarray, ...]:
+        vectors = cells.read(tile.start, tile.stop)
+        if radius is None:
+            return _exact_tile(block, vectors, cells, tile, threshold, max_memory_bytes // threads)
+        bounds = np.clip(cells.offsets[tile.first_cell : tile.last_cell + 2], tile.start, tile.stop) - tile.start
+        own = slice(tile.first_cell, tile.last_cell + 1)
+        words = _sketch_columns(cells.read_sketches(tile.start, tile.stop))
+        found = _sketch_tile(
+            words, vectors, bounds, *block[:4], block.starts[own], block.stops[own], tile.start, radius,
+            np.float32(threshold), max(len(vectors), 1024),
+        )  # fmt: skip
+        return found[0].astype(np.int64), found[1] + tile.start, found[2]
+
+    tiles = _tiles(cells, block, _tile_rows(cells.dim, max_memory_bytes, threads))
+    return _concatenated(_in_threads(work, tiles, threads) or [_no_pairs()])
+
+
+def _block(
+    vectors: np.ndarray, rows: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None, *, with_sketches: bool
+) -> _Queries:
+    num_queries = len(vectors)
+    sketches = cells.sketch(vectors) if with_sketches else np.empty((num_queries, SKETCH_WORDS), np.uint64)
+    if nprobe == cells.num_cells:
+        everyone = np.arange(num_queries, dtype=np.int32)
+        starts = np.zeros(cells.num_cells, np.int64)
+        return _Queries(vectors, sketches, rows, everyone, starts, starts + num_queries)
+    order, bounds = _grouped(nearest_cells(vectors, cells.centroids, nprobe, num_threads), cells.num_cells)
+    return _Queries(vectors, sketches, rows, order, bounds[:-1], bounds[1:])
+
+
+@njit(cache=True, nogil=True)
+def _grouped(probes: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Query indices int32 sorted by probed cell, and where each cell's begin: int64 [K + 1]."""
+    bounds = np.zeros(num_cells + 1, np.int64)
+    for cell in probes.ravel():
+        bounds[cell + 1] += 1
+    bounds = np.cumsum(bounds)
+    filled = bounds[:-1].copy()
+    order = np.empty(probes.size, np.int32)
+    for query in range(probes.shape[0]):
+        for cell in probes[query]:
+            order[filled[cell]] = query
+            filled[cell] += 1
+    return order, bounds
+
+
+def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
+    """Runs of at most tile_rows rows that cover every cell that some query probes."""
+    first, start = 0, 0
+    asked = block.stops > block.starts
+    while first < cells.num_cells:
+        if not asked[first] or start == cells.offsets[first + 1]:
+            first += 1
+            start = int(cells.offsets[first])
+            continue
+        last = int(np.searchsorted(cells.offsets, start + tile_rows, side="right")) - 2  # last cell that fits whole
+        last = max(min(last, cells.num_cells - 1), first)
+        stop = min(int(cells.offsets[last + 1]), start + tile_rows)
+        yield _Tile(start, stop, first, last)
+        first = last if stop < cells.offsets[last + 1] else last + 1
+        start = stop
+
+
+def _sketch_columns(sketches: np.ndarray) -> np.ndarray:
+    """Sketches [n, 4] as words [4, n + padding]: the kernel always reads whole blocks of members."""
+    columns = np.zeros((SKETCH_WORDS, len(sketches) + _BLOCK), np.uint64)
+    columns[:, : len(sketches)] = sketches.T
+    return columns
+
+
+@njit(cache=True, nogil=True)
+def _sketch_tile(
+    words, vectors, bounds, query_vectors, query_sketches, query_rows, order, starts, stops, first_row, radius, threshold,
+    capacity,
+):  # fmt: skip
+    """Pairs of a tile: sketches within radius, then the exact similarity. Returns (query, member, similarity).
+
+    Members' sketches wait in registers, queries pass by; the distance minus the radius is negative for a candidate, so
+    the bitwise or of a block's differences tells by its sign whether the block has any.
+    """
+    out_query = np.empty(capacity, np.int32)
+    out_member = np.empty(capacity, np.int64)
+    out_similarity = np.empty(capacity, np.float32)
+    count = 0
+    rough_threshold = threshold - ROUGH_MARGIN
+    limit = np.int64(radius) + 1
+    buffer = np.empty((_CHUNK, SKETCH_WORDS), np.uint64)
+    for cell in range(starts.size):
+        for chunk in range(starts[cell], stops[cell], _CHUNK):
+            num_queries = min(_CHUNK, stops[cell] - chunk)
+            for j in range(num_queries):
+                for word in range(SKETCH_WORDS):
+                    buffer[j, word] = query_sketches[order[chunk + j], word]
+            for base in range(bounds[cell], bounds[cell + 1], _BLOCK):
+                num_members = min(_BLOCK, bounds[cell + 1] - base)
+                w0, w1 = words[0, base : base + _BLOCK], words[1, base : base + _BLOCK]
+                w2, w3 = words[2, base : base + _BLOCK], words[3, base : base + _BLOCK]
+                for j in range(num_queries):
+                    q0, q1, q2, q3 = buffer[j, 0], buffer[j, 1], buffer[j, 2], buffer[j, 3]
+                    signs = np.int64(0)
+                    for i in range(_BLOCK):
+                        signs |= (
+                            np.int64(
+                                bit_count(w0[i] ^ q0)
+                                + bit_count(w1[i] ^ q1)
+                                + bit_count(w2[i] ^ q2)
+                                + bit_count(w3[i] ^ q3)
+                            )
+                            - limit
+                        )
+                    if signs >= 0:
+                        continue
+                    near = np.uint64(0)
+                    for i in range(_BLOCK):
+                        distance = (
+                            bit_count(w0[i] ^ q0)
+                            + bit_count(w1[i] ^ q1)
+                            + bit_count(w2[i] ^ q2)
+                            + bit_count(w3[i] ^ q3)
+                        )
+                        near |= np.uint64(np.int64(distance) < limit) << np.uint64(i)
+                    near &= (np.uint64(1) << np.uint64(num_members)) - np.uint64(1)
+                    query = order[chunk + j]
+                    while near:
+                        member = base + np.int64(lowest_bit(near))
+                        near &= near - np.uint64(1)
+                        if rough_dot(query_vectors[query], vectors[member]) < rough_threshold:
+                            continue
+                        similarity = exact_dot(query_vectors[query], vectors[member])
+                        if similarity < threshold or first_row + member == query_rows[query]:
+                            continue
+                        if count == out_query.size:
+                            out_query = np.append(out_query, np.empty_like(out_query))
+                            out_member = np.append(out_member, np.empty_like(out_member))
+                            out_similarity = np.append(out_similarity, np.empty_like(out_similarity))
+                        out_query[count] = query
+                        out_member[count] = member
+                        out_similarity[count] = similarity
+                        count += 1
+    return out_query[:count].copy(), out_member[:count].copy(), out_similarity[:count].copy()
+
+
+def _exact_tile(
+    block: _Queries, vectors: np.ndarray, cells: Cells, tile: _Tile, threshold: float, max_memory_bytes: int
+) -> tuple[np.ndarray, ...]:
+    """Pairs of a tile without sketches: a matrix product with a margin, then the exact similarity."""
+    found = [_no_pairs()]
+    for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes):
+        query, member, similarity = _above(scores, asking, members.start, block.vectors, vectors, np.float32(threshold))
+        row = member + tile.start
+        other = row != block.rows[query]
+        found.append((query[other], row[other], similarity[other]))
+    return _concatenated(found)
+
+
+def _scored(
+    block: _Queries, vectors: np.ndarray, cells: Cells, tile: _Tile, max_memory_bytes: int
+) -> Iterator[tuple[np.ndarray, range, np.ndarray]]:
+    """(query indices [q], members of the tile [n], rough similarities [q, n]) for all that meet in a tile."""
+    together = len(block.order) == len(block.vectors) and np.all(block.stops - block.starts == len(block.order))
+    spans = (
+        [(tile.first_cell, tile.start, tile.stop)]  # everyone asks every cell: one large product
+        if together
+        else [
+            (cell, max(int(cells.offsets[cell]), tile.start), min(int(cells.offsets[cell + 1]), tile.stop))
+            for cell in range(tile.first_cell, tile.last_cell + 1)
+        ]
+    )
+    for cell, start, stop in spans:
+        members = range(start - tile.start, stop - tile.start)
+        if not len(members):
+            continue
+        step = max(max_memory_bytes // 4 // (4 * (len(members) + cells.dim)), 1)
+        for low in range(int(block.starts[cell]), int(block.stops[cell]), step):
+            asking = block.order[low : min(low + step, int(block.stops[cell]))]
+            yield asking, members, block.vectors[asking] @ vectors[members.start : members.stop].T
+
+
+@njit(cache=True, nogil=True)
+def _above(scores, asking, first_member, query_vectors, vectors, threshold):
+    """(query, member, exact similarity) where it reaches the threshold; scores are good to ROUGH_MARGIN."""
+    query = np.empty(1024, np.int64)
+    member = np.empty(1024, np.int64)
+    similarity = np.empty(1024, np.float32)
+    count = 0
+    rough_threshold = threshold - ROUGH_MARGIN
+    for j in range(asking.size):
+        line = scores[j]
+        for base in range(0, line.size, 64):
+            piece = line[base : base + 64]
+            hits = 0
+            for i in range(piece.size):
+                hits += piece[i] >= rough_threshold
+            if hits == 0:
+                continue
+            for i in range(piece.size):
+                if piece[i] >= rough_threshold:
+                    m = first_member + base + i
+                    exact = exact_dot(query_vectors[asking[j]], vectors[m])
+                    if exact >= threshold:
+                        if count == query.size:
+                            query = np.append(query, np.empty_like(query))
+                            member = np.append(member, np.empty_like(member))
+                            similarity = np.append(similarity, np.empty_like(similarity))
+                        query[count] = asking[j]
+                        member[count] = m
+                        similarity[count] = exact
+                        count += 1
+    return query[:count].copy(), member[:count].copy(), similarity[:count].copy()
+
+
+@njit(cache=True, nogil=True)
+def _insert_nearest(scores, asking, first_member, query_vectors, vectors, tile_gids, similarities, gids):
+    k = similarities.shape[1]
+    for j in range(asking.size):
+        query = asking[j]
+        line, best, best_gid = scores[j], similarities[query], gids[query]
+        for base in range(0, line.size, 64):
+            piece = line[base : base + 64]
+            rough_threshold = best[k - 1] - ROUGH_MARGIN
+            hits = 0
+            for i in range(piece.size):
+                hits += piece[i] >= rough_threshold
+            if hits == 0:
+                continue
+            for i in range(piece.size):
+                if piece[i] < best[k - 1] - ROUGH_MARGIN:
+                    continue
+                member = first_member + base + i
+                exact, gid = exact_dot(query_vectors[query], vectors[member]), tile_gids[member]
+                at = k
+                while at > 0 and (exact > best[at - 1] or (exact == best[at - 1] and gid < best_gid[at - 1])):
+                    at -= 1
+                if at == k:
+                    continue
+                for place in range(k - 1, at, -1):
+                    best[place] = best[place - 1]
+                    best_gid[place] = best_gid[place - 1]
+                best[at] = exact
+                best_gid[at] = gid
+
+
+def _oriented(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, flipped: np.ndarray | bool) -> Pairs:
+    return Pairs(np.minimum(a, b), np.maximum(a, b), similarity, np.broadcast_to(flipped, similarity.shape))
+
+
+def _unique(
+    a: np.ndarray, b: np.ndarray, similarity: np.ndarray, flipped: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sort by (a, b) and keep, of equal ones, the most similar, the unflipped first."""
+    order = np.lexsort((flipped, -similarity, b, a))
+    a, b = a[order], b[order]
+    first = np.ones(len(a), bool)
+    first[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    kept = order[first]
+    return a[first], b[first], similarity[kept], flipped[kept]
+
+
+def _concatenated(columns: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    columns = columns or [(*_no_pairs(), np.empty(0, bool))]
+    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+
+
+def _no_pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+def _stored(queries: np.ndarray) -> np.ndarray:
+    """Queries as the pool stores its vectors: float32 of float16 values."""
+    return np.ascontiguousarray(queries.astype(np.float16).astype(np.float32))
+
+
+def _in_threads(work: Callable, items: Iterator | range, num_threads: int) -> list:
+    """Results in the order of the items. The kernels release the interpreter's lock."""
+    if num_threads == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(work, items))
+
+
+def _queries_at_once(dim: int, nprobe: int, num_cells: int, max_memory_bytes: int) -> int:
+    """Queries in half of the memory: a vector twice (as it is and mirrored), a sketch, and its probes twice."""
+    probes = 8 * nprobe if nprobe < num_cells else 8
+    return max(max_memory_bytes // 2 // (8 * dim + 48 + probes), 1)
+
+
+def _tile_rows(dim: int, max_memory_bytes: int, num_threads: int) -> int:
+    """Rows of a tile, so that every thread's takes an eighth of the memory at most, and 8 MiB is enough for any."""
+    return max(min(max_memory_bytes // 8 // num_threads, 2**23) // (6 * dim + 80), 1)
+
+
+def _check(cells: Cells, nprobe: int, sketch_radius: int | None) -> None:
+    if not 1 <= nprobe <= cells.num_cells:
+        raise ValueError(f"nprobe must be between 1 and the number of cells, {cells.num_cells}, got {nprobe}.")
+    if sketch_radius is not None and not 0 <= sketch_radius <= SKETCH_BITS:
+        raise ValueError(f"sketch_radius must be between 0 and {SKETCH_BITS} bits, or None, got {sketch_radius}.")

@@ -1,0 +1,202 @@
+"""Drawing images from clusters: balanced over a hierarchy, or a few from each cluster that a seed set touches.
+
+Every draw orders images by a hash of (seed, id), so the same ids are drawn whatever order or parts they come in.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numba
+import numpy as np
+
+from curation.ops.hierarchy import Level, rank_in_segment
+from curation.ops.randomness import hash_uint64
+
+
+class ClusterDraw(NamedTuple):
+    """What `sample_per_cluster` drew.
+
+    Attributes:
+        ids: int64, ascending, distinct.
+        num_drawn: images drawn before the cap.
+        shortfall: int64 per hot cluster, how many images it lacked of per_cluster.
+    """
+
+    ids: np.ndarray
+    num_drawn: int
+    shortfall: np.ndarray
+
+
+def hierarchical_sample(
+    levels: Sequence[Level],
+    target: int,
+    seed: int,
+    ids: np.ndarray | None = None,
+    multiplier: int = 1,
+    leaf: Literal["random", "closest"] = "random",
+    largest_score_first: bool = True,
+) -> np.ndarray:
+    """Draw a balanced sample top-down: each cluster shares what it is given evenly among its children.
+
+    Args:
+        levels: a hierarchy, finest first, as `hierarchical_kmeans` returns it.
+        target: images to draw; reached exactly, unless the hierarchy holds fewer than that.
+        ids: int64 [N] of the rows of levels[0].assignment; row numbers where absent.
+        multiplier: the most times that one image may be drawn.
+        leaf: which images of a finest cluster: by hash, or those closest to its centroid.
+        largest_score_first: whether closest is the largest score (cosine) or the smallest (squared distance).
+
+    Returns:
+        int64 ids, ascending, repeated where drawn more than once.
+
+    Source: hierarchical sampling of Vo et al., arXiv:2405.15613, section 3.4.
+    """
+    quotas = leaf_quotas([level.assignment for level in levels], len(levels[-1].sizes), target, seed, multiplier)
+    if leaf not in ("random", "closest"):
+        raise ValueError(f"leaf={leaf!r} is unknown; choose 'random' or 'closest'.")
+    closeness = None
+    if leaf == "closest":
+        closeness = levels[0].scores if largest_score_first else -levels[0].scores
+    return draw_from_leaves(levels[0].assignment, quotas, seed, ids, closeness)
+
+
+def leaf_quotas(
+    assignments: Sequence[np.ndarray],
+    num_top_clusters: int,
+    target: int,
+    seed: int,
+    multiplier: int = 1,
+    leaf_sizes: np.ndarray | None = None,
+) -> np.ndarray:
+    """How many images to draw from each finest cluster.
+
+    Args:
+        assignments: the cluster of each item, per level; only levels above the first are read if leaf_sizes is given.
+        leaf_sizes: int64 [K1], images per finest cluster, where they were counted part by part.
+
+    Returns:
+        int64 [K1], summing to min(target, multiplier * images).
+    """
+    if target < 0 or multiplier < 1:
+        raise ValueError(f"target={target} must not be negative and multiplier={multiplier} at least 1.")
+    num_clusters = [len(above) for above in assignments[1:]] + [num_top_clusters]
+    if leaf_sizes is None:
+        leaf_sizes = np.bincount(assignments[0], minlength=num_clusters[0])
+    capacities = [multiplier * np.asarray(leaf_sizes, dtype=np.int64)]
+    for parents, num_parents in zip(assignments[1:], num_clusters[1:], strict=True):
+        capacities.append(_sum_by(parents, capacities[-1], num_parents))
+    quotas = np.array([target], dtype=np.int64)
+    parents_per_level = [*assignments[1:], np.zeros(num_top_clusters, dtype=np.int64)]
+    for number in reversed(range(len(capacities))):
+        priority = hash_uint64(int(hash_uint64(seed, np.int64(number))), np.arange(len(capacities[number])))
+        quotas = _share_out(parents_per_level[number], capacities[number], quotas, priority)
+    return quotas
+
+
+def waterfill(capacities: np.ndarray, target: int, priority: np.ndarray) -> np.ndarray:
+    """Share target among children as evenly as their capacities allow.
+
+    Each child gets min(cut, capacity) for the largest integer cut that does not exceed the target; what remains goes,
+    one each, to the children with room left that come first by priority.
+
+    Args:
+        capacities: int64 [n], not negative.
+        priority: [n], smaller first; a hash of the child.
+
+    Returns:
+        int64 [n], summing to min(target, sum of capacities).
+    """
+    parents = np.zeros(len(capacities), dtype=np.int64)
+    return _share_out(parents, np.asarray(capacities, dtype=np.int64), np.array([target], dtype=np.int64), priority)
+
+
+def draw_from_leaves(
+    cluster_of_row: np.ndarray,
+    quotas: np.ndarray,
+    seed: int,
+    ids: np.ndarray | None = None,
+    closeness: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw quotas[c] images of each cluster c, by hash or closest first: int64 ids, ascending.
+
+    A quota beyond the cluster's size draws all its images as often as it goes, and the remainder as above.
+    """
+    ids = np.arange(len(cluster_of_row)) if ids is None else np.asarray(ids, dtype=np.int64)
+    sizes = np.bincount(cluster_of_row, minlength=len(quotas))
+    copies, remainder = np.divmod(quotas, np.maximum(sizes, 1))
+    keys = (ids, hash_uint64(seed, ids)) if closeness is None else (ids, hash_uint64(seed, ids), -closeness)
+    order = np.lexsort((*keys, cluster_of_row))
+    cluster = cluster_of_row[order]
+    times = copies[cluster] + (rank_in_segment(cluster) < remainder[cluster])
+    return np.sort(np.repeat(ids[order], times))
+
+
+def sample_per_cluster(
+    cluster_of_row: np.ndarray,
+    hot_clusters: np.ndarray,
+    per_cluster: int,
+    cap: int | None,
+    seed: int,
+    ids: np.ndarray | None = None,
+) -> ClusterDraw:
+    """Draw up to per_cluster images of each hot cluster, then up to cap of all of them, both by hash.
+
+    Args:
+        cluster_of_row: int64 [N].
+        hot_clusters: int64, the clusters that a seed set touches often enough; repeats count once.
+        ids: int64 [N]; row numbers where absent.
+
+    Source: the cluster-based retrieval of DINOv2, arXiv:2304.07193, appendix A.4; that draws are uniform, without
+    repetition, is our choice, the paper does not say.
+    """
+    ids = np.arange(len(cluster_of_row)) if ids is None else np.asarray(ids, dtype=np.int64)
+    hot_clusters = np.asarray(hot_clusters, dtype=np.int64)
+    rows = np.flatnonzero(np.isin(cluster_of_row, hot_clusters))
+    cluster, candidates = cluster_of_row[rows], ids[rows]
+    order = np.lexsort((candidates, hash_uint64(seed, candidates), cluster))
+    drawn = candidates[order][rank_in_segment(cluster[order]) < per_cluster]
+    sizes = np.bincount(cluster, minlength=int(hot_clusters.max(initial=-1)) + 1)
+    shortfall = np.maximum(per_cluster - sizes[hot_clusters], 0)
+    # The cap orders by another hash: the first one is small among the images of large clusters, being the best of many.
+    union_order = np.lexsort((drawn, hash_uint64(int(hash_uint64(seed, np.int64(0))), drawn)))
+    return ClusterDraw(np.sort(drawn[union_order[:cap]]), len(drawn), shortfall)
+
+
+def _sum_by(keys: np.ndarray, values: np.ndarray, num_keys: int) -> np.ndarray:
+    """int64 sums of values by key; np.bincount would go through float64."""
+    sums = np.zeros(num_keys, dtype=np.int64)
+    np.add.at(sums, keys, values)
+    return sums
+
+
+def _share_out(parents: np.ndarray, capacities: np.ndarray, quotas: np.ndarray, priority: np.ndarray) -> np.ndarray:
+    """`waterfill` of each parent's quota among its children: int64, one per child."""
+    order = np.lexsort((np.arange(len(parents)), priority, parents))
+    bounds = np.searchsorted(parents[order], np.arange(len(quotas) + 1))
+    given = np.empty(len(parents), dtype=np.int64)
+    given[order] = _fill_segments(capacities[order], bounds, quotas)
+    return given
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_segments(capacities, bounds, quotas):  # pragma: no cover, compiled
+    given = np.zeros(len(capacities), dtype=np.int64)
+    for parent in range(len(quotas)):
+        segment = capacities[bounds[parent] : bounds[parent + 1]]
+        if len(segment) == 0:
+            continue
+        low, high = 0, max(segment.max(), 0)  # the largest cut lies in [low, high]
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            if np.minimum(segment, middle).sum() <= quotas[parent]:
+                low = middle
+            else:
+                high = middle - 1
+        share = np.minimum(segment, low)
+        left = min(quotas[parent], segment.sum()) - share.sum()
+        for child in range(len(segment)):
+            if left > 0 and segment[child] > low:
+                share[child] += 1
+                left -= 1
+        given[bounds[parent] : bounds[parent + 1]] = share
+    return given

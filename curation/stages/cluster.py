@@ -1,0 +1,113 @@
+"""cluster: concepts. One level or a hierarchy of k-means over the surviving images, with the retrieval encoder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curation.folder import Folder
+from curation.manifest import File
+from curation.ops.hierarchy import Level, hierarchical_kmeans
+from curation.ops.kmeans import balance
+from curation.ops.randomness import hash_sample
+from curation.stages.cells import local_files, write_grouped
+from curation.stages.kmeans import KMeansConfig, assign_parts, train_centroids, unit_rows
+from curation.store import ImageSet
+from curation.workers import ExecutionConfig
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Source: DINOv2 (one level of 100,000) and DINOv3 (five levels), arXiv:2304.07193, arXiv:2508.10104."""
+
+    levels: list[int] = field(default_factory=lambda: [100_000])
+    """clusters per level, finest first"""
+    scale: float = 1.0
+    """multiplies the levels, to run a published hierarchy on a smaller pool"""
+    min_images_per_cluster: int = 4
+    """the finest level is lowered to the pool's images over this, and higher levels in proportion"""
+    num_resamplings: list[int] = field(default_factory=lambda: [1, 10, 10, 10, 10])
+    """rounds of resampling per level; published for four levels"""
+    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
+
+    def __post_init__(self) -> None:
+        if not self.levels or any(a <= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"cluster.levels={list(self.levels)} must be decreasing numbers of clusters, finest first.")
+        if self.scale <= 0:
+            raise ValueError(f"cluster.scale={self.scale} must be above 0.")
+
+    def levels_for(self, num_images: int) -> list[int]:
+        """The levels, scaled, and lowered together where the pool cannot carry them; at least one cluster."""
+        wanted = [max(1, round(level * self.scale)) for level in self.levels]
+        ceiling = max(1, num_images // self.min_images_per_cluster)
+        factor = min(1.0, ceiling / wanted[0])
+        levels = [max(1, round(level * factor)) for level in wanted]
+        return [level for i, level in enumerate(levels) if i == 0 or level < levels[i - 1]]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """What the cluster stage wrote, read back."""
+
+    folder: Folder
+
+    def assignment(self) -> np.ndarray:
+        """int32 [num_images]: the finest cluster of each surviving image, -1 for the others."""
+        return self.folder.read_array("assignment.npy")
+
+    def levels(self) -> list[Level]:
+        """The hierarchy above the finest clusters included; level 1's items are the surviving images in gid order."""
+        return [
+            Level(*(self.folder.read_array(f"level-{i + 1}/{name}.npy") for name in Level._fields))
+            for i in range(len([n for n in self.folder.names() if n.startswith("level-") and n.endswith("/centroids.npy")]))
+        ]
+
+
+def cluster_survivors(
+    folder: Folder,
+    grouped: Path,
+    images: ImageSet,
+    encoder: str,
+    gids: np.ndarray,
+    config: ClusterConfig,
+    execution: ExecutionConfig,
+) -> tuple[list[File], dict[str, Any]]:
+    """Cluster the images `gids` (int64, ascending); write the levels, the assignment, and vectors grouped by cluster."""
+    levels = config.levels_for(len(gids))
+    k = config.kmeans
+    if len(levels) == 1:
+        finest = train_centroids(images, encoder, gids, levels[0], k, execution, "cluster: k-means")
+        hierarchy: list[Level] = []
+    else:
+        sample = hash_sample(k.seed, gids, min(k.points_per_cluster * levels[0], k.max_points_in_memory))
+        resamplings = (list(config.num_resamplings) + [config.num_resamplings[-1]] * len(levels))[: len(levels)]
+        hierarchy = hierarchical_kmeans(
+            unit_rows(images.take_embeddings(encoder, sample)),
+            levels,
+            num_resamplings=resamplings,
+            num_iterations=k.num_iterations,
+            seed=k.seed,
+            metric="cosine",
+            init="random" if levels[0] > 10_000 else "kmeans++",
+            clamp=True,
+            ids=sample,
+        )
+        finest = hierarchy[0].centroids
+    assignment = assign_parts(images, encoder, gids, finest, execution, "cluster: assign")
+    sizes = np.bincount(assignment[gids], minlength=len(finest))
+    scores = np.zeros(len(gids), np.float32)
+    # Above the finest level the items are its centroids; at the finest, all images rather than the training sample.
+    hierarchy = [Level(finest, assignment[gids].astype(np.int64), scores, sizes), *hierarchy[1:]]
+    files = [folder.write_array("assignment.npy", assignment)]
+    for number, level in enumerate(hierarchy, start=1):
+        for name, values in zip(Level._fields, level, strict=True):
+            files.append(folder.write_array(f"level-{number}/{name}.npy", values))
+    write_grouped(grouped, images, encoder, gids, assignment, finest, execution)
+    figures = {
+        "levels": [len(level.centroids) for level in hierarchy],
+        "balance": {name: float(value) for name, value in balance(sizes)._asdict().items()},
+    }
+    return files + local_files(grouped, "cells"), figures

@@ -1,0 +1,304 @@
+"""index + embed: every image of a set is read and decoded once; its row and its vectors are written, part by part."""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
+
+from curation.encoders import Encoder, View, load_encoder
+from curation.filters import Filter, Pixels
+from curation.folder import Folder
+from curation.images import ImageLimits, Rejected, decode, luma_deviation
+from curation.manifest import File
+from curation.ops.hashes import perceptual_hash
+from curation.sources import Part, Sample, read_samples
+from curation.store import INDEX_SCHEMA, encoder_folder
+from curation.workers import ExecutionConfig, drive, num_gpus, num_workers, unwrapped
+
+VERSION = 1
+_DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
+_ISOLATED_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """One decode an image, for every encoder."""
+
+    encoder: str = "vit_small_patch14_dinov2.lvd142m"
+    """retrieval and clustering; spec strings are listed in curation/encoders.py"""
+    copy_encoder: str | None = None
+    """copy detection (deduplication, decontamination); null: the same as `encoder`"""
+    image_px: int | None = None
+    """side of the encoders' square input, pixels; null: each model's own"""
+    batch_size: int = 64
+    """images in one call of the encoder"""
+    max_file_bytes: int = 64 << 20
+    """bytes of an encoded image; larger ones are rejected unread"""
+    max_pixels: int = 90_000_000
+    """width x height, from the header; larger ones are rejected undecoded"""
+    images_per_folder_part: int = 1000
+    """a folder of loose images is cut into parts of this many"""
+    max_rejected_fraction: float = 0.5
+    """more rejected images than this share of a set stops the run: the input is probably not what was meant"""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.images_per_folder_part < 1:
+            raise ValueError("embed.batch_size and embed.images_per_folder_part must be at least 1.")
+        if not 0 <= self.max_rejected_fraction <= 1:
+            raise ValueError(f"embed.max_rejected_fraction={self.max_rejected_fraction} must lie in [0, 1].")
+
+    def encoders(self) -> list[str]:
+        """The different encoders: retrieval first, then copy detection."""
+        return list(dict.fromkeys([self.encoder, self.copy_encoder or self.encoder]))
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What a decode worker needs to know; small, and free of weights."""
+
+    views: dict[str, View]
+    limits: ImageLimits
+    pixel_filters: tuple[Pixels, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One sample after its decode: the index row and, for a good image, one view an encoder."""
+
+    row: dict[str, Any]
+    views: dict[str, np.ndarray]
+
+
+def embed_set(
+    folder: Folder,
+    parts: Sequence[Part],
+    encoder_specs: Sequence[str],
+    config: EmbedConfig,
+    filters: Sequence[Filter],
+    execution: ExecutionConfig,
+    label: str,
+) -> list[File]:
+    """Index and embed the parts of one set into `folder`; parts that a former run finished are kept.
+
+    Returns:
+        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts.
+    """
+    done = {name: None for name in folder.names()}
+    todo = [part for part in parts if f"done/part-{part.id}.json" not in done]
+    if todo:
+        _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
+    files = []
+    for part in parts:
+        files += _read_record(folder, part)
+    return [f for f in files if f.path.startswith("index/")] + [f for f in files if not f.path.startswith("index/")]
+
+
+def _embed_parts(
+    folder: Folder,
+    parts: Sequence[Part],
+    encoder_specs: Sequence[str],
+    config: EmbedConfig,
+    filters: Sequence[Filter],
+    execution: ExecutionConfig,
+    label: str,
+) -> None:
+    gpus = num_gpus(execution)
+    device = "cuda" if gpus else "cpu"
+    encoders = {encoder_folder(spec): load_encoder(spec, device, config.image_px) for spec in encoder_specs}
+    job = DecodeJob(
+        views={name: encoder.view for name, encoder in encoders.items()},
+        limits=ImageLimits(max_file_bytes=config.max_file_bytes, max_pixels=config.max_pixels),
+        pixel_filters=tuple(rule for rule in filters if isinstance(rule, Pixels)),
+        batch_size=config.batch_size,
+    )
+    # Decoders are Ray tasks of one CPU; encoders are actors, one a GPU, or one a worker where there is none. An actor
+    # holds no CPU of its own, or one worker could not run both; it is fed by several decoders at once.
+    workers = num_workers(execution)
+    num_actors = gpus or min(workers, len(parts))
+    feeds = max(1, -(-workers // num_actors))
+    actor = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=3, max_concurrency=feeds)(_EmbedWorker)
+    actors = [actor.remote(encoders, folder, job) for _ in range(num_actors)]
+    try:
+        drive(
+            (lambda i=i, part=part: actors[i % num_actors].embed_part.remote(part) for i, part in enumerate(parts)),
+            len(parts),
+            in_flight=num_actors * feeds * 2,
+            label=label,
+            unit="MB",
+            weights=[part.size / 1e6 for part in parts],
+        )
+    finally:
+        for handle in actors:
+            ray.kill(handle)
+
+
+class _EmbedWorker:
+    """A Ray actor that holds the encoders, takes batches from decode tasks, and writes a part's files."""
+
+    def __init__(self, encoders: dict[str, Encoder], folder: Folder, job: DecodeJob) -> None:
+        self.encoders, self.folder, self.job = encoders, folder, job
+        self.decode = ray.remote(
+            num_cpus=1, num_returns="streaming", max_retries=1, _generator_backpressure_num_objects=_DECODE_AHEAD
+        )(decode_part)
+
+    def embed_part(self, part: Part) -> None:
+        try:
+            rows, vectors = self._collect(part, isolated=False)
+        except (RayTaskError, ValueError):
+            raise
+        except Exception:  # the decoder process died: some image crashes native code; find it one by one
+            rows, vectors = self._collect(part, isolated=True)
+        write_part(self.folder, part, rows, vectors)
+
+    def _collect(self, part: Part, isolated: bool) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        rows: list[dict[str, Any]] = []
+        blocks: dict[str, list[np.ndarray]] = {name: [] for name in self.encoders}
+        for reference in self.decode.remote(part, self.job, isolated):
+            new_rows, views = unwrapped(reference)
+            good = np.array([row["status"] == "ok" for row in new_rows], bool)
+            for name, encoder in self.encoders.items():
+                block = np.zeros((len(new_rows), encoder.dim), np.float16)
+                if good.any():
+                    block[good] = encoder.embed(views[name]).astype(np.float16)
+                blocks[name].append(block)
+            rows += new_rows
+        empty = {name: np.zeros((0, encoder.dim), np.float16) for name, encoder in self.encoders.items()}
+        return rows, {name: np.concatenate([empty[name], *blocks[name]]) for name in self.encoders}
+
+
+def decode_part(part: Part, job: DecodeJob, isolated: bool) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Batches of (index rows, views of the good images among them by encoder), in the part's order.
+
+    A batch closes when it holds `batch_size` good images, so the encoder's batches are full but for a part's last, and
+    do not depend on workers. `isolated` decodes each image in a child process that may die without harm.
+    """
+    prepare = _IsolatedPrepare(job) if isolated else lambda sample: prepare_sample(sample, part, job)
+    rows: list[dict[str, Any]] = []
+    views: dict[str, list[np.ndarray]] = {name: [] for name in job.views}
+    for sample in read_samples(part, job.limits.max_file_bytes):
+        prepared = prepare(sample) if not isolated else prepare(sample, part)
+        rows.append(prepared.row)
+        for name, view in prepared.views.items():
+            views[name].append(view)
+        if len(next(iter(views.values()))) == job.batch_size:
+            yield rows, {name: np.stack(batch) for name, batch in views.items()}
+            rows, views = [], {name: [] for name in job.views}
+    if rows:
+        yield rows, {name: np.stack(batch) if batch else None for name, batch in views.items()}
+
+
+def prepare_sample(sample: Sample, part: Part, job: DecodeJob) -> Prepared:
+    """Decode once; hash, filter by pixels and make the encoders' views."""
+    row = _empty_row(sample, part)
+    if sample.content is None:
+        return Prepared({**row, "reason": sample.reason or "no_image"}, {})
+    row["sha256"] = hashlib.sha256(sample.content).digest()
+    decoded = decode(sample.content, job.limits)
+    if isinstance(decoded, Rejected):
+        size = {"width": decoded.width, "height": decoded.height, "format": decoded.format}
+        return Prepared({**row, **size, "reason": decoded.reason}, {})
+    pdq, quality, mirrored = perceptual_hash(decoded.image)
+    row |= {
+        "width": decoded.width,
+        "height": decoded.height,
+        "format": decoded.format,
+        "mode": decoded.mode,
+        "pdq": pdq,
+        "pdq_quality": quality,
+        "pdq_mirrored": mirrored,
+        "luma_deviation": luma_deviation(decoded.image),
+        "warning": sample.warning or decoded.warning,
+    }
+    for rule in job.pixel_filters:
+        try:
+            reason = rule.function()([np.asarray(decoded.image)], [row])[0]
+        except Exception as error:
+            raise ValueError(
+                f"filters: {rule.path} failed on {sample.key!r} of {part.url}: {type(error).__name__}: {error}"
+            ) from None
+        if reason is not None:
+            return Prepared({**row, "reason": str(reason)}, {})
+    row["status"] = "ok"
+    return Prepared(row, {name: view(decoded.image) for name, view in job.views.items()})
+
+
+def write_part(folder: Folder, part: Part, rows: list[dict[str, Any]], vectors: dict[str, np.ndarray]) -> None:
+    """The index and the vectors of one part, then the record that says both are whole."""
+    files = [folder.write_table(f"index/part-{part.id}.parquet", pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))]
+    files += [folder.write_array(f"{name}/part-{part.id}.npy", values) for name, values in vectors.items()]
+    folder.write_bytes(f"done/part-{part.id}.json", json.dumps([asdict(file) for file in files]).encode())
+
+
+def _read_record(folder: Folder, part: Part) -> list[File]:
+    return [File(**entry) for entry in json.loads(folder.read_bytes(f"done/part-{part.id}.json"))]
+
+
+def _empty_row(sample: Sample, part: Part) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(INDEX_SCHEMA.names)
+    row |= {
+        "key": sample.key,
+        "source": part.url,
+        "source_kind": part.kind,
+        "image": asdict(sample.image) if sample.image is not None else None,
+        "others": [asdict(member) for member in sample.others],
+        "metadata": sample.metadata,
+        "width": 0,
+        "height": 0,
+        "status": "rejected",
+        "warning": sample.warning,
+    }
+    return row
+
+
+class _IsolatedPrepare:
+    """prepare_sample in a forked child: a crash or a hang of native code costs one image, with a reason."""
+
+    def __init__(self, job: DecodeJob) -> None:
+        self.job = job
+        self.child: Any = None
+
+    def __call__(self, sample: Sample, part: Part) -> Prepared:
+        if self.child is None:
+            self._start()
+        self.pipe.send((sample, part))
+        reason = "decoder_crashed"
+        try:
+            if self.pipe.poll(_ISOLATED_TIMEOUT_S):
+                answer = self.pipe.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+            reason = "decoder_timeout"
+        except EOFError:
+            pass
+        self.child.kill()
+        self.child.join()
+        self.child = None
+        return Prepared({**_empty_row(sample, part), "reason": reason}, {})
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")  # spawn would start Ray's worker script again
+        self.pipe, theirs = context.Pipe()
+        self.child = context.Process(target=_serve_prepare, args=(theirs, self.job), daemon=True)
+        self.child.start()
+        theirs.close()
+
+
+def _serve_prepare(pipe: Any, job: DecodeJob) -> None:
+    while True:
+        try:
+            sample, part = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(prepare_sample(sample, part, job))
+        except Exception as error:
+            pipe.send(error)

@@ -1,0 +1,115 @@
+"""k-means over an image set's embeddings: train on a hash-chosen sample, or Lloyd over Ray tasks when that is too big."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from curation.ops import kmeans as ops
+from curation.ops.randomness import hash_sample
+from curation.store import ImageSet
+from curation.workers import ExecutionConfig, run_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig:
+    """Spherical k-means; every choice is a hash of (seed, gid)."""
+
+    num_iterations: int = 15
+    """Lloyd iterations"""
+    points_per_cluster: int = 256
+    """training rows per cluster, a hash sample of the pool; stated, because too few ruin small clusters"""
+    max_points_in_memory: int = 4_000_000
+    """a larger training sample is iterated over Ray tasks, one a part, instead of in one process"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.num_iterations, self.points_per_cluster, self.max_points_in_memory) < 1:
+            raise ValueError("kmeans: num_iterations, points_per_cluster and max_points_in_memory must be at least 1.")
+
+
+def train_centroids(
+    images: ImageSet,
+    encoder: str,
+    gids: np.ndarray,
+    num_clusters: int,
+    config: KMeansConfig,
+    execution: ExecutionConfig,
+    label: str,
+) -> np.ndarray:
+    """float32 [num_clusters, D] unit-norm centroids of the images `gids` (int64, ascending)."""
+    sample = hash_sample(config.seed, gids, config.points_per_cluster * num_clusters)
+    if len(sample) <= config.max_points_in_memory:
+        rows = unit_rows(images.take_embeddings(encoder, sample))
+        return ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=sample).centroids
+    # The start is a k-means of what fits; the iterations then see the whole sample.
+    start = hash_sample(config.seed, gids, config.max_points_in_memory)
+    rows = unit_rows(images.take_embeddings(encoder, start))
+    centroids = ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=start).centroids
+    by_part = split_by_part(images, sample)
+    for iteration in range(config.num_iterations):
+        sums = run_tasks(
+            _part_sums,
+            by_part,
+            images,
+            encoder,
+            centroids,
+            execution=execution,
+            label=f"{label} iteration {iteration + 1}/{config.num_iterations}",
+            unit="images",
+            weights=[len(rows) for _, rows in by_part],
+        )
+        centroids, _ = ops.update_centroids(ops.merge(sums), centroids, "cosine", config.seed + iteration)
+    return centroids
+
+
+def assign_parts(
+    images: ImageSet,
+    encoder: str,
+    gids: np.ndarray,
+    centroids: np.ndarray,
+    execution: ExecutionConfig,
+    label: str,
+) -> np.ndarray:
+    """int32 [num_images]: the nearest centroid of each image in `gids`, -1 for the others."""
+    by_part = split_by_part(images, gids)
+    cells = run_tasks(
+        _part_cells,
+        by_part,
+        images,
+        encoder,
+        centroids,
+        execution=execution,
+        label=label,
+        unit="images",
+        weights=[len(rows) for _, rows in by_part],
+    )
+    assignment = np.full(images.num_images, -1, np.int32)
+    for (part, rows), cell in zip(by_part, cells, strict=True):
+        assignment[images.part_base[part] + rows] = cell
+    return assignment
+
+
+def split_by_part(images: ImageSet, gids: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Ascending gids -> (part, rows within it) for every part that has any."""
+    cuts = np.searchsorted(gids, images.part_base)
+    parts = [(p, gids[cuts[p] : cuts[p + 1]] - images.part_base[p]) for p in range(images.num_parts)]
+    return [(part, rows) for part, rows in parts if len(rows)]
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """float16 rows as stored -> float32 rows of norm 1; rounding to float16 moved the norm by up to 5e-4."""
+    rows = rows.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _part_sums(
+    item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray
+) -> ops.PartialSums:
+    rows = unit_rows(images.embeddings(encoder, item[0])[item[1]])
+    cell, score = ops.assign(rows, centroids, num_threads=1)
+    return ops.partial_sums(rows, cell, score, len(centroids), num_threads=1)
+
+
+def _part_cells(item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray) -> np.ndarray:
+    rows = unit_rows(images.embeddings(encoder, item[0])[item[1]])
+    return ops.assign(rows, centroids, num_threads=1)[0].astype(np.int32)

@@ -1,0 +1,97 @@
+"""report: the account of a run, as decisions.parquet, report.json for programs and report.html for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.decisions import SCHEMA, STATUSES, decide
+from curation.folder import Folder
+from curation.manifest import File
+from curation.ops.kmeans import balance
+from curation.stages.cluster import Clustering
+from curation.stages.shard import read_shard_of
+
+if TYPE_CHECKING:
+    from curation.pipeline import Run
+
+VERSION = 1
+
+
+def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], dict[str, Any]]:
+    """Write decisions.parquet, report.json and report.html at the top of the run folder."""
+    decisions = decisions_with_shards(run)
+    files = [run.folder.write_table("decisions.parquet", decisions)]
+    figures = collect_figures(run, decisions)
+    files.append(run.folder.write_bytes("report.json", json.dumps(figures, indent=1).encode()))
+    counts = {"images": decisions.num_rows, **figures["funnel"]["status"]}
+    return files[:1], counts, {}
+
+
+def decisions_with_shards(run: Run) -> pa.Table:
+    decisions = decide(run)
+    shards = read_shard_of(run.folder / "shards", run.manifests["shards"].files)
+    shards = shards.filter(pa.array(shards["set"].to_numpy(zero_copy_only=False) == "pool"))
+    shard = np.full(decisions.num_rows, None, object)
+    shard[shards["gid"].to_numpy()] = shards["shard"].to_numpy(zero_copy_only=False)
+    return decisions.append_column(SCHEMA.field("shard"), pa.array(shard, pa.string()))
+
+
+def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
+    """Every figure of the report, as plain JSON."""
+    from curation.pipeline import step_seconds
+
+    status = decisions["status"].to_numpy(zero_copy_only=False)
+    counts = {name: int((status == name).sum()) for name in STATUSES}
+    reasons = {
+        name: {
+            str(entry["values"]): entry["counts"]
+            for entry in decisions.filter(pa.array(status == name))["reason"].value_counts().to_pylist()
+        }
+        for name in STATUSES
+    }
+    funnel = {
+        "images": decisions.num_rows,
+        "status": counts,
+        "reasons": reasons,
+        "stages": [
+            ["in the pool", decisions.num_rows],
+            ["readable and past the filters", decisions.num_rows - counts["rejected"]],
+            ["distinct", run.manifests["dedup"].counts["images out"]],
+            ["not in an evaluation set", run.manifests["decontaminate"].counts["images out"]],
+            ["kept", counts["kept"]],
+        ],
+    }
+    cluster = decisions["cluster"].fill_null(-1).to_numpy()
+    num_clusters = len(Clustering(run.folder / "cluster").levels()[0].centroids)
+    sizes = {
+        "before": np.bincount(cluster[cluster >= 0], minlength=num_clusters),
+        "after": np.bincount(cluster[(cluster >= 0) & (status == "kept")], minlength=num_clusters),
+    }
+    shards = run.manifests["shards"]
+    return {
+        "funnel": funnel,
+        "dedup": {**run.manifests["dedup"].counts, **run.manifests["dedup"].figures},
+        "decontaminate": run.manifests["decontaminate"].counts,
+        "retrieve": {name: run.manifests[f"retrieve/{name}"].figures for name in run.inputs.seeds},
+        "clusters": {
+            "levels": run.manifests["cluster"].figures["levels"],
+            **{when: {k: float(v) for k, v in balance(s)._asdict().items()} for when, s in sizes.items()},
+            "sizes": {when: sorted(s.tolist(), reverse=True) for when, s in sizes.items()},
+        },
+        "shards": {"files": len(shards.files), "images": sum(f.rows for f in shards.files), **shards.figures},
+        "seconds": {name: step_seconds(run, name) for name in run.manifests},
+        "config": asdict(run.config),
+        "inputs": {
+            "pool": [part.url for part in run.inputs.pool],
+            "seeds": {name: asdict(seed) for name, (seed, _) in run.inputs.seeds.items()},
+            "evaluations": {name: [p.url for p in parts] for name, parts in run.inputs.evaluations.items()},
+        },
+    }
+
+
+__all__ = ["VERSION", "write_report"]

@@ -1,0 +1,136 @@
+"""Certified recall: bounds from tables, truth from definition, and the promise kept on pools with known pairs."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from curation.ops import recall
+from curation.ops.cells import cells_from_arrays, nearest_cells
+from curation.ops.join import self_pairs
+from curation.ops.recall import (
+    certify,
+    effective_size,
+    found_by,
+    lower_bound,
+    measured_recall,
+    rows_of_gids,
+    sketch_radius,
+    true_pairs,
+)
+
+DIM = 32
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def planted(num_rows, num_pairs, *, hot=0, mirror=None, seed=0):
+    rng = np.random.default_rng(seed)
+    vectors = unit(rng.standard_normal((num_rows, DIM)))
+    cosine = rng.uniform(0.75, 0.99, (num_pairs, 1))
+    noise = unit(rng.standard_normal((num_pairs, DIM)))
+    vectors[num_pairs : 2 * num_pairs] = unit(cosine * vectors[:num_pairs] + np.sqrt(1 - cosine**2) * noise)
+    if mirror is not None:
+        vectors[num_pairs : 2 * num_pairs : 2] *= mirror
+    if hot:
+        vectors[-hot:] = unit(vectors[-1] + 0.02 * rng.standard_normal((hot, DIM)))
+    centroids = unit(rng.standard_normal((64, DIM))).astype(np.float32)
+    half = vectors.astype(np.float16)
+    own = nearest_cells(half.astype(np.float32), centroids, 1)[:, 0]
+    return cells_from_arrays(half, np.arange(num_rows) * 3, own, centroids)
+
+
+@pytest.mark.parametrize(
+    ("found", "of", "bound"), [(298, 298, 0.99), (299, 299, 0.99003), (10, 10, 0.7411), (0, 5, 0.0)]
+)
+def test_lower_bound_when_all_or_none_are_found_is_a_root(found, of, bound):
+    assert lower_bound(found, of) == pytest.approx(bound, abs=1e-4)
+
+
+@pytest.mark.parametrize(("found", "of"), [(470, 473), (7, 10), (1, 30)])
+def test_lower_bound_is_the_proportion_that_would_rarely_do_as_well(found, of):
+    assert binom.sf(found - 1, of, lower_bound(found, of)) == pytest.approx(0.05, abs=1e-9)
+
+
+def test_effective_size_counts_equal_groups_and_discounts_a_hot_one():
+    assert effective_size(np.repeat(np.arange(50), 4)) == 50
+    assert effective_size(np.array([1] * 100 + [2])) == pytest.approx(101**2 / (100**2 + 1))
+    assert effective_size(np.array([], int)) == 0
+
+
+def test_sketch_radius_is_the_quantile_of_the_law():
+    radius = sketch_radius(0.6, 1e-3)
+    differs = np.arccos(0.6) / np.pi
+    assert binom.sf(radius, 256, differs) <= 1e-3 < binom.sf(radius - 1, 256, differs)
+
+
+def test_true_pairs_tell_what_every_setting_finds():
+    """The join finds exactly those true pairs that found_by predicts, for any nprobe and radius."""
+    mirror = np.where(np.random.default_rng(1).random(DIM) < 0.5, -1, 1)
+    cells = planted(3000, 300, mirror=mirror)
+    truth = true_pairs(cells, np.arange(3000), 0.75, mirror=mirror)
+    assert len(truth.gid) > 500
+    for nprobe, radius in [(1, None), (1, 60), (6, 50), (20, 70), (64, 45), (64, None)]:
+        found = self_pairs(cells, 0, 3000, 0.75, nprobe, radius, mirror=mirror)
+        known = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
+        hits = [(min(p), max(p)) in known for p in zip(truth.query.tolist(), truth.gid.tolist(), strict=True)]
+        np.testing.assert_array_equal(found_by(truth, nprobe, radius), hits)
+        assert measured_recall(found, truth)[0] == np.mean(hits)
+    assert 0.2 < found_by(truth, 1, None).mean() < 0.9
+    assert found_by(truth, 64, None).all()
+
+
+def test_a_hot_group_has_four_pairs_a_query():
+    cells = planted(2000, 100, hot=400)
+    truth = true_pairs(cells, np.arange(2000), 0.75)
+    _, counts = np.unique(truth.query, return_counts=True)
+    assert counts.max() == 4
+    again = true_pairs(cells, np.arange(2000)[::-1], 0.75)
+    for one, other in zip(truth, again, strict=True):
+        assert sorted(map(str, one.tolist())) == sorted(map(str, other.tolist()))
+
+
+def test_certificate_holds_on_the_whole_pool(monkeypatch):
+    monkeypatch.setattr(recall, "_EXACT_ROWS", 1000)
+    monkeypatch.setattr(recall, "_FIRST_QUERIES", 256)
+    cells = planted(16_000, 4000)
+    certificate, truth = certify(cells, 0.75, 0.95, seed=1)
+    assert certificate.basis == "sample"
+    assert certificate.nprobe < 64
+    assert certificate.num_queries < 16_000
+    assert 0.95 <= certificate.lower_bound <= certificate.recall
+    found = self_pairs(cells, 0, 16_000, 0.75, certificate.nprobe, certificate.sketch_radius)
+    assert measured_recall(found, truth)[0] == pytest.approx(certificate.recall, abs=1e-12)
+    everything = self_pairs(cells, 0, 16_000, 0.75, 64, None)
+    assert len(found.a) >= 0.95 * len(everything.a)
+    assert certify(cells, 0.75, 0.95, seed=1, num_threads=1)[0] == certificate
+
+
+def test_too_few_pairs_fall_back_to_all_cells(monkeypatch):
+    monkeypatch.setattr(recall, "_EXACT_ROWS", 1000)
+    cells = planted(2000, 10)
+    certificate, truth = certify(cells, 0.75, 0.99)
+    assert (certificate.basis, certificate.nprobe, certificate.num_queries) == ("law", 64, 2000)
+    assert certificate.lower_bound == pytest.approx(0.999)
+    assert certificate.num_pairs == len(truth.gid) >= 10
+    found = self_pairs(cells, 0, 2000, 0.75, certificate.nprobe, certificate.sketch_radius)
+    assert measured_recall(found, truth)[0] == 1
+
+
+def test_a_small_pool_is_answered_exactly():
+    certificate, truth = certify(planted(500, 10), 0.75)
+    assert (certificate.basis, certificate.nprobe, certificate.sketch_radius) == ("exact", 64, None)
+    assert (certificate.recall, certificate.lower_bound, len(truth.gid)) == (1.0, 1.0, 0)
+
+
+def test_rows_of_gids_inverts_gids_of_rows():
+    cells = planted(700, 10)
+    rows = np.random.default_rng(0).integers(0, 700, 90)
+    np.testing.assert_array_equal(rows_of_gids(cells, cells.gids_of_rows(rows)), rows)
+    assert len(rows_of_gids(cells, np.empty(0, np.int64))) == 0
+
+
+def test_target_must_be_a_proportion():
+    with pytest.raises(ValueError, match="target_recall must lie between 0 and 1, got 1"):
+        certify(planted(500, 10), 0.75, 1.0)
