@@ -146,16 +146,10 @@ def _pairs(rows: Sequence[TruthRow], found: dict[str, _Decision]) -> dict:
     both = Counter(
         (found[row.key].component, row.cluster) for row in rows if row.cluster and found[row.key].component is not None
     )
-    num_found, num_planted, right = (
-        sum(n * (n - 1) // 2 for n in groups.values()) for groups in (components, clusters, both)
-    )
-    return {
-        "found": num_found,
-        "planted": num_planted,
-        "right": right,
-        "precision": _ratio(right, num_found),
-        "recall": _ratio(right, num_planted),
-    }
+    every = (sum(n * (n - 1) // 2 for n in groups.values()) for groups in (components, clusters, both))
+    num_found, num_planted, right = every
+    rates = {"precision": _ratio(right, num_found), "recall": _ratio(right, num_planted)}
+    return {"found": num_found, "planted": num_planted, "right": right, **rates}
 
 
 def _comparable(row: TruthRow, found: dict[str, _Decision]) -> bool:
@@ -181,18 +175,17 @@ def _copies(rows: Sequence[TruthRow], found: dict[str, _Decision]) -> dict:
         by_transform[row.transform or "unnamed"].append(hit)
         if not hit:
             missed.append(row.key)
-    hits = [hit for group in by_transform.values() for hit in group]
+    order = sorted(by_transform, key=lambda name: (-len(by_transform[name]), name))
     return {
-        "compared": len(hits),
-        "found": sum(hits),
-        "recall": _ratio(sum(hits), len(hits)),
+        **_found_of([hit for group in by_transform.values() for hit in group]),
         "not_compared": not_compared,
-        "by_transform": {
-            name: {"compared": len(group), "found": sum(group), "recall": _ratio(sum(group), len(group))}
-            for name, group in sorted(by_transform.items(), key=lambda item: (-len(item[1]), item[0]))
-        },
+        "by_transform": {name: _found_of(by_transform[name]) for name in order},
         "missed": sorted(missed),
     }
+
+
+def _found_of(hits: list[bool]) -> dict:
+    return {"compared": len(hits), "found": sum(hits), "recall": _ratio(sum(hits), len(hits))}
 
 
 def _clusters(rows: Sequence[TruthRow], found: dict[str, _Decision]) -> dict:
@@ -249,14 +242,8 @@ def _seed_concepts(rows: Sequence[TruthRow], found: dict[str, _Decision]) -> dic
     by_label = {label: _kept([row for row in natural if row.label == label], found) for label in labels}
     for row in natural:
         by_label[row.label]["in_seed"] = row.in_seed
-    return {
-        "purity": purity,
-        "share_of_pool": share,
-        "lift": _ratio(purity, share),
-        "in_seed": seen,
-        "other": other,
-        "by_label": by_label,
-    }
+    figures = {"purity": purity, "share_of_pool": share, "lift": _ratio(purity, share)}
+    return {**figures, "in_seed": seen, "other": other, "by_label": by_label}
 
 
 def _leaks(rows: Sequence[TruthRow], found: dict[str, _Decision]) -> dict:
@@ -323,8 +310,8 @@ def format_score(scores: dict) -> str:
     for name, part in kinds["by_kind"].items():
         if name != "natural":
             add(f"  {name}", part["kept_share"], f"{part['kept']} of {part['pool']}")
-    pool_share = _percent(kinds["natural_share_of_pool"])
-    words = f"natural images are {_percent(kinds['natural_share_of_kept'])} of the kept, {pool_share} of the pool"
+    of_kept, of_pool = _percent(kinds["natural_share_of_kept"]), _percent(kinds["natural_share_of_pool"])
+    words = f"natural images are {of_kept} of the kept, {of_pool} of the pool"
     add("lift of natural", kinds["lift"], words)
     if seed is not None:
         words = f"of the kept show a concept of the seed set; {_percent(seed['share_of_pool'])} of the pool"

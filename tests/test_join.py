@@ -5,7 +5,7 @@ import pytest
 
 from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells, open_cells, write_cells
 from curation.ops.join import merge_pairs, nearest, pairs_above, self_pairs
-from curation.ops.sketches import exact_dot, sketch_distance, widen
+from curation.ops.sketches import exact_dot, sketch_distance, widened
 
 DIM = 48
 
@@ -68,10 +68,10 @@ def test_exact_dot_needs_no_order():
 
 def test_widen_is_exact_for_every_finite_half():
     half = np.arange(2**16, dtype=np.uint16)
-    half = half[np.isfinite(half.view(np.float16))]
-    out = np.empty(half.size, np.float32)
-    widen(half, out)
-    np.testing.assert_array_equal(out, half.view(np.float16).astype(np.float32))
+    half = half.view(np.float16)[:, None]
+    finite = np.isfinite(half[:, 0])
+    np.testing.assert_array_equal(widened(half)[finite], half[finite].astype(np.float32))
+    assert (np.abs(widened(half)[~finite]) >= 65536).all()  # and so no unit row
 
 
 @pytest.mark.parametrize("dim", [32, 48, 256, 300])
@@ -207,10 +207,13 @@ def test_mistakes_are_named(pool, cells, tmp_path):
     vectors, gids, centroids, mirror = pool
     own = np.zeros(900, int)
     sizes = np.bincount(own, minlength=25)
+    wrong = vectors.copy()
+    wrong[3] *= 2
     with pytest.raises(ValueError, match="unit-norm rows: row 3 has norm 2"):
-        scaled = vectors.copy()
-        scaled[3] *= 2
-        cells_from_arrays(scaled, gids, own, centroids)
+        cells_from_arrays(wrong, gids, own, centroids)
+    wrong[3] = np.nan
+    with pytest.raises(ValueError, match="unit-norm rows: row 3 has norm"):
+        cells_from_arrays(wrong, gids, own, centroids)
     with pytest.raises(ValueError, match="ascend"):
         write_cells(tmp_path / "x", [(gids[::-1], vectors, own)], sizes, centroids)
     with pytest.raises(ValueError, match="the blocks put 450 rows in cell 0 and sizes says 900"):

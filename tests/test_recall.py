@@ -60,9 +60,11 @@ def test_effective_size_counts_equal_groups_and_discounts_a_hot_one():
 
 
 def test_sketch_radius_is_the_quantile_of_the_law():
-    radius = sketch_radius(0.6, 1e-3)
+    radius = sketch_radius(np.array([0.6]), 1e-3)
     differs = np.arccos(0.6) / np.pi
     assert binom.sf(radius, 256, differs) <= 1e-3 < binom.sf(radius - 1, 256, differs)
+    assert sketch_radius(np.linspace(0.6, 1, 50), 1e-3) < radius
+    assert sketch_radius(np.empty(0), 1e-3) == 256
 
 
 def test_true_pairs_tell_what_every_setting_finds():

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[float, float, float]  # red, green, blue, 0 to 255
+Colour = tuple[float, ...]  # red, green, blue, 0 to 255
 SUPERSAMPLE = 2
 
 
@@ -136,8 +136,8 @@ class Canvas:
         return self.image.reduce(SUPERSAMPLE)
 
     def photograph(self) -> Image.Image:
-        """The finished picture under uneven light, with a vignette and grain: for scenes."""
-        pixels = np.asarray(self.image.reduce(SUPERSAMPLE), np.float32)
+        """The picture through a hand-held camera, under uneven light, with a vignette and grain: for scenes."""
+        pixels = np.asarray(self._framed(), np.float32)
         x, y = self.axes()
         light = 1 + self.between(0.15, 0.4) * (self.noise(self.between(2, 4), 2) - 0.5)
         light += self.between(-0.25, 0.25) * (x - 0.5) + self.between(-0.15, 0.15) * (y - 0.5)
@@ -145,6 +145,21 @@ class Canvas:
         balance = np.float32(self.rng.uniform(0.93, 1.07, 3))
         grain = self.rng.standard_normal((self.height, self.width, 1), dtype=np.float32) * self.between(1.0, 5.0)
         return Image.fromarray(np.clip(pixels * light[..., None] * balance + grain, 0, 255).astype(np.uint8))
+
+    def _framed(self) -> Image.Image:
+        """A part of the drawing, a little rolled, at the final size: no two pictures share their frame."""
+        roll = np.radians(np.clip(self.rng.standard_normal() * 2.5, -6, 6))
+        cos, sin = float(np.cos(roll)), float(np.sin(roll))
+        fits_x = cos + abs(sin) * self.height / self.width
+        fits_y = cos + abs(sin) * self.width / self.height
+        scale = SUPERSAMPLE / max(fits_x, fits_y) * self.between(0.72, 1.0)  # drawing pixels for each final one
+        slack_x = (self.w - scale * (self.width * cos + self.height * abs(sin))) / 2
+        slack_y = (self.h - scale * (self.height * cos + self.width * abs(sin))) / 2
+        x, y = self.w / 2 + self.between(-1, 1) * slack_x, self.h / 2 + self.between(-1, 1) * slack_y
+        a, b, d, e = scale * cos, -scale * sin, scale * sin, scale * cos
+        c, f = x - a * self.width / 2 - b * self.height / 2, y - d * self.width / 2 - e * self.height / 2
+        size = (self.width, self.height)
+        return self.image.transform(size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
 
 
 def rgb(colour: Colour) -> tuple[int, int, int]:

@@ -89,9 +89,9 @@ def ui(c: Canvas) -> None:
 
 def chart(c: Canvas) -> None:
     """Bars, lines, points, or a pie, with axes and a title."""
-    box(c, 0, 0, c.w, c.h, c.pick(((255, 255, 255), (255, 255, 255), (235, 235, 235), (30, 34, 44), (252, 246, 232))))
-    dark = c.image.getpixel((0, 0))[0] < 100
-    ink = (220, 224, 230) if dark else (50, 50, 54)
+    page = c.pick(((255, 255, 255), (255, 255, 255), (235, 235, 235), (30, 34, 44), (252, 246, 232)))
+    box(c, 0, 0, c.w, c.h, page)
+    ink = (220, 224, 230) if page[0] < 100 else (50, 50, 54)
     hue = c.between(0, 1)
     colours = [hsv(hue + 0.618 * index, c.between(0.4, 0.85), c.between(0.55, 0.95)) for index in range(6)]
     size = c.side * 0.055
@@ -104,7 +104,7 @@ def chart(c: Canvas) -> None:
             c.draw.pieslice([x - radius, y - radius, x + radius, y + radius], start, end, fill=rgb(colours[index]))
             c.text(c.w * 0.8, c.h * (0.25 + 0.09 * index), word(c), size * 0.8, colours[index])
         if c.chance(0.5):
-            c.disc(x, y, radius * c.between(0.4, 0.65), c.image.getpixel((0, 0)))
+            c.disc(x, y, radius * c.between(0.4, 0.65), page)
         return
     left, right, top, bottom = c.w * c.between(0.1, 0.16), c.w * 0.96, c.h * 0.16, c.h * c.between(0.8, 0.88)
     for step in range(6):

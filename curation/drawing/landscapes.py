@@ -20,9 +20,10 @@ def sunset(c: Canvas) -> None:
         c.disc(
             x * c.w, y * c.h, c.side * c.between(0.03, 0.13), c.pick(((255, 244, 210), (255, 150, 80), (255, 220, 120)))
         )
-    clouds(c, mix(top, low, c.between(0.1, 0.9)), c.between(0.3, 1.0), 0, horizon)
+    for _ in range(c.count(1, 2)):
+        clouds(c, mix(top, low, c.between(0.0, 0.9)), c.between(0.5, 1.1), 0, horizon)
     if c.chance(0.65):
-        far_hills(c, horizon, mix(top, low, 0.35), c.between(0.04, 0.16))
+        far_hills(c, horizon, mix(top, low, 0.35), c.between(0.05, 0.3))
     across, down = c.axes()
     depth = np.clip((down - horizon) / (1 - horizon), 0, 1)
     water = (down > horizon) * np.ones_like(across)
@@ -33,20 +34,19 @@ def sunset(c: Canvas) -> None:
     trail = np.exp(-(((across - x) / (0.04 + 0.14 * depth)) ** 2)) * (0.25 + 1.6 * np.clip(waves + 0.2, 0, 1))
     c.wash((255, 232, 180), water * np.clip(trail, 0, 0.9))
     dark = shade(top, 0.28)
-    foreground = c.count(0, 5)
-    if foreground == 0:
-        palms(c, dark)
-    elif foreground == 1:
-        rocks(c, dark, c.between(0.7, 0.95))
-    elif foreground == 2:
-        for _ in range(c.count(1, 4)):
-            boat(c, c.between(0.1, 0.9), horizon + c.between(0.02, 0.2), c.between(0.05, 0.16), dark, dark)
-    elif foreground == 3:
-        pier(c, horizon, dark)
-    elif foreground == 4:
-        side = c.pick((0.0, 1.0))
-        base = horizon + c.between(0.0, 0.12)
-        cliff(c, side, base, c.between(0.25, 0.6), c.between(0.15, 0.4), dark)
+    for foreground in c.rng.permutation(5)[: c.count(1, 2)]:
+        if foreground == 0:
+            palms(c, dark)
+        elif foreground == 1:
+            rocks(c, dark, c.between(0.7, 0.95))
+        elif foreground == 2:
+            for _ in range(c.count(1, 4)):
+                boat(c, c.between(0.1, 0.9), horizon + c.between(0.02, 0.2), c.between(0.08, 0.4), dark, dark)
+        elif foreground == 3:
+            pier(c, horizon, dark)
+        else:
+            base = horizon + c.between(0.0, 0.12)
+            cliff(c, c.pick((0.0, 1.0)), base, c.between(0.25, 0.7), c.between(0.15, 0.5), dark)
     if c.chance(0.4):
         birds(c, horizon * 0.8, dark)
 

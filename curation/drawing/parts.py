@@ -32,7 +32,7 @@ DUSKS = (
 def sky(c: Canvas, horizon: float, palettes: tuple = SKIES) -> None:
     top, middle, low = (c.vary(colour, 20) for colour in c.pick(palettes))
     c.gradient([(0, top), (horizon * 0.55, middle), (horizon, low), (1.01, low)], c.between(-0.25, 0.25))
-    clouds(c, mix(low, (255, 255, 255), c.between(0.3, 0.9)), c.between(0.0, 1.1), 0, horizon)
+    clouds(c, mix(low, (255, 255, 255), c.between(0.3, 0.9)), c.between(0.25, 1.2), 0, horizon)
 
 
 def clouds(c: Canvas, colour: Colour, amount: float, top: float, bottom: float) -> None:

@@ -13,13 +13,15 @@ from curation.ops.nearest import for_each
 from curation.ops.sketches import (
     SKETCH_WORDS,
     check_unit_rows,
+    products,
     round_directions,
     round_rows,
     sketch,
     sketch_directions,
-    widen,
+    widened,
 )
 
+_ROWS_AT_ONCE = 2**14  # widened to float32 at once
 _SCORE_BYTES = 16 * 2**20  # one block of row-by-centroid products
 
 
@@ -71,10 +73,7 @@ class Cells:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop: float32 [n, D], exactly the stored float16 values."""
-        half = np.ascontiguousarray(self._vectors[start:stop])
-        out = np.empty(half.shape, np.float32)
-        widen(half.view(np.uint16).reshape(-1), out.reshape(-1))
-        return out
+        return widened(self._vectors[start:stop])
 
     def read_sketches(self, start: int, stop: int) -> np.ndarray:
         """Sketches of rows start to stop: uint64 [n, 4]."""
@@ -117,7 +116,6 @@ def cells_from_arrays(
 ) -> Cells:
     """Group vectors in memory. Same arguments and errors as write_cells, whole arrays in any order."""
     half = np.asarray(vectors, np.float16)
-    check_unit_rows(half.astype(np.float32), "vectors")
     _check_centroids(centroids, half.shape[1])
     order = np.lexsort((gids, cell_of_row))
     ordered_gids = np.asarray(gids, np.int64)[order].reshape(-1, 1)
@@ -129,8 +127,11 @@ def cells_from_arrays(
     directions = sketch_directions(half.shape[1], seed)
     half = np.ascontiguousarray(half[order])
     sketches = np.empty((len(half), SKETCH_WORDS), np.uint64)
-    for start in range(0, len(half), 1 << 16):
-        sketches[start : start + (1 << 16)] = sketch(half[start : start + (1 << 16)].astype(np.float32), directions)
+    for start in range(0, len(half), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        wide = widened(half[rows])
+        check_unit_rows(wide, "vectors")
+        sketches[rows] = sketch(wide, directions)
     return Cells(
         *half.shape, _offsets(sizes), np.asarray(centroids, np.float32), directions, half, sketches, ordered_gids
     )
@@ -174,9 +175,14 @@ def write_cells(
         filled = offsets[:-1].copy()
         rows_per_buffer = max(buffer_bytes // (2 * (2 * dim + 8 * SKETCH_WORDS + 8)), 1)
         for gids, vectors, cell_of_row in _regrouped(blocks, rows_per_buffer):
-            check_unit_rows(vectors.astype(np.float32), "vectors")
+            sketches = np.empty((len(gids), SKETCH_WORDS), np.uint64)
+            for start in range(0, len(gids), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                wide = widened(vectors[rows])
+                check_unit_rows(wide, "vectors")
+                sketches[rows] = sketch(wide, directions)
             order = np.argsort(cell_of_row, kind="stable")
-            columns = (vectors[order], sketch(vectors.astype(np.float32), directions)[order], gids[order])
+            columns = (vectors[order], sketches[order], gids[order])
             _scatter(handles, columns, cell_of_row[order], filled)
         if not np.array_equal(filled, offsets[1:]):
             wrong = int(np.flatnonzero(filled != offsets[1:])[0])
@@ -224,11 +230,11 @@ def nearest_cells(
     depends on the vector and the centroids alone.
     """
     probes = np.empty((len(vectors), nprobe), np.int32)
-    directions = round_directions(centroids).T.copy()
+    directions = round_directions(centroids)
 
     def choose(start: int) -> None:
         rows = slice(start, start + step)
-        _largest(round_rows(vectors[rows]) @ directions, probes[rows])
+        _largest(products(round_rows(vectors[rows]), directions), probes[rows])
 
     step = _rows_at_once(len(centroids))
     for_each(choose, range(0, len(vectors), step), num_threads)
@@ -238,10 +244,10 @@ def nearest_cells(
 def cell_ranks(vectors: np.ndarray, centroids: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """How many centroids come before each vector's named cell: int32 [n]; cell c is probed when its rank < nprobe."""
     ranks = np.empty(len(vectors), np.int32)
-    directions = round_directions(centroids).T.copy()
+    directions = round_directions(centroids)
     step = _rows_at_once(len(centroids))
     for start in range(0, len(vectors), step):
-        scores = round_rows(vectors[start : start + step]) @ directions
+        scores = products(round_rows(vectors[start : start + step]), directions)
         own = cells[start : start + step]
         at_own = np.take_along_axis(scores, own[:, None], axis=1)
         before = np.arange(scores.shape[1]) < own[:, None]

@@ -73,6 +73,9 @@ def hierarchical_kmeans(
             f"split={split} must divide levels[0]={levels[0]} and needs num_resamplings of 0 at level 1, "
             f"got {rounds[0]}."
         )
+    samples = [0] * len(levels)
+    if samples_per_cluster is not None:
+        samples = _per_level(samples_per_cluster, len(levels), "samples_per_cluster")
     found: list[Level] = []
     items = x
     for number, num_clusters in enumerate(levels):
@@ -83,7 +86,7 @@ def hierarchical_kmeans(
                 items, num_clusters // split, split, num_iterations, level_seed, metric, init, item_ids, num_threads
             )
         else:
-            per_cluster = samples_per_cluster[number] if samples_per_cluster else len(items) // (2 * num_clusters)
+            per_cluster = samples[number] or len(items) // (2 * num_clusters)
             centroids = resampled_kmeans(
                 items,
                 num_clusters,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import faiss
 import numpy as np
 from numba import njit
 
@@ -30,6 +31,7 @@ from curation.ops.sketches import (
     exact_dot,
     lowest_bit,
     mirrored,
+    products,
     rough_dot,
 )
 
@@ -398,7 +400,7 @@ def _scored(
         step = max(max_memory_bytes // 4 // (4 * (len(members) + cells.dim)), 1)
         for low in range(int(block.starts[cell]), int(block.stops[cell]), step):
             asking = block.order[low : min(low + step, int(block.stops[cell]))]
-            yield asking, members, block.vectors[asking] @ vectors[members.start : members.stop].T
+            yield asking, members, products(block.vectors[asking], vectors[members.start : members.stop])
 
 
 @njit(cache=True, nogil=True)
@@ -496,10 +498,8 @@ def _stored(queries: np.ndarray) -> np.ndarray:
 
 
 def _in_threads(work: Callable, items: Iterator | range, num_threads: int) -> list:
-    """Results in the order of the items. The kernels release the interpreter's lock."""
-    if num_threads == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(num_threads) as pool:
+    """Results in the order of the items, from threads in which Faiss and its BLAS are single-threaded."""
+    with ThreadPoolExecutor(num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(work, items))
 
 

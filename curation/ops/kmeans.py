@@ -107,8 +107,8 @@ def kmeans(
     x = np.ascontiguousarray(x, dtype=np.float32)
     quantum = UNIT_QUANTUM if metric == "cosine" else sum_quantum(max(float(x.max()), -float(x.min())))
     centroids = initial_centroids(x, num_clusters, seed, init, ids, num_threads)
-    first_rows = x[_hash_order(seed, ids, len(x))[: len(x) // 4]]
-    num_first = 2 * num_iterations // 5 if len(first_rows) >= MIN_FIRST_ROWS * num_clusters else 0
+    num_first = 2 * num_iterations // 5 if len(x) // 4 >= MIN_FIRST_ROWS * num_clusters else 0
+    first_rows = x[_hash_order(seed, ids, len(x))[: len(x) // 4]] if num_first else x
     objective, num_reseeded, previous = [], 0, None
     for iteration in range(num_iterations):
         rows = first_rows if iteration < num_first else x
@@ -145,6 +145,7 @@ def partial_sums(
         cell, score: what `assign` returned for these rows.
         quantum: the rounding step, one for all parts; `sum_quantum` names it for rows that are not unit-norm.
     """
+    score_quantum = quantum * quantum / UNIT_QUANTUM  # squared distances scale as the square of the rows
     counts = np.bincount(cell, minlength=num_clusters)
     bounds = np.concatenate([[0], np.cumsum(counts)])
     order = np.argsort(cell, kind="stable")
@@ -316,7 +317,7 @@ def _spread_rows(x: np.ndarray, order: np.ndarray, num: int, seed: int, num_thre
         # The smallest of exponential variables with these rates: a draw without replacement in proportion to them.
         # Places in the hash order stand for ids.
         race = -np.log1p(-hash_uniform(int(hash_uint64(seed, np.int64(step))), left)) / nearest[left]
-        new = left[np.argsort(race, kind="stable")[:batch]]
+        new = left[np.sort(np.argpartition(race, batch - 1)[:batch])]
         chosen.extend(new.tolist())
         nearest = np.minimum(nearest, assign(sample, sample[new], "l2", num_threads)[1])
     return order[chosen]
@@ -329,12 +330,15 @@ def _random_direction(seed: int, index: int, width: int) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum_cells(x, score, order, bounds, first, last, quantum, sums, scores):  # pragma: no cover, compiled
-    to_grid = 1.5 * 2.0**52 * quantum  # adding and taking it away rounds to a multiple of quantum
+def _sum_cells(
+    x, score, order, bounds, first, last, quantum, score_quantum, sums, scores
+):  # pragma: no cover, compiled
+    # Adding this and taking it away rounds to a multiple of the quantum.
+    to_grid, score_to_grid = 1.5 * 2.0**52 * quantum, 1.5 * 2.0**52 * score_quantum
     for cell in range(first, last):
         total = sums[cell]
         for i in range(bounds[cell], bounds[cell + 1]):
             row = x[order[i]]
             for d in range(row.shape[0]):
                 total[d] += (np.float64(row[d]) + to_grid) - to_grid
-            scores[cell] += (np.float64(score[order[i]]) + to_grid) - to_grid
+            scores[cell] += (np.float64(score[order[i]]) + score_to_grid) - score_to_grid

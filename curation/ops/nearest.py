@@ -7,7 +7,7 @@ bit, on the number of threads, the size of a batch or the order of the rows.
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import faiss
 import numba
@@ -20,10 +20,14 @@ T = TypeVar("T")
 BLOCK_ROWS = 1024
 """Rows of one Faiss call on a CPU: enough for a fast matrix product, few enough to occupy every core."""
 
+TREE_BLOCK_ROWS = 4096
 GPU_BLOCK_ROWS = 65536
 
+MAX_GPU_CANDIDATES = 2048
+"""The most neighbours that a Faiss index on a GPU gives."""
+
 TREE_WIDTH = 4
-"""Points of few coordinates (a map, a toy) find their centroids in a k-d tree, several times faster than by products."""
+"""Points of no more coordinates (a map, a toy) find their centroids in a k-d tree, several times faster."""
 
 NEAR_TIE = 1e-5
 """Similarities closer than this, for unit vectors, are compared in float64; float32 products err by 1e-6 at most."""
@@ -68,9 +72,9 @@ def nearest_centroids(
     if not np.isfinite(centroids).all():
         raise ValueError("the centroids are not all finite.")
     # |x|^2 - 2xc + |c|^2 loses the digits that x and c share, so L2 is searched around the centroids' mean.
-    shift = centroids.mean(axis=0, dtype=np.float64).astype(np.float32) if metric == "l2" else None
+    shift = centroids.mean(axis=0, dtype=np.float64).astype(np.float32) if metric == "l2" else np.float32(0)
     num_candidates = min(k + min(k, 8), len(centroids))  # the k-th may tie with those after it
-    search, block_rows = _searcher(centroids if shift is None else centroids - shift, num_candidates, metric)
+    search, block_rows, near_tie, is_parallel = _searcher(centroids - shift, num_candidates, metric)
     cells = np.empty((len(x), k), dtype=np.int64)
     scores = np.empty((len(x), k), dtype=np.float32)
 
@@ -78,14 +82,17 @@ def nearest_centroids(
         rows = np.ascontiguousarray(x[start : start + block_rows], dtype=np.float32)
         squared_norms = np.einsum("nd,nd->n", rows, rows)
         _check_rows(squared_norms, start, metric)
-        found, found_scores = search(rows if shift is None else rows - shift)
+        shifted = rows - shift
+        found, found_scores = search(shifted)
         out = slice(start, start + len(rows))
-        tie = np.full(len(rows), NEAR_TIE, dtype=np.float32)
+        tie = np.full(len(rows), near_tie, dtype=np.float32)
         if metric == "l2":
-            tie *= 4 * np.square(rows - shift).sum(axis=1) + 1e-30
-        _rescore(rows, centroids, found, found_scores, tie, metric == "cosine", cells[out], scores[out])
+            tie *= 4 * (np.einsum("nd,nd->n", shifted, shifted) + np.abs(found_scores[:, k - 1])) + 1e-30
+        unclear = np.abs(found_scores[:, -1] - found_scores[:, k - 1]) <= tie
+        unclear &= num_candidates < len(centroids)
+        _rescore(rows, centroids, found, unclear, metric == "cosine", cells[out], scores[out])
 
-    for_each(fill, range(0, len(x), block_rows), num_threads)
+    for_each(fill, range(0, len(x), block_rows), num_threads if is_parallel else 1)
     return cells, scores
 
 
@@ -102,22 +109,34 @@ def available_threads(num_threads: int | None) -> int:
     return faiss.omp_get_max_threads() if num_threads is None else num_threads
 
 
-def _searcher(centroids: np.ndarray, k: int, metric: Metric) -> tuple[Callable, int]:
-    """A function from rows to (cells, approximate scores) of their k nearest centroids, and how many rows to give it."""
-    if centroids.shape[1] <= TREE_WIDTH:
+class _Searcher(NamedTuple):
+    search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    """rows to the cells of their k nearest centroids and rough scores"""
+    block_rows: int
+    """rows to give it at a time"""
+    near_tie: float
+    """scores closer than this, for unit vectors, are undecided"""
+    is_parallel: bool
+    """whether several threads may search at once"""
+
+
+def _searcher(centroids: np.ndarray, k: int, metric: Metric) -> _Searcher:
+    width = centroids.shape[1]
+    if width <= TREE_WIDTH:
         tree = cKDTree(centroids)
 
         def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             distances, cells = tree.query(rows, k=np.arange(1, k + 1))
             return cells, np.square(distances)
 
-        return search, BLOCK_ROWS
+        return _Searcher(search, TREE_BLOCK_ROWS, 1e-12, True)
     faiss_metric = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
-    if faiss.get_num_gpus() > 0:
-        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(centroids.shape[1], faiss_metric))
+    if faiss.get_num_gpus() > 0 and k <= MAX_GPU_CANDIDATES:
+        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(width, faiss_metric))
         index.add(centroids)
-        return lambda rows: index.search(rows, k)[::-1], GPU_BLOCK_ROWS
-    return lambda rows: faiss.knn(rows, centroids, k, metric=faiss_metric)[::-1], BLOCK_ROWS
+        # One thread: an index on a GPU may not be searched by several at once.
+        return _Searcher(lambda rows: index.search(rows, k)[::-1], GPU_BLOCK_ROWS, NEAR_TIE, False)
+    return _Searcher(lambda rows: faiss.knn(rows, centroids, k, metric=faiss_metric)[::-1], BLOCK_ROWS, NEAR_TIE, True)
 
 
 def _check_rows(squared_norms: np.ndarray, start: int, metric: Metric) -> None:
@@ -147,26 +166,28 @@ def _exact_score(row, centroid, cosine):  # pragma: no cover, compiled
 
 
 @numba.njit(nogil=True, cache=True)
-def _rescore(rows, centroids, found, found_scores, tie, cosine, cells, scores):  # pragma: no cover, compiled
-    """Exact scores of the candidates, best first, equal ones by index; one clear winner is not compared again."""
-    num_candidates, k = found.shape[1], cells.shape[1]
+def _rescore(rows, centroids, found, unclear, cosine, cells, scores):  # pragma: no cover, compiled
+    """The best by exact score, equal ones by index: of the candidates, or of all centroids where those are unclear."""
+    k = cells.shape[1]
     sign = -1.0 if cosine else 1.0
-    kept_cell = np.empty(num_candidates, dtype=np.int64)
-    kept_cost = np.empty(num_candidates, dtype=np.float64)
+    best_cell = np.empty(k, dtype=np.int64)
+    best_cost = np.empty(k, dtype=np.float64)
     for i in range(len(rows)):
-        num = num_candidates
-        if k == 1 and num_candidates > 1 and abs(found_scores[i, 1] - found_scores[i, 0]) > tie[i]:
-            num = 1
-        for j in range(num):
-            cell = found[i, j]
+        best_cell[:], best_cost[:] = len(centroids), np.inf
+        for j in range(len(centroids) if unclear[i] else found.shape[1]):
+            cell = j if unclear[i] else found[i, j]
             cost = sign * _exact_score(rows[i], centroids[cell], cosine)
-            place = j
+            place = k
             while place > 0 and (
-                kept_cost[place - 1] > cost or (kept_cost[place - 1] == cost and kept_cell[place - 1] > cell)
+                cost < best_cost[place - 1] or (cost == best_cost[place - 1] and cell < best_cell[place - 1])
             ):
-                kept_cell[place], kept_cost[place] = kept_cell[place - 1], kept_cost[place - 1]
                 place -= 1
-            kept_cell[place], kept_cost[place] = cell, cost
+            if place < k:
+                for after in range(k - 1, place, -1):
+                    best_cell[after], best_cost[after] = best_cell[after - 1], best_cost[after - 1]
+                best_cell[place], best_cost[place] = cell, cost
+            if k == 1 and not unclear[i] and len(centroids) > found.shape[1]:
+                break  # a clear winner needs its score only
+        cells[i] = best_cell
         for j in range(k):
-            cells[i, j] = kept_cell[j]
-            scores[i, j] = sign * kept_cost[j]
+            scores[i, j] = sign * best_cost[j]

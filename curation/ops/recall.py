@@ -21,7 +21,8 @@ from curation.ops.sketches import SKETCH_BITS, mirrored, sketch_distance
 _CONFIDENCE = 0.95
 _PAIRS_PER_QUERY = 4
 _FIRST_QUERIES = 1024
-_QUERIES_AT_ONCE = 4096
+_QUERIES_AT_ONCE = 8192
+_TRUTH_LOSS = 1e-4  # of the sketches that find the truth for all but the first queries
 _EXACT_ROWS = 2**14  # below this every pair is looked at in less time than a sample takes
 
 
@@ -73,11 +74,12 @@ def certify(
 ) -> tuple[Certificate, TruePairs]:
     """The smallest nprobe whose pair recall is at least target_recall with 95% confidence.
 
-    The sketch radius comes from sketch_radius, the law of sign sketches; then nprobe descends from all cells, and stops
-    before the first value whose lower bound misses the target. A fixed descending sequence needs no correction
-    for testing many values (Maurer, Hothorn and Lehmacher 1995). The sample doubles until it would certify with a few
-    pairs missed; when max_queries (or the whole pool) hold too few pairs, all cells are probed, and the law alone,
-    which holds for any vectors, bounds the recall.
+    The sketch radius is the one expected to lose a tenth of what may be lost, given the similarities of the sampled
+    pairs (sketch_radius); then nprobe descends from all cells, and stops before the first value whose lower bound
+    misses the target. A fixed descending sequence needs no correction for testing many values (Maurer, Hothorn and
+    Lehmacher 1995). The sample grows until it would certify with a few pairs missed; when max_queries (or the whole
+    pool) hold too few pairs, all cells are probed, and the law of sketches alone, which holds for any vectors, bounds
+    the recall.
 
     The first 1,024 sampled rows are compared with the whole pool by matrix product; further ones, too, but with
     sketches of a radius that loses one pair in 10,000 at worst, which the bound accounts for.
@@ -93,8 +95,8 @@ def certify(
             basis="exact",
         )  # fmt: skip
         return certificate, _no_true_pairs()
-    radius = sketch_radius(similarity_threshold, (1 - target_recall) / 4)
     enough = 3 * np.log(1 - _CONFIDENCE) / np.log(target_recall)  # thrice what certifies when every pair is found
+    nprobe, recall, bound, radius = None, 1.0, 0.0, SKETCH_BITS
     truth, num_queries = _no_true_pairs(), 0
     for rows, truth_radius in _sample(cells, similarity_threshold, max_queries, seed):
         more = true_pairs(
@@ -103,14 +105,16 @@ def certify(
         truth = TruePairs(*(np.concatenate(columns) for columns in zip(truth, more, strict=True)))
         num_queries += len(rows)
         if effective_size(truth.query) >= enough:
-            break
-    nprobe, recall, bound = _descend(truth, cells.num_cells, radius, target_recall)
+            radius = sketch_radius(truth.similarity, (1 - target_recall) / 10)
+            nprobe, recall, bound = _descend(truth, cells.num_cells, radius, target_recall)
+            if nprobe is not None:
+                break
     basis = "sample"
     if nprobe is None:
-        nprobe, basis = cells.num_cells, "law"
-        radius = sketch_radius(similarity_threshold, (1 - target_recall) / 10)
+        nprobe, basis, law_loss = cells.num_cells, "law", (1 - target_recall) / 10
+        radius = sketch_radius(np.array([similarity_threshold]), law_loss)
         recall = float(found_by(truth, nprobe, radius).mean()) if len(truth.gid) else 1.0
-        bound = 1 - (1 - target_recall) / 10
+        bound = 1 - law_loss
     certificate = Certificate(
         nprobe=nprobe, sketch_radius=radius, num_queries=num_queries, num_pairs=len(truth.gid), recall=recall,
         lower_bound=bound, basis=basis,
@@ -179,16 +183,19 @@ def measured_recall(found: Pairs, truth: TruePairs) -> tuple[float, float]:
     return _bounded(hits, truth.query)
 
 
-def sketch_radius(similarity_threshold: float, max_loss: float) -> int:
-    """The smallest radius, in bits, that loses a pair at the threshold with probability at most max_loss.
+def sketch_radius(similarities: np.ndarray, max_loss: float) -> int:
+    """The smallest radius, in bits, that is expected to lose at most the share max_loss of pairs so similar.
 
     Each of the 256 bits differs with probability angle / pi over the choice of the rotation, whatever the vectors are;
-    nearer pairs are lost less often. Bits of one rotation are, if anything, less spread than independent ones.
+    bits of one rotation are, if anything, less spread than independent ones. 256 when there are no pairs.
 
     Source: Charikar 2002 and Ji et al. 2012, as in curation.ops.sketches.
     """
-    bit_differs = np.arccos(np.clip(similarity_threshold, -1, 1)) / np.pi
-    return int(binom.isf(max_loss, SKETCH_BITS, bit_differs))
+    bit_differs = np.arccos(np.clip(similarities.astype(np.float64), -1, 1)) / np.pi
+    for radius in range(SKETCH_BITS):
+        if len(bit_differs) and binom.sf(radius, SKETCH_BITS, bit_differs).mean() <= max_loss:
+            return radius
+    return SKETCH_BITS
 
 
 def effective_size(query: np.ndarray) -> float:
@@ -233,13 +240,10 @@ def _sample(cells: Cells, threshold: float, max_queries: int, seed: int) -> Iter
             smallest = np.argpartition(hashes, max_queries)[:max_queries]
             hashes, rows = hashes[smallest], rows[smallest]
     rows = rows[np.argsort(hashes)]
-    start, stop, radius = 0, _FIRST_QUERIES, None
-    while start < len(rows):
-        yield rows[start:stop], radius
-        start, stop, radius = stop, 2 * stop, sketch_radius(threshold, _TRUTH_LOSS)
-
-
-_TRUTH_LOSS = 1e-4
+    yield rows[:_FIRST_QUERIES], None
+    radius = sketch_radius(np.array([threshold]), _TRUTH_LOSS)
+    for start in range(_FIRST_QUERIES, len(rows), _QUERIES_AT_ONCE):
+        yield rows[start : start + _QUERIES_AT_ONCE], radius
 
 
 def _descend(truth: TruePairs, num_cells: int, radius: int, target_recall: float) -> tuple[int | None, float, float]:

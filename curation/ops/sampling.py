@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from curation.ops.hierarchy import Level, rank_in_segment
+from curation.ops.nearest import Metric
 from curation.ops.randomness import hash_uint64
 
 
@@ -34,7 +35,7 @@ def hierarchical_sample(
     ids: np.ndarray | None = None,
     multiplier: int = 1,
     leaf: Literal["random", "closest"] = "random",
-    largest_score_first: bool = True,
+    metric: Metric = "cosine",
 ) -> np.ndarray:
     """Draw a balanced sample top-down: each cluster shares what it is given evenly among its children.
 
@@ -44,52 +45,44 @@ def hierarchical_sample(
         ids: int64 [N] of the rows of levels[0].assignment; row numbers where absent.
         multiplier: the most times that one image may be drawn.
         leaf: which images of a finest cluster: by hash, or those closest to its centroid.
-        largest_score_first: whether closest is the largest score (cosine) or the smallest (squared distance).
+        metric: of the hierarchy; it says whether the closest have the largest score or the smallest.
 
     Returns:
         int64 ids, ascending, repeated where drawn more than once.
 
     Source: hierarchical sampling of Vo et al., arXiv:2405.15613, section 3.4.
     """
-    quotas = leaf_quotas([level.assignment for level in levels], len(levels[-1].sizes), target, seed, multiplier)
     if leaf not in ("random", "closest"):
         raise ValueError(f"leaf={leaf!r} is unknown; choose 'random' or 'closest'.")
+    quotas = leaf_quotas(levels[0].sizes, [level.assignment for level in levels[1:]], target, seed, multiplier)
     closeness = None
     if leaf == "closest":
-        closeness = levels[0].scores if largest_score_first else -levels[0].scores
+        closeness = levels[0].scores if metric == "cosine" else -levels[0].scores
     return draw_from_leaves(levels[0].assignment, quotas, seed, ids, closeness)
 
 
 def leaf_quotas(
-    assignments: Sequence[np.ndarray],
-    num_top_clusters: int,
-    target: int,
-    seed: int,
-    multiplier: int = 1,
-    leaf_sizes: np.ndarray | None = None,
+    leaf_sizes: np.ndarray, parents: Sequence[np.ndarray], target: int, seed: int, multiplier: int = 1
 ) -> np.ndarray:
-    """How many images to draw from each finest cluster.
+    """How many images to draw from each finest cluster; the top-down half of `hierarchical_sample`.
 
     Args:
-        assignments: the cluster of each item, per level; only levels above the first are read if leaf_sizes is given.
-        leaf_sizes: int64 [K1], images per finest cluster, where they were counted part by part.
+        leaf_sizes: int64 [K1], images per finest cluster, which may have been counted part by part.
+        parents: the cluster of each cluster of the level below, from level 2 up: int64 [K1], [K2], ...
 
     Returns:
         int64 [K1], summing to min(target, multiplier * images).
     """
     if target < 0 or multiplier < 1:
-        raise ValueError(f"target={target} must not be negative and multiplier={multiplier} at least 1.")
-    num_clusters = [len(above) for above in assignments[1:]] + [num_top_clusters]
-    if leaf_sizes is None:
-        leaf_sizes = np.bincount(assignments[0], minlength=num_clusters[0])
+        raise ValueError(f"target={target} must not be negative and multiplier={multiplier} must be at least 1.")
     capacities = [multiplier * np.asarray(leaf_sizes, dtype=np.int64)]
-    for parents, num_parents in zip(assignments[1:], num_clusters[1:], strict=True):
-        capacities.append(_sum_by(parents, capacities[-1], num_parents))
+    for above in parents:
+        capacities.append(_sum_by(above, capacities[-1]))
     quotas = np.array([target], dtype=np.int64)
-    parents_per_level = [*assignments[1:], np.zeros(num_top_clusters, dtype=np.int64)]
-    for number in reversed(range(len(capacities))):
-        priority = hash_uint64(int(hash_uint64(seed, np.int64(number))), np.arange(len(capacities[number])))
-        quotas = _share_out(parents_per_level[number], capacities[number], quotas, priority)
+    one_root = np.zeros(len(capacities[-1]), dtype=np.int64)
+    for number, above in reversed(list(enumerate([*parents, one_root]))):
+        priority = hash_uint64(int(hash_uint64(seed, np.int64(number))), np.arange(len(above)))
+        quotas = _share_out(above, capacities[number], quotas, priority)
     return quotas
 
 
@@ -162,9 +155,9 @@ def sample_per_cluster(
     return ClusterDraw(np.sort(drawn[union_order[:cap]]), len(drawn), shortfall)
 
 
-def _sum_by(keys: np.ndarray, values: np.ndarray, num_keys: int) -> np.ndarray:
+def _sum_by(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """int64 sums of values by key; np.bincount would go through float64."""
-    sums = np.zeros(num_keys, dtype=np.int64)
+    sums = np.zeros(int(keys.max(initial=-1)) + 1, dtype=np.int64)
     np.add.at(sums, keys, values)
     return sums
 

@@ -13,13 +13,16 @@ from curation.decisions import SCHEMA, STATUSES, decide
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.kmeans import balance
+from curation.report.page import report_page
 from curation.stages.cluster import Clustering
+from curation.stages.dedup import Duplicates
 from curation.stages.shard import read_shard_of
 
 if TYPE_CHECKING:
     from curation.pipeline import Run
 
 VERSION = 1
+_LARGEST_GROUPS = 20
 
 
 def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], dict[str, Any]]:
@@ -27,9 +30,10 @@ def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], 
     decisions = decisions_with_shards(run)
     files = [run.folder.write_table("decisions.parquet", decisions)]
     figures = collect_figures(run, decisions)
-    files.append(run.folder.write_bytes("report.json", json.dumps(figures, indent=1).encode()))
+    run.folder.write_bytes("report.json", json.dumps(figures, indent=1).encode())
+    run.folder.write_bytes("report.html", report_page(run, decisions, figures).encode())
     counts = {"images": decisions.num_rows, **figures["funnel"]["status"]}
-    return files[:1], counts, {}
+    return files, counts, {}  # the manifest leaves out the two that hold times: a second run would differ
 
 
 def decisions_with_shards(run: Run) -> pa.Table:
@@ -73,14 +77,20 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
         "after": np.bincount(cluster[(cluster >= 0) & (status == "kept")], minlength=num_clusters),
     }
     shards = run.manifests["shards"]
+    balanced = {"balance": run.manifests["balance"].counts} if "balance" in run.manifests else {}
     return {
         "funnel": funnel,
-        "dedup": {**run.manifests["dedup"].counts, **run.manifests["dedup"].figures},
+        "dedup": {
+            **run.manifests["dedup"].counts,
+            **run.manifests["dedup"].figures,
+            "largest groups": largest_groups(Duplicates(run.folder / "dedup")),
+        },
         "decontaminate": run.manifests["decontaminate"].counts,
         "retrieve": {name: run.manifests[f"retrieve/{name}"].figures for name in run.inputs.seeds},
+        **balanced,
         "clusters": {
             "levels": run.manifests["cluster"].figures["levels"],
-            **{when: {k: float(v) for k, v in balance(s)._asdict().items()} for when, s in sizes.items()},
+            **{when: balance_figures(s) for when, s in sizes.items()},
             "sizes": {when: sorted(s.tolist(), reverse=True) for when, s in sizes.items()},
         },
         "shards": {"files": len(shards.files), "images": sum(f.rows for f in shards.files), **shards.figures},
@@ -92,6 +102,27 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
             "evaluations": {name: [p.url for p in parts] for name, parts in run.inputs.evaluations.items()},
         },
     }
+
+
+def balance_figures(sizes: np.ndarray) -> dict[str, float]:
+    """curation.ops.kmeans.Balance, and exp(entropy in nats): as many equally large clusters would have that entropy."""
+    if not sizes.sum():
+        return {"entropy": 0.0, "gini": 0.0, "imbalance_factor": 0.0, "num_empty": len(sizes), "largest": 0, "effective_number": 0.0}
+    figures = {name: float(value) for name, value in balance(sizes)._asdict().items()}
+    return {**figures, "effective_number": float(len(sizes) ** figures["entropy"])}
+
+
+def largest_groups(duplicates: Duplicates) -> list[dict[str, Any]]:
+    """The largest near-duplicate groups: component, its size, and the least cosine to the representative (null: none)."""
+    component, similarity = duplicates.component(), duplicates.similarity()
+    sizes = np.bincount(component[component >= 0], minlength=1)
+    labels = np.flatnonzero(sizes > 1)
+    result = []
+    for label in labels[np.lexsort((labels, -sizes[labels]))][:_LARGEST_GROUPS].tolist():
+        values = similarity[(component == label) & ~np.isnan(similarity)]
+        least = float(values.min()) if len(values) else None
+        result.append({"component": label, "size": int(sizes[label]), "least similarity": least})
+    return result
 
 
 __all__ = ["VERSION", "write_report"]

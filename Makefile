@@ -1,0 +1,33 @@
+# Everything sets itself up: one virtual environment, built once and reused while pyproject.toml is unchanged.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test test-fast check bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.curation
+	$(PY) -m curation.run --seed demo
+
+test: .venv/.dev
+	$(PY) -m pytest
+
+test-fast: .venv/.dev
+	$(PY) -m pytest -m "not slow"
+
+check: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+bench: .venv/.dev
+	$(PY) -m benchmarks.all
+
+clean:
+	rm -rf .venv runs
+
+.venv/.%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Seedbed needs Python 3.11 or newer, found " + sys.version.split()[0] + "; name one with PYTHON=")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[$*]'
+	touch $@
