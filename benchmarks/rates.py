@@ -3,13 +3,8 @@
     python -m benchmarks.rates                      everything on generated data, about a minute
     python -m benchmarks.rates --tar POOL.tar       and read + decode on one of your own shards
 
-Processor seconds of one thread, so that a busy machine changes little. Prints one line for each rate.
+Processor seconds, summed over threads, so that a busy machine changes little. Prints one line for each rate.
 """
-
-import os
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[_name] = "1"
 
 import argparse
 import io
@@ -50,7 +45,9 @@ def jpeg_tar(path: Path, size: tuple[int, int], count: int) -> Path:
     rng = np.random.default_rng(0)
     builder = ShardBuilder()
     for number in range(count):
-        image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(image, np.int16) + rng.normal(0, 8, (size[1], size[0], 1)).astype(np.int16)
         buffer = io.BytesIO()
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)

@@ -100,7 +100,9 @@ def kmeans_work(num_training: float, num_clusters: float, dim: int, num_iteratio
     return product_work(num_training * iterations, num_clusters, dim)
 
 
-def hierarchy_work(num_training: float, levels: list[int], resamplings: list[int], dim: int, num_iterations: int) -> Work:
+def hierarchy_work(
+    num_training: float, levels: list[int], resamplings: list[int], dim: int, num_iterations: int
+) -> Work:
     """k-means of the rows, then of the centroids of the level below; each resampling trains on half and assigns all."""
     total, items = Work(), num_training
     for level, rounds in zip(levels, resamplings, strict=True):

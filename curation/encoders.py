@@ -5,7 +5,8 @@ The two halves travel apart: `encoder_view(spec)` is a few numbers that pickle, 
 beyond what reading the model's configuration needs.
 
 Spec strings:
-    descriptors                 offline, weight-free (curation.ops.descriptors); needs no torch
+    descriptors                 copy detection offline, weight-free (curation.ops.descriptors); needs no torch
+    descriptors-likeness        retrieval offline, likewise; with "descriptors" it shares the view
     NAME or timm:NAME           pretrained timm model, from the Hugging Face cache or hub
     timm:NAME@/path/file        the same architecture with local weights (.safetensors, or a .pth read weights-only)
     sscd:/path/file.pt          TorchScript copy-detection model (SSCD, arXiv:2202.10261), 320 px skewed
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HF_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-OFFLINE_CHOICES = '"descriptors", hf:/folder, timm:NAME@/path/weights.safetensors or sscd:/path/file.pt'
+DESCRIPTOR_NAMES = ("descriptors", "descriptors-likeness")
+OFFLINE_CHOICES = (
+    '"descriptors", "descriptors-likeness", hf:/folder, timm:NAME@/path/weights.safetensors or sscd:/path/file.pt'
+)
 # A pretraining resolution above this (518 for DINOv2) costs five times the FLOPs of the 224 at which the published
 # retrieval features are computed.
 MAX_DEFAULT_PX = 256
@@ -57,7 +61,9 @@ class View:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """[height, width, 3] uint8 of an RGB image; ValueError for any other mode."""
         if image.mode != "RGB":
-            raise ValueError(f"an encoder's view needs an RGB image, got mode {image.mode!r}; convert it when decoding.")
+            raise ValueError(
+                f"an encoder's view needs an RGB image, got mode {image.mode!r}; convert it when decoding."
+            )
         size = (self.width, self.height)
         box = None
         if self.resize_short_px is not None:
@@ -125,7 +131,7 @@ def load_encoder(
         raise ValueError(f"precision={precision!r} is unknown; choose bfloat16, float32 or None (what the device has).")
     kind, name, path = parse_spec(spec)
     if kind == "descriptors":
-        return DescriptorEncoder()
+        return DescriptorEncoder(name)
     _require_torch(spec)
     if kind == "timm":
         _require_timm_name(name)
@@ -140,7 +146,7 @@ def load_encoder(
 def parse_spec(spec: str) -> tuple[str, str, str]:
     """(kind, model name, path) of a spec string; name or path is empty where the kind has none."""
     kind, _, rest = spec.partition(":")
-    if spec == "descriptors":
+    if spec in DESCRIPTOR_NAMES:
         return "descriptors", spec, ""
     if kind in ("sscd", "hf") and rest:
         return kind, "", os.path.expanduser(rest)
@@ -153,21 +159,21 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
 
 
 class DescriptorEncoder:
-    """The offline encoder: `curation.ops.descriptors` behind the protocol. Batch size never changes a bit."""
+    """The offline encoders: `curation.ops.descriptors` behind the protocol. Batch size never changes a bit."""
 
-    name = "descriptors"
-    mirror: np.ndarray | None
-
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.view = _descriptor_view()
-        self.mirror = descriptors.mirror_signs()
-        self.dim = len(self.mirror)
+        is_copy = name == "descriptors"
+        self.mirror: np.ndarray | None = descriptors.mirror_signs() if is_copy else None
+        self.dim = descriptors.COPY_DIM if is_copy else descriptors.LIKENESS_DIM
 
     def fingerprint(self) -> str:
         return _digest({"encoder": self.name, "view": asdict(self.view), "state": descriptors.fingerprint()})
 
     def embed(self, views: np.ndarray) -> np.ndarray:
-        return descriptors.embed(_checked(views, self.view))
+        embed = descriptors.embed_copies if self.name == "descriptors" else descriptors.embed_likeness
+        return embed(_checked(views, self.view))
 
 
 class TorchEncoder:
@@ -365,7 +371,9 @@ def _find_hub_weights(name: str) -> str:
 
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        raise ValueError(f"timm model {name!r} has no weights on the hub; give a file: timm:{name}@/path/weights.safetensors.")
+        raise ValueError(
+            f"timm model {name!r} has no weights on the hub; give a file: timm:{name}@/path/weights.safetensors."
+        )
     for filename in (config.hf_hub_filename, "model.safetensors"):
         found = filename and try_to_load_from_cache(config.hf_hub_id, filename)
         if isinstance(found, str):
@@ -411,7 +419,9 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def _checked(views: np.ndarray, view: View) -> np.ndarray:
     expected = (view.height, view.width, 3)
     if views.dtype != np.uint8 or views.ndim != 4 or views.shape[1:] != expected:
-        raise ValueError(f"views must be uint8 [B, {view.height}, {view.width}, 3], got {views.dtype} {list(views.shape)}.")
+        raise ValueError(
+            f"views must be uint8 [B, {view.height}, {view.width}, 3], got {views.dtype} {list(views.shape)}."
+        )
     return np.ascontiguousarray(views)
 
 

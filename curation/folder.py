@@ -26,7 +26,8 @@ class Folder:
 
     @cached_property
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return url_to_fs(self.url)
+        # Other processes write here too: a cached listing would hide their files.
+        return url_to_fs(self.url, use_listings_cache=False)
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
@@ -51,7 +52,7 @@ class Folder:
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         return self._fs[0].cat_file(self.path(name), start=start, end=stop)
 
-    def write_bytes(self, name: str, content: bytes, rows: int = 0) -> File:
+    def write_bytes(self, name: str, content: bytes | memoryview, rows: int = 0) -> File:
         """Write a file whole: under a temporary name first where the file system is local (object stores are atomic)."""
         fs, path = self._fs[0], self.path(name)
         if self.is_local:
@@ -66,7 +67,7 @@ class Folder:
                     os.unlink(temporary)
                 raise
         else:
-            fs.pipe_file(path, content)
+            fs.pipe_file(path, bytes(content))
         return File(path=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def read_array(self, name: str) -> np.ndarray:

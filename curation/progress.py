@@ -41,7 +41,7 @@ class StageProgress:
         elapsed = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / elapsed
         left = f", {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
-        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.0f}/s{left}"
+        return f"{amount(self.done)} of {amount(self.total)} {self.unit}, {amount(rate)}/s{left}"
 
     def __enter__(self) -> "StageProgress":
         if self._bar is not None:
@@ -55,7 +55,7 @@ class StageProgress:
             self._bar.stop()
         elif kind is None and self.total:
             elapsed = time.monotonic() - self.start
-            print(f"{self.label}: {self.done:,.0f} {self.unit} in {duration(elapsed)}", file=sys.stderr, flush=True)
+            print(f"{self.label}: {amount(self.done)} {self.unit} in {duration(elapsed)}", file=sys.stderr, flush=True)
 
 
 class _Rate(ProgressColumn):
@@ -64,10 +64,15 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = f"{task.speed:,.0f}/s" if task.speed else "-/s"
+        speed = f"{amount(task.speed)}/s" if task.speed else "-/s"
         left = duration(task.time_remaining) + " left" if task.time_remaining is not None else "..."
-        total = f"{task.total:,.0f}" if task.total is not None else "?"
-        return Text(f"{task.completed:,.0f}/{total} {self.unit}  {speed}  {left}")
+        total = amount(task.total) if task.total is not None else "?"
+        return Text(f"{amount(task.completed)}/{total} {self.unit}  {speed}  {left}")
+
+
+def amount(value: float) -> str:
+    """A count for people: whole numbers as they are, others with two digits while they are small."""
+    return f"{value:,.2g}" if 0 < value < 10 and value != int(value) else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

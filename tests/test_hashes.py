@@ -32,7 +32,9 @@ def _hashes_with_near_pairs(num: int, seed: int) -> np.ndarray:
 
 def test_hash_of_an_edited_image_is_near_and_that_of_another_is_far():
     image = _image(1)
-    code, quality, mirrored = (np.frombuffer(x, np.uint8) if isinstance(x, bytes) else x for x in hashes.perceptual_hash(image))
+    code, quality, mirrored = (
+        np.frombuffer(x, np.uint8) if isinstance(x, bytes) else x for x in hashes.perceptual_hash(image)
+    )
     assert quality >= hashes.MIN_QUALITY
     resized = np.frombuffer(hashes.perceptual_hash(image.resize((151, 99)))[0], np.uint8)
     other = np.frombuffer(hashes.perceptual_hash(_image(2))[0], np.uint8)

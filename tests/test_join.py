@@ -5,7 +5,7 @@ import pytest
 
 from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells, open_cells, write_cells
 from curation.ops.join import merge_pairs, nearest, pairs_above, self_pairs
-from curation.ops.sketches import exact_dot, sketch_distance, widened
+from curation.ops.sketches import exact_dot, half_radius, radius_needed, widened
 
 DIM = 48
 
@@ -76,15 +76,27 @@ def test_widen_is_exact_for_every_finite_half():
 
 @pytest.mark.parametrize("dim", [32, 48, 256, 300])
 def test_sketch_distance_follows_the_angle(dim):
-    """Bits differ with probability angle / pi: 200 pairs at 60 degrees differ in a third of 256, within 4 sigma."""
+    """Bits differ with probability angle / pi: 200 pairs at 60 degrees differ in a third of 512, within 4 sigma."""
     rng = np.random.default_rng(1)
     a, b = (unit(rng.standard_normal((200, dim))) for _ in range(2))
     b = unit(b - (a * b).sum(1, keepdims=True) * a)
     c = (0.5 * a + np.sqrt(0.75) * b).astype(np.float32)
     centroids = a[:1].astype(np.float32)
     cells = cells_from_arrays(a, np.arange(200), np.zeros(200, int), centroids)
-    distances = sketch_distance(cells.sketch(a.astype(np.float32)), cells.sketch(c))
-    assert abs(distances.mean() - 256 / 3) < 4 * 7.6 / np.sqrt(200) * (1 if dim >= 256 else 1.5)
+    distances = np.bitwise_count(cells.sketch(a.astype(np.float32)) ^ cells.sketch(c)).sum(axis=1)
+    deviation = np.sqrt(512 * 2 / 9) * max(1, np.sqrt(128 / dim))  # few dimensions: rotations repeat each other
+    assert abs(distances.mean() - 512 / 3) < 4 * deviation / np.sqrt(200)
+
+
+def test_radius_needed_is_the_least_that_passes_both_looks():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2**63, (2, 500, 8), dtype=np.uint64)
+    a[:100], b[100:120, :4] = b[:100], a[100:120, :4]
+    b[120:140, 4:] = a[120:140, 4:]
+    bits = np.bitwise_count(a ^ b)
+    passes = lambda radius: (bits.sum(1) <= radius) & (bits[:, :4].sum(1) <= half_radius(radius))  # noqa: E731
+    expected = np.argmax([passes(radius) for radius in range(513)], axis=0)
+    np.testing.assert_array_equal(radius_needed(a, b), expected)
 
 
 def test_nearest_cells_is_the_definition():
@@ -109,7 +121,7 @@ def test_self_pairs_are_the_definition(pool, cells, nprobe, with_mirror):
     vectors, gids, centroids, mirror = pool
     mirror = mirror if with_mirror else None
     expected = reference_pairs(vectors, gids, centroids, 0.6, nprobe, mirror)
-    for radius in (None, 256):  # every pair lies within 256 bits
+    for radius in (None, 512):  # every pair lies within 512 bits
         assert as_list(self_pairs(cells, 0, 900, 0.6, nprobe, radius, mirror=mirror)) == expected
     assert len(expected) > 100
 
@@ -118,12 +130,12 @@ def test_radius_removes_exactly_what_lies_beyond(pool, cells):
     vectors, gids, *_ = pool
     bits = dict(zip(gids.tolist(), cells.sketch(vectors.astype(np.float32)), strict=True))
     everything = as_list(self_pairs(cells, 0, 900, 0.6, 25, None))
-    expected = [p for p in everything if int(np.bitwise_count(bits[p[0]] ^ bits[p[1]]).sum()) <= 60]
+    expected = [p for p in everything if radius_needed(bits[p[0]][None], bits[p[1]][None])[0] <= 120]
     assert 0 < len(expected) < len(everything)
-    assert as_list(self_pairs(cells, 0, 900, 0.6, 25, 60)) == expected
+    assert as_list(self_pairs(cells, 0, 900, 0.6, 25, 120)) == expected
 
 
-@pytest.mark.parametrize("radius", [None, 80])
+@pytest.mark.parametrize("radius", [None, 160])
 def test_tiles_ranges_and_threads_change_no_bit(pool, cells, radius):
     *_, mirror = pool
     whole = self_pairs(cells, 0, 900, 0.55, 5, radius, mirror=mirror)
@@ -144,12 +156,12 @@ def test_one_cell_with_everything_and_empty_cells(pool):
     vectors, gids, centroids, _ = pool
     one = cells_from_arrays(vectors, gids, np.full(900, 7), centroids)
     expected = reference_pairs(vectors, gids, np.ones((1, DIM), np.float32) / np.sqrt(DIM), 0.7, 1)
-    found = self_pairs(one, 0, 900, 0.7, 25, 256, max_memory_bytes=100_000)
+    found = self_pairs(one, 0, 900, 0.7, 25, 512, max_memory_bytes=100_000)
     assert as_list(found) == expected
-    assert len(self_pairs(one, 0, 0, 0.7, 25, 256).a) == 0
+    assert len(self_pairs(one, 0, 0, 0.7, 25, 512).a) == 0
 
 
-@pytest.mark.parametrize("radius", [None, 256])
+@pytest.mark.parametrize("radius", [None, 512])
 def test_pairs_above_is_brute_force_with_all_cells(pool, cells, radius):
     vectors, gids, _, mirror = pool
     queries = vectors[::17].astype(np.float32)
@@ -200,7 +212,7 @@ def test_files_equal_arrays_whatever_the_blocks(pool, cells, tmp_path):
     rows = np.array([5, 800, 5, 3])
     np.testing.assert_array_equal(on_disk.gids_of_rows(rows), cells.read_gids(0, 900)[rows])
     np.testing.assert_array_equal(on_disk.read_rows(rows), cells.read(0, 900)[rows])
-    assert as_list(self_pairs(on_disk, 0, 900, 0.6, 4, 90)) == as_list(self_pairs(cells, 0, 900, 0.6, 4, 90))
+    assert as_list(self_pairs(on_disk, 0, 900, 0.6, 4, 180)) == as_list(self_pairs(cells, 0, 900, 0.6, 4, 180))
 
 
 def test_mistakes_are_named(pool, cells, tmp_path):
@@ -225,4 +237,4 @@ def test_mistakes_are_named(pool, cells, tmp_path):
     with pytest.raises(ValueError, match="mirror must hold 48 signs"):
         self_pairs(cells, 0, 900, 0.6, 2, mirror=mirror[:5])
     with pytest.raises(ValueError, match="sketch_radius"):
-        pairs_above(vectors[:2].astype(np.float32), cells, 0.6, 2, 300)
+        pairs_above(vectors[:2].astype(np.float32), cells, 0.6, 2, 600)

@@ -17,6 +17,7 @@ from curation.ops.recall import (
     sketch_radius,
     true_pairs,
 )
+from curation.ops.sketches import half_radius
 
 DIM = 32
 
@@ -60,11 +61,14 @@ def test_effective_size_counts_equal_groups_and_discounts_a_hot_one():
 
 
 def test_sketch_radius_is_the_quantile_of_the_law():
+    def loss(radius):
+        differs = np.arccos(0.6) / np.pi
+        return binom.sf(radius, 512, differs) + binom.sf(half_radius(radius), 256, differs)
+
     radius = sketch_radius(np.array([0.6]), 1e-3)
-    differs = np.arccos(0.6) / np.pi
-    assert binom.sf(radius, 256, differs) <= 1e-3 < binom.sf(radius - 1, 256, differs)
+    assert loss(radius) <= 1e-3 < loss(radius - 1)
     assert sketch_radius(np.linspace(0.6, 1, 50), 1e-3) < radius
-    assert sketch_radius(np.empty(0), 1e-3) == 256
+    assert sketch_radius(np.empty(0), 1e-3) == 512
 
 
 def test_true_pairs_tell_what_every_setting_finds():
@@ -73,7 +77,7 @@ def test_true_pairs_tell_what_every_setting_finds():
     cells = planted(3000, 300, mirror=mirror)
     truth = true_pairs(cells, np.arange(3000), 0.75, mirror=mirror)
     assert len(truth.gid) > 500
-    for nprobe, radius in [(1, None), (1, 60), (6, 50), (20, 70), (64, 45), (64, None)]:
+    for nprobe, radius in [(1, None), (1, 120), (6, 100), (20, 140), (64, 90), (64, None)]:
         found = self_pairs(cells, 0, 3000, 0.75, nprobe, radius, mirror=mirror)
         known = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
         hits = [(min(p), max(p)) in known for p in zip(truth.query.tolist(), truth.gid.tolist(), strict=True)]

@@ -55,7 +55,7 @@ class Cells:
         num_rows, dim: N and D.
         offsets: int64 [K + 1]; cell c holds rows offsets[c] to offsets[c + 1].
         centroids: float32 [K, D].
-        directions: float32 [256, D], what the sketches were made with.
+        directions: float32 [512, D], what the sketches were made with.
     """
 
     num_rows: int
@@ -64,7 +64,7 @@ class Cells:
     centroids: np.ndarray
     directions: np.ndarray
     _vectors: RowFile | np.ndarray  # float16 [N, D]
-    _sketches: RowFile | np.ndarray  # uint64 [N, 4]
+    _sketches: RowFile | np.ndarray  # uint64 [N, 8]
     _gids: RowFile | np.ndarray  # int64 [N, 1]
 
     @property
@@ -76,7 +76,7 @@ class Cells:
         return widened(self._vectors[start:stop])
 
     def read_sketches(self, start: int, stop: int) -> np.ndarray:
-        """Sketches of rows start to stop: uint64 [n, 4]."""
+        """Sketches of rows start to stop: uint64 [n, 8]."""
         return self._sketches[start:stop]
 
     def read_gids(self, start: int, stop: int) -> np.ndarray:
@@ -107,7 +107,7 @@ class Cells:
         return np.searchsorted(self.offsets, rows, side="right") - 1
 
     def sketch(self, vectors: np.ndarray) -> np.ndarray:
-        """Sketches of unit vectors [n, D] that compare with those of the cells: uint64 [n, 4]."""
+        """Sketches of unit vectors [n, D] that compare with those of the cells: uint64 [n, 8]."""
         return sketch(vectors, self.directions)
 
 

@@ -1,21 +1,25 @@
-"""The offline encoder: gradient histograms at four scales and a colour grid, under one fixed linear projection.
+"""The offline encoders' arithmetic: two embeddings from one raw descriptor, no weights learned from photographs.
 
-No learned weights: the projection is a linear discriminant analysis on procedural images ("dead leaves") and their random
-edits, so it keeps the directions in which images differ and drops those in which an image differs from its own crop or
-rotation. It is made once by benchmarks/fit_descriptors.py and shipped, hence the same function of an image in every run,
-whatever the pool: cosines compare between pools, and new shards need no refit.
+Raw: gradient histograms at four scales and a colour grid.
 
-Mirroring an image permutes the raw descriptor. The projection's rows are even or odd under that permutation, so the
-embedding of the mirror image is the embedding times a vector of signs: mirrored copies cost one more product, no pass.
+`embed_copies` (copy detection): one fixed linear projection of it. The projection is a linear discriminant analysis on
+procedural images ("dead leaves") and their random edits, so it keeps the directions in which images differ and drops
+those in which an image differs from its own crop or rotation. It is made once by benchmarks/fit_descriptors.py and
+shipped, hence the same function of an image in every run, whatever the pool: cosines compare between pools, and new
+shards need no refit. Mirroring an image permutes the raw descriptor, and the projection's rows are even or odd under that
+permutation: the embedding of the mirror image is the embedding times a vector of signs.
+
+`embed_likeness` (retrieval): the same rows joined with what kind of picture it is: its map of gradient energy, its
+gradient magnitudes and its colours, as histograms.
 
 Sources: histograms of oriented gradients, N. Dalal and B. Triggs, CVPR 2005 (here with signed orientation, cubic B-spline
 cells in place of blocks, and a square root as in RootSIFT, R. Arandjelovic and A. Zisserman, CVPR 2012); discriminant
-analysis for near-duplicate descriptors, K. Mikolajczyk and J. Matas, "Improving descriptors for fast tree matching by
-optimal linear projection", ICCV 2007; dead leaves, A. Lee, D. Mumford and J. Huang, IJCV 2001.
+analysis of descriptors, K. Mikolajczyk and J. Matas, ICCV 2007; dead leaves, A. Lee, D. Mumford and J. Huang, IJCV 2001.
 """
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,31 +38,44 @@ _FLAT_GRADIENT = 2.0
 _MAX_SHARE = 0.3
 _COLOUR_WEIGHT = 0.4  # brings the colour grid to the scale of the gradient entries
 RAW_DIM = NUM_BINS * sum(cells * cells for _, cells in SCALES) + 3 * COLOUR_CELLS * COLOUR_CELLS
+COPY_DIM = 256
+# Gradient energy: the cells of the scale at this index. Gradient magnitudes: 16 bins of log2 at three sizes.
+_ENERGY_SCALE = 2
+_MAGNITUDE_SIDES, _MAGNITUDE_BINS = (128, 64, 32), 16
+# Bins of luma and of the two colour differences, which are taken within 64 of grey.
+_COLOUR_BINS = (4, 6, 6)
+LIKENESS_DIM = (
+    COPY_DIM + SCALES[_ENERGY_SCALE][1] ** 2 + len(_MAGNITUDE_SIDES) * _MAGNITUDE_BINS + math.prod(_COLOUR_BINS)
+)
 _ROWS_PER_BLOCK = 256
 
 
-def embed(views: np.ndarray) -> np.ndarray:
-    """Unit-norm rows [B, 256] float32 of views uint8 [B, 128, 128, 3].
+def embed_copies(views: np.ndarray) -> np.ndarray:
+    """Unit-norm rows [B, 256] float32 of views uint8 [B, 128, 128, 3], for copy detection.
 
     Each row depends on its own view only, to the last bit: no batched matrix product, whose order of summation changes
     with the batch.
     """
-    state = _state()
-    rows = np.empty((len(views), len(state["mirror"])), np.float32)
-    for start in range(0, len(views), _ROWS_PER_BLOCK):  # raw descriptors are ten times the size of the rows
-        block = raw_descriptors(views[start : start + _ROWS_PER_BLOCK])
-        _project(block, state["mean"], state["projection"], rows[start : start + _ROWS_PER_BLOCK])
-    return rows
+    return _by_block(views, lambda _, raw: _projected(raw), COPY_DIM)
+
+
+def embed_likeness(views: np.ndarray) -> np.ndarray:
+    """Unit-norm rows [B, 512] float32 of views uint8 [B, 128, 128, 3], for retrieval of similar pictures.
+
+    A cosine is 0.4 of the cosine of `embed_copies` plus 0.2 each of those of gradient energy, gradient magnitudes and
+    colours. Equal row by row for any batch, as there.
+    """
+    return _by_block(views, _likeness, LIKENESS_DIM)
 
 
 def mirror_signs() -> np.ndarray:
-    """Signs float32 [256]: embed(mirrored view) == embed(view) * signs, up to the rounding of sums (1e-5)."""
+    """Signs float32 [256]: embed_copies(mirrored) == embed_copies(view) * signs, up to the rounding of sums (1e-6)."""
     return _state()["mirror"].copy()
 
 
 def fingerprint() -> str:
-    """sha256 of the projection and of what decides the raw descriptor."""
-    settings = repr((VIEW_PX, NUM_BINS, SCALES, COLOUR_CELLS, _FLAT_GRADIENT, _MAX_SHARE, _COLOUR_WEIGHT))
+    """sha256 of the projection and of what decides the raw descriptor; the 1 stands for the code of this file."""
+    settings = repr((1, VIEW_PX, NUM_BINS, SCALES, COLOUR_CELLS, _FLAT_GRADIENT, _MAX_SHARE, _COLOUR_WEIGHT))
     return hashlib.sha256(settings.encode() + STATE_PATH.read_bytes()).hexdigest()
 
 
@@ -90,10 +107,56 @@ def mirror_permutation() -> np.ndarray:
     return np.concatenate(parts)
 
 
+def _by_block(views: np.ndarray, rows_of: Callable[[np.ndarray, np.ndarray], np.ndarray], dim: int) -> np.ndarray:
+    """rows_of(views, raw descriptors) by blocks, since raw descriptors are ten times the size of the rows."""
+    out = np.empty((len(views), dim), np.float32)
+    for start in range(0, len(views), _ROWS_PER_BLOCK):
+        block = np.ascontiguousarray(views[start : start + _ROWS_PER_BLOCK])
+        out[start : start + len(block)] = rows_of(block, raw_descriptors(block))
+    return out
+
+
+def _projected(raw: np.ndarray) -> np.ndarray:
+    state = _state()
+    rows = np.empty((len(raw), COPY_DIM), np.float32)
+    _project(raw, state["mean"], state["projection"], rows)
+    return rows
+
+
+def _likeness(views: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    first = NUM_BINS * sum(cells * cells for _, cells in SCALES[:_ENERGY_SCALE])
+    cells = SCALES[_ENERGY_SCALE][1]
+    energy = raw[:, first : first + cells * cells * NUM_BINS].reshape(len(raw), cells * cells, NUM_BINS).sum(axis=2)
+    magnitudes = np.empty((len(views), len(_MAGNITUDE_SIDES), _MAGNITUDE_BINS), np.float32)
+    colours = np.empty((len(views), math.prod(_COLOUR_BINS)), np.float32)
+    for view, magnitude_row, colour_row in zip(views, magnitudes, colours, strict=True):
+        level = _luma(view)
+        for k, side in enumerate(_MAGNITUDE_SIDES):
+            level = level if side == len(level) else _halve(level)
+            _magnitude_histogram(level, magnitude_row[k])
+        _colour_histogram(view, colour_row)
+    # Square roots of shares: a dot product of two histograms is then their Bhattacharyya coefficient.
+    histograms = np.sqrt(magnitudes.reshape(len(views), -1)), np.sqrt(colours)
+    parts = [_projected(raw), *(_unit(part) for part in (energy, *histograms))]
+    weights = np.sqrt(np.array([0.4, 0.2, 0.2, 0.2], np.float32))
+    return _unit(np.concatenate([part * weight for part, weight in zip(parts, weights, strict=True)], axis=1))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
+
+
 @functools.cache
 def _state() -> dict[str, np.ndarray]:
     with np.load(STATE_PATH) as file:
-        return {name: np.ascontiguousarray(file[name], dtype=np.float32) for name in file.files}
+        mean, half, mirror = (file[name].astype(np.float32) for name in ("mean", "half_projection", "mirror"))
+    # Stored for one entry of each pair that mirroring exchanges; the other is equal up to the row's sign.
+    permutation = mirror_permutation()
+    left = np.flatnonzero(np.arange(RAW_DIM) < permutation)
+    projection = np.empty((len(half), RAW_DIM), np.float32)
+    projection[:, left] = half
+    projection[:, permutation[left]] = half * mirror[:, None]
+    return {"mean": mean, "projection": projection, "mirror": mirror}
 
 
 @functools.cache
@@ -257,3 +320,36 @@ def _project(raw, mean, projection, out):
             out[row, k] = total
             norm += total * total
         out[row] /= np.sqrt(norm) + np.float32(1e-12)
+
+
+@_compile
+def _magnitude_histogram(level, out):
+    """Shares of pixels by log2(1 + gradient magnitude), in steps of 0.54 over 0..8.6."""
+    side = level.shape[0]
+    out[:] = 0
+    for y in range(side):
+        for x in range(side):
+            gx = level[y, min(x + 1, side - 1)] - level[y, max(x - 1, 0)]
+            gy = level[min(y + 1, side - 1), x] - level[max(y - 1, 0), x]
+            step = int(np.log2(1 + np.sqrt(gx * gx + gy * gy)) * np.float32(_MAGNITUDE_BINS / 8.6))
+            out[min(step, _MAGNITUDE_BINS - 1)] += 1
+    out /= side * side
+
+
+@_compile
+def _colour_histogram(view, out):
+    """Shares of pixels by luma and the two colour differences."""
+    bins_y, bins_b, bins_r = _COLOUR_BINS
+    side = view.shape[0]
+    out[:] = 0
+    for y in range(side):
+        for x in range(side):
+            r, g, b = np.float32(view[y, x, 0]), np.float32(view[y, x, 1]), np.float32(view[y, x, 2])
+            luma = np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
+            cb = (np.float32(0.564) * (b - luma) + 64) * np.float32(bins_b / 128)
+            cr = (np.float32(0.713) * (r - luma) + 64) * np.float32(bins_r / 128)
+            at_y = min(int(luma * np.float32(bins_y / 256)), bins_y - 1)
+            at_b = min(max(int(cb), 0), bins_b - 1)
+            at_r = min(max(int(cr), 0), bins_r - 1)
+            out[(at_y * bins_b + at_b) * bins_r + at_r] += 1
+    out /= side * side

@@ -1,7 +1,7 @@
 """The one join: which pool vectors are near these query vectors?
 
 Vectors lie grouped by k-means cell. Each query probes its nprobe nearest cells; for each cell, all the queries that
-probe it meet its members in one tile; 256-bit sign sketches may shorten the candidate list; an exact similarity decides
+probe it meet its members in one tile; 512-bit sign sketches may shorten the candidate list; an exact similarity decides
 every pair. Self-deduplication, decontamination and retrieval are three reducers of that.
 
 Vectors are unit-norm and stored as float16 (queries are rounded to float16 too, so that everything is measured with one
@@ -23,12 +23,14 @@ from curation.ops.cells import Cells, nearest_cells
 from curation.ops.nearest import available_threads
 from curation.ops.sketches import (
     ROUGH_MARGIN,
+    HALF_WORDS,
     SKETCH_BITS,
     SKETCH_WORDS,
     bit_count,
     check_mirror,
     check_unit_rows,
     exact_dot,
+    half_radius,
     lowest_bit,
     mirrored,
     products,
@@ -37,7 +39,7 @@ from curation.ops.sketches import (
 
 DEFAULT_MEMORY_BYTES = 2**29
 _BLOCK = 32  # members whose sketches stay in registers while the queries pass by: 16 AVX-512 registers
-_CHUNK = 1024  # queries whose sketches stay in the first-level cache while the members pass by
+_CHUNK = 256  # queries whose sketches stay in the first-level cache while the members pass by
 
 
 class Pairs(NamedTuple):
@@ -68,7 +70,7 @@ class _Queries(NamedTuple):
     """What the kernels need of a block of queries."""
 
     vectors: np.ndarray  # float32 [Q, D], float16 values
-    sketches: np.ndarray  # uint64 [Q, 4]
+    sketches: np.ndarray  # uint64 [Q, 8]
     rows: np.ndarray  # int64 [Q], the query's own row in the cells, which is not a match of itself; -1 if none
     order: np.ndarray  # int32, query indices grouped by the cell that they probe
     starts: np.ndarray  # int64 [K], the part of order for each cell
@@ -234,7 +236,7 @@ def _block_pairs(
         words = _sketch_columns(cells.read_sketches(tile.start, tile.stop))
         found = _sketch_tile(
             words, vectors, bounds, *block[:4], block.starts[own], block.stops[own], tile.start, radius,
-            np.float32(threshold), max(len(vectors), 1024),
+            half_radius(radius), np.float32(threshold), max(len(vectors), 1024),
         )  # fmt: skip
         return found[0].astype(np.int64), found[1] + tile.start, found[2]
 
@@ -289,7 +291,7 @@ def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
 
 
 def _sketch_columns(sketches: np.ndarray) -> np.ndarray:
-    """Sketches [n, 4] as words [4, n + padding]: the kernel always reads whole blocks of members."""
+    """Sketches [n, 8] as words [8, n + padding]: the kernel always reads whole blocks of members."""
     columns = np.zeros((SKETCH_WORDS, len(sketches) + _BLOCK), np.uint64)
     columns[:, : len(sketches)] = sketches.T
     return columns
@@ -297,57 +299,35 @@ def _sketch_columns(sketches: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _sketch_tile(
-    words, vectors, bounds, query_vectors, query_sketches, query_rows, order, starts, stops, first_row, radius, threshold,
-    capacity,
+    words, vectors, bounds, query_vectors, query_sketches, query_rows, order, starts, stops, first_row, radius, half,
+    threshold, capacity,
 ):  # fmt: skip
-    """Pairs of a tile: sketches within radius, then the exact similarity. Returns (query, member, similarity).
-
-    Members' sketches wait in registers, queries pass by; the distance minus the radius is negative for a candidate, so
-    the bitwise or of a block's differences tells by its sign whether the block has any.
-    """
+    """Pairs of a tile: sketches within radius, then the exact similarity. Returns (query, member, similarity)."""
     out_query = np.empty(capacity, np.int32)
     out_member = np.empty(capacity, np.int64)
     out_similarity = np.empty(capacity, np.float32)
     count = 0
     rough_threshold = threshold - ROUGH_MARGIN
-    limit = np.int64(radius) + 1
+    limit, half_limit = np.int64(radius) + 1, np.int64(half) + 1
     buffer = np.empty((_CHUNK, SKETCH_WORDS), np.uint64)
+    asking = np.empty(_CHUNK + 1, np.int64)
+    masks = np.empty(_CHUNK + 1, np.uint64)
     for cell in range(starts.size):
         for chunk in range(starts[cell], stops[cell], _CHUNK):
             num_queries = min(_CHUNK, stops[cell] - chunk)
             for j in range(num_queries):
-                for word in range(SKETCH_WORDS):
-                    buffer[j, word] = query_sketches[order[chunk + j], word]
+                buffer[j] = query_sketches[order[chunk + j]]
             for base in range(bounds[cell], bounds[cell + 1], _BLOCK):
                 num_members = min(_BLOCK, bounds[cell + 1] - base)
                 w0, w1 = words[0, base : base + _BLOCK], words[1, base : base + _BLOCK]
                 w2, w3 = words[2, base : base + _BLOCK], words[3, base : base + _BLOCK]
-                for j in range(num_queries):
-                    q0, q1, q2, q3 = buffer[j, 0], buffer[j, 1], buffer[j, 2], buffer[j, 3]
-                    signs = np.int64(0)
-                    for i in range(_BLOCK):
-                        signs |= (
-                            np.int64(
-                                bit_count(w0[i] ^ q0)
-                                + bit_count(w1[i] ^ q1)
-                                + bit_count(w2[i] ^ q2)
-                                + bit_count(w3[i] ^ q3)
-                            )
-                            - limit
-                        )
-                    if signs >= 0:
-                        continue
-                    near = np.uint64(0)
-                    for i in range(_BLOCK):
-                        distance = (
-                            bit_count(w0[i] ^ q0)
-                            + bit_count(w1[i] ^ q1)
-                            + bit_count(w2[i] ^ q2)
-                            + bit_count(w3[i] ^ q3)
-                        )
-                        near |= np.uint64(np.int64(distance) < limit) << np.uint64(i)
-                    near &= (np.uint64(1) << np.uint64(num_members)) - np.uint64(1)
-                    query = order[chunk + j]
+                w4, w5 = words[4, base : base + _BLOCK], words[5, base : base + _BLOCK]
+                w6, w7 = words[6, base : base + _BLOCK], words[7, base : base + _BLOCK]
+                num_near = _near(buffer[:num_queries], w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks)
+                real = (np.uint64(1) << np.uint64(num_members)) - np.uint64(1)
+                for hit in range(num_near):
+                    query = order[chunk + asking[hit]]
+                    near = masks[hit] & real
                     while near:
                         member = base + np.int64(lowest_bit(near))
                         near &= near - np.uint64(1)
@@ -365,6 +345,41 @@ def _sketch_tile(
                         out_similarity[count] = similarity
                         count += 1
     return out_query[:count].copy(), out_member[:count].copy(), out_similarity[:count].copy()
+
+
+@njit(cache=True, nogil=True)
+def _near(sketches, w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks):
+    """Which of the queries' sketches [q, 8] are near which of 32 members, whose eight words are w0 to w7.
+
+    Fills asking with query indices and masks with the members near each; returns how many. Two loops without branches:
+    in the first, the first halves of the members' sketches stay in registers while the queries pass by. The distance
+    minus the limit is negative for a pair worth a second look, so the sign of the bitwise or of a block's differences
+    tells whether it has any.
+    """
+    num_asking = 0
+    for j in range(sketches.shape[0]):
+        q0, q1, q2, q3 = sketches[j, 0], sketches[j, 1], sketches[j, 2], sketches[j, 3]
+        signs = np.int64(0)
+        for i in range(_BLOCK):
+            first = bit_count(w0[i] ^ q0) + bit_count(w1[i] ^ q1) + bit_count(w2[i] ^ q2) + bit_count(w3[i] ^ q3)
+            signs |= np.int64(first) - half_limit
+        asking[num_asking] = j
+        num_asking += signs < 0
+    num_near = 0
+    for hit in range(num_asking):
+        j = asking[hit]
+        q0, q1, q2, q3 = sketches[j, 0], sketches[j, 1], sketches[j, 2], sketches[j, 3]
+        q4, q5, q6, q7 = sketches[j, 4], sketches[j, 5], sketches[j, 6], sketches[j, 7]
+        near = np.uint64(0)
+        for i in range(_BLOCK):
+            first = bit_count(w0[i] ^ q0) + bit_count(w1[i] ^ q1) + bit_count(w2[i] ^ q2) + bit_count(w3[i] ^ q3)
+            second = bit_count(w4[i] ^ q4) + bit_count(w5[i] ^ q5) + bit_count(w6[i] ^ q6) + bit_count(w7[i] ^ q7)
+            both = (np.int64(first) - half_limit) & (np.int64(first + second) - limit)
+            near |= (np.uint64(both) >> np.uint64(63)) << np.uint64(i)
+        asking[num_near] = j
+        masks[num_near] = near
+        num_near += near != 0
+    return num_near
 
 
 def _exact_tile(
@@ -506,12 +521,12 @@ def _in_threads(work: Callable, items: Iterator | range, num_threads: int) -> li
 def _queries_at_once(dim: int, nprobe: int, num_cells: int, max_memory_bytes: int) -> int:
     """Queries in half of the memory: a vector twice (as it is and mirrored), a sketch, and its probes twice."""
     probes = 8 * nprobe if nprobe < num_cells else 8
-    return max(max_memory_bytes // 2 // (8 * dim + 48 + probes), 1)
+    return max(max_memory_bytes // 2 // (8 * dim + 16 * SKETCH_WORDS + probes), 1)
 
 
 def _tile_rows(dim: int, max_memory_bytes: int, num_threads: int) -> int:
     """Rows of a tile, so that every thread's takes an eighth of the memory at most, and 8 MiB is enough for any."""
-    return max(min(max_memory_bytes // 8 // num_threads, 2**23) // (6 * dim + 80), 1)
+    return max(min(max_memory_bytes // 8 // num_threads, 2**23) // (6 * dim + 16 * SKETCH_WORDS), 1)
 
 
 def _check(cells: Cells, nprobe: int, sketch_radius: int | None) -> None:

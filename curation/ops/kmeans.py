@@ -159,11 +159,11 @@ def partial_sums(
     num_shares = 4 * available_threads(num_threads)
     cuts = np.unique(np.searchsorted(bounds, np.linspace(0, len(x), num_shares + 1)).clip(0, num_clusters))
     shares = list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
-    for_each(
-        lambda share: _sum_cells(x, score, order, bounds, *share, quantum, sums, scores),
-        shares,
-        num_threads,
-    )
+
+    def add_up(share: tuple[int, int]) -> None:
+        _sum_cells(x, score, order, bounds, *share, quantum, score_quantum, sums, scores)
+
+    for_each(add_up, shares, num_threads)
     return PartialSums(sums, counts, scores)
 
 

@@ -16,7 +16,7 @@ from scipy.stats import binom
 from curation.ops.cells import Cells, cell_ranks
 from curation.ops.join import Pairs, pairs_above
 from curation.ops.randomness import hash_uint64
-from curation.ops.sketches import SKETCH_BITS, mirrored, sketch_distance
+from curation.ops.sketches import HALF_BITS, SKETCH_BITS, half_radius, mirrored, radius_needed
 
 _CONFIDENCE = 0.95
 _PAIRS_PER_QUERY = 4
@@ -33,7 +33,7 @@ class TruePairs(NamedTuple):
         query, gid: the two ends, int64 [P]; at most 4 pairs of each query, chosen by hash.
         similarity: float32 [P].
         rank: int32 [P, 2], how many cells come before the other end's, seen from the query and from the other end.
-        distance: int64 [P, 2], differing sketch bits, likewise (they differ for a mirrored pair).
+        distance: int64 [P, 2], the sketch radius that it takes, likewise (they differ for a mirrored pair).
     """
 
     query: np.ndarray
@@ -186,14 +186,17 @@ def measured_recall(found: Pairs, truth: TruePairs) -> tuple[float, float]:
 def sketch_radius(similarities: np.ndarray, max_loss: float) -> int:
     """The smallest radius, in bits, that is expected to lose at most the share max_loss of pairs so similar.
 
-    Each of the 256 bits differs with probability angle / pi over the choice of the rotation, whatever the vectors are;
-    bits of one rotation are, if anything, less spread than independent ones. 256 when there are no pairs.
+    Each of the 512 bits differs with probability angle / pi over the choice of the rotations, whatever the vectors are;
+    bits of one rotation are, if anything, less spread than independent ones. A pair is lost where its whole sketches
+    or their first halves differ too much. 512 when there are no pairs.
 
     Source: Charikar 2002 and Ji et al. 2012, as in curation.ops.sketches.
     """
     bit_differs = np.arccos(np.clip(similarities.astype(np.float64), -1, 1)) / np.pi
     for radius in range(SKETCH_BITS):
-        if len(bit_differs) and binom.sf(radius, SKETCH_BITS, bit_differs).mean() <= max_loss:
+        whole = binom.sf(radius, SKETCH_BITS, bit_differs)
+        loss = whole + binom.sf(half_radius(radius), HALF_BITS, bit_differs)
+        if len(loss) and loss.mean() <= max_loss:
             return radius
     return SKETCH_BITS
 
@@ -283,7 +286,7 @@ def _ranks_and_distances(
         if mirror is not None:
             asking = np.where(flipped[:, None], mirrored(asking, mirror), asking)
         ranks.append(cell_ranks(asking, cells.centroids, cells.cell_of_rows(rows)))
-        distances.append(sketch_distance(cells.sketch(asking), cells.sketch(asked)))
+        distances.append(radius_needed(cells.sketch(asking), cells.sketch(asked)))
     return np.stack(ranks, axis=1), np.stack(distances, axis=1)
 
 

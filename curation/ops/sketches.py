@@ -20,8 +20,10 @@ from scipy.special import ndtri
 
 from curation.ops.randomness import hash_uniform
 
-SKETCH_WORDS = 4
+SKETCH_WORDS = 8
 SKETCH_BITS = 64 * SKETCH_WORDS
+HALF_WORDS = SKETCH_WORDS // 2
+HALF_BITS = SKETCH_BITS // 2
 _ROW_SCALE = np.float32(2.0**11)
 _DIRECTION_SCALE = np.float32(2.0**12)
 _NORM_TOLERANCE = 5e-3  # a float16 unit vector of up to 4,096 dimensions is within 1e-3
@@ -60,7 +62,7 @@ def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def sketch_directions(dim: int, seed: int) -> np.ndarray:
-    """The directions [256, D] whose signs make a sketch: rows of random rotations, rounded for exact products.
+    """The directions [512, D] whose signs make a sketch: rows of random rotations, rounded for exact products.
 
     One bit of two vectors at angle t differs with probability t / pi; directions that are orthogonal in groups of
     D keep that mean and lower the variance.
@@ -75,14 +77,26 @@ def sketch_directions(dim: int, seed: int) -> np.ndarray:
 
 
 def sketch(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Sign sketches of unit rows x [N, D]: uint64 [N, 4], bit j of a row set where its product with direction j >= 0."""
+    """Sign sketches of unit rows x [N, D]: uint64 [N, 8], bit j of a row set where its product with direction j >= 0."""
     signs = products(round_rows(x), directions) >= 0
     return np.packbits(signs, axis=1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
 
 
-def sketch_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Number of differing bits between rows of a and b, uint64 [N, 4] each: int64 [N]."""
-    return np.bitwise_count(a ^ b).sum(axis=1, dtype=np.int64)
+def half_radius(radius: int | np.ndarray) -> int | np.ndarray:
+    """The radius, in bits of the first half, of a first look at pairs whose whole sketches are within radius.
+
+    Half of the differing bits are expected there, with a standard deviation of sqrt(radius) / 2: two of those on top.
+    """
+    return radius // 2 + np.ceil(np.sqrt(radius)).astype(np.int64)
+
+
+def radius_needed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The smallest radius at which the join looks at each pair of sketches, rows of a and b uint64 [N, 8]: int64 [N]."""
+    differing = np.bitwise_count(a ^ b)
+    first = differing[:, :HALF_WORDS].sum(axis=1, dtype=np.int64)
+    return np.maximum(
+        differing.sum(axis=1, dtype=np.int64), np.searchsorted(half_radius(np.arange(SKETCH_BITS + 1)), first)
+    )
 
 
 def mirrored(x: np.ndarray, mirror: np.ndarray) -> np.ndarray:
@@ -97,20 +111,20 @@ def check_mirror(mirror: np.ndarray, dim: int) -> None:
 
 
 @intrinsic
-def bit_count(typingctx, x):  # noqa: ARG001  (numba's signature)
+def bit_count(typingctx, x):
     """Number of set bits of a uint64; numba has no such call of its own, and LLVM vectorises this one."""
 
-    def codegen(context, builder, signature, args):  # noqa: ARG001
+    def codegen(context, builder, signature, args):
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen
 
 
 @intrinsic
-def lowest_bit(typingctx, x):  # noqa: ARG001
+def lowest_bit(typingctx, x):
     """Position of the lowest set bit of a non-zero uint64."""
 
-    def codegen(context, builder, signature, args):  # noqa: ARG001
+    def codegen(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.uint64(types.uint64), codegen

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from curation.report.wording import visible, words
+
 _MAP_WIDTH, _MAP_HEIGHT, _MAP_MARGIN, _MAP_PICTURE = 1000, 640, 34, 58
 _PLOT = (46, 12, 430, 236)  # left, top, right, bottom of the axes in a view box of 440 x 270
 
 
 def clean(value: object) -> str:
-    """Text from anywhere -> safe HTML text: escaped, and without the characters that reorder or hide what follows."""
-    hidden = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F}
-    shown = "".join("\ufffd" if ord(c) in hidden or 0xD800 <= ord(c) < 0xE000 else c for c in str(value))
-    return html.escape(shown, quote=True)
+    """Text from anywhere -> text that is safe in HTML, in attributes too."""
+    return html.escape(visible(value), quote=True)
 
 
 def percent(part: float, whole: float) -> str:
@@ -57,30 +57,27 @@ def stacked_bar(shares: Mapping[str, int]) -> str:
     return f'<div class="stack">{parts}</div><ul class="legend">{legend}</ul>'
 
 
-def words(name: str) -> str:
-    """A column's value as words: `not_retrieved` -> `not retrieved`."""
-    return name.replace("_", " ")
-
-
 def rank_sizes(before: Sequence[int], after: Sequence[int]) -> str:
     """Cluster sizes, largest first, on logarithmic axes: before selection and after. Empty clusters have no point."""
     series = [("before", [s for s in before if s > 0]), ("after", [s for s in after if s > 0])]
-    decades_x = max(1, math.ceil(math.log10(max(2, *(len(sizes) for _, sizes in series)))))
-    decades_y = max(1, math.ceil(math.log10(max(2, *(max(sizes, default=1) for _, sizes in series)))))
+    span_x = math.log10(max(2, *(len(sizes) for _, sizes in series))) * 1.02
+    span_y = math.log10(max(2, *(max(sizes, default=1) for _, sizes in series))) * 1.06
     left, top, right, bottom = _PLOT
 
     def x(rank: float) -> float:
-        return left + (right - left) * math.log10(rank) / decades_x
+        return left + (right - left) * math.log10(rank) / span_x
 
     def y(size: float) -> float:
-        return bottom - (bottom - top) * math.log10(size) / decades_y
+        return bottom - (bottom - top) * math.log10(size) / span_y
 
     ticks = [
-        f'<path class="grid" d="M{x(10**d):.1f} {top}V{bottom}"/><text x="{x(10**d):.1f}" y="{bottom + 14}" class="mid">{10**d:,}</text>'
-        for d in range(decades_x + 1)
+        f'<path class="grid" d="M{x(rank):.1f} {top}V{bottom}"/>'
+        f'<text x="{x(rank):.1f}" y="{bottom + 14}" class="mid">{rank:,}</text>'
+        for rank in _ticks(span_x)
     ] + [
-        f'<path class="grid" d="M{left} {y(10**d):.1f}H{right}"/><text x="{left - 5}" y="{y(10**d) + 4:.1f}" class="end">{10**d:,}</text>'
-        for d in range(decades_y + 1)
+        f'<path class="grid" d="M{left} {y(size):.1f}H{right}"/>'
+        f'<text x="{left - 5}" y="{y(size) + 4:.1f}" class="end">{size:,}</text>'
+        for size in _ticks(span_y)
     ]
     lines = []
     for name, sizes in series:
@@ -96,6 +93,12 @@ def rank_sizes(before: Sequence[int], after: Sequence[int]) -> str:
         f'<text x="{(left + right) / 2}" y="{bottom + 30}" class="mid">rank of the cluster</text>'
         f'<text x="-{(top + bottom) / 2}" y="12" transform="rotate(-90)" class="mid">images in it</text></svg>'
     )
+
+
+def _ticks(span: float) -> list[int]:
+    """Round numbers on a logarithmic axis of `span` decades: powers of ten, and 2 and 5 times them on a short one."""
+    factors = (1,) if span > 2.5 else (1, 2, 5)
+    return [f * 10**d for d in range(math.floor(span) + 1) for f in factors if math.log10(f * 10**d) <= span]
 
 
 def scatter_map(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _NUM_KEPT = 18
-_LARGEST_GROUPS, _OTHER_GROUPS, _GROUP_MEMBERS = 6, 6, 8
+_LARGEST_GROUPS, _OTHER_GROUPS, _GROUP_MEMBERS = 6, 10, 8
 _PAIRS_EACH_SIDE = 6
 _LEAKS, _LEAKS_PER_STEP = 12, 4
 _QUERIES, _ANSWERS = 12, 6
@@ -307,9 +307,17 @@ def choose_map(run: Run, status: np.ndarray) -> Map | None:
         rows.append(unit_rows(seeds.take_embeddings(run.retrieval_encoder, chosen)))
         kinds.append(np.full(len(chosen), "seed", object))
     points = neighbour_map(np.concatenate(rows), _SEED)
-    low, high = np.percentile(points, [0.5, 99.5], axis=0)  # a few strays must not shrink the rest
-    points = (np.clip(points, low, high) - low) / np.maximum(high - low, 1e-12)
+    points = _unit_square(points)
     return Map(points, np.concatenate(kinds), _map_pictures(points[: len(gids)], gids))
+
+
+def _unit_square(points: np.ndarray) -> np.ndarray:
+    """Points scaled into the unit square; a few strays move closer, so that they do not shrink the rest."""
+    low, high = np.percentile(points, [1, 99], axis=0)
+    wide = (points - (low + high) / 2) / np.maximum((high - low) / 2, 1e-12)
+    beyond = np.maximum(np.abs(wide) - 1, 0)
+    wide = np.clip(wide, -1, 1) + np.sign(wide) * 0.15 * np.tanh(beyond)
+    return wide / 2.3 + 0.5
 
 
 def _map_pictures(points: np.ndarray, gids: np.ndarray) -> list[tuple[int, Ref]]:

@@ -7,6 +7,7 @@ from curation.ops.randomness import hash_uint64
 _NEIGHBORS = 12
 _EPOCHS = 200
 _NEGATIVES = 12  # repelling points drawn for each point in each epoch
+_REPULSION = 25  # of all points together, in units of the attraction's weights; UMAP's 5 leaves concepts less apart
 _A, _B = 1.577, 0.895  # UMAP's low-dimensional similarity 1 / (1 + a d^2b) for min_dist 0.1
 
 
@@ -26,7 +27,7 @@ def neighbour_map(rows: np.ndarray, seed: int = 0) -> np.ndarray:
     points *= 10 / max(np.abs(points).max(), 1e-12)
     ids = np.arange(len(rows) * _NEGATIVES)
     who = ids // _NEGATIVES
-    repulsion = weights.sum() * 5 / len(ids)  # UMAP draws five negatives for each positive
+    repulsion = _REPULSION * weights.sum() / len(ids)
     for epoch in range(_EPOCHS):
         step = 0.2 * (1 - epoch / _EPOCHS)
         push = _attraction(points, heads, tails, weights)

@@ -20,7 +20,7 @@ from curation.report.pictures import read_pictures
 if TYPE_CHECKING:
     from curation.pipeline import Run
 
-_TILE_PX, _MAP_PX = 128, 72
+_TILE_PX, _MAP_PX = 128, 96
 # The page shows what strangers put on the web: even if something slipped through, no script would run.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

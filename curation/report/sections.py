@@ -9,19 +9,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from curation.progress import duration
-from curation.report.charts import bars, clean, jpeg_url, percent, rank_sizes, scatter_map, stacked_bar, words
+from curation.report.charts import bars, clean, jpeg_url, percent, rank_sizes, scatter_map, stacked_bar
 from curation.report.choices import Group, Leak, Map, Pair, Rejection, Row
 from curation.report.pictures import Picture, Ref
+from curation.report.wording import plural, reason_meaning, step_words, words
 
 Pictures = Mapping[Ref, Picture]
 
-_STEP_WORDS = {
-    "exact": "same bytes",
-    "perceptual": "perceptual hash",
-    "embedding": "embedding",
-    "chain": "through others",
-    "component": "through its group",
-}
 _MAP_ORDER = ("not_retrieved", "duplicate", "leak", "kept", "seed")
 
 
@@ -35,7 +29,7 @@ def funnel(figures: Mapping[str, Any]) -> str:
     ]
     lines = [
         f"<tr><td><i class='{status}'></i>{clean(words(status))}</td>"
-        f"<td>{clean(_STEP_WORDS.get(reason, words(reason)) if reason != 'None' else 'no seed image drew it')}</td>"
+        f"<td>{clean(step_words(reason) if reason != 'None' else 'nothing drew it')}</td>"
         f"<td class='num'>{count:,}</td><td class='num'>{percent(count, whole)}</td></tr>"
         for status, reasons in figures["funnel"]["reasons"].items()
         for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
@@ -54,11 +48,12 @@ def duplicate_groups(groups: list[Group], figures: Mapping[str, Any], pictures: 
         return "<p class='empty'>No two images of this pool were found to be near-duplicates.</p>"
     gone = counts["images in"] - counts["images out"]
     text = (
-        f"<p>{gone:,} images are copies of another that stays: {counts['exact copies']:,} have the very same bytes, the "
-        "others were linked by perceptual hash or by embedding. Of each group one image, its representative, goes on.</p>"
+        f"<p>{plural(gone, 'image is a copy', 'images are copies')} of another: {counts['exact copies']:,} with the very "
+        "same bytes, the others linked by perceptual hash or by embedding. Of each group one image, its representative "
+        "(framed in green), goes on to the next stage.</p>"
     )
     parts = []
-    for title, is_largest in (("The largest groups", True), ("Other groups, at random", False)):
+    for title, is_largest in (("The largest groups", True), ("Others, at random", False)):
         chosen = [group for group in groups if group.is_largest == is_largest]
         if chosen:
             parts.append(f"<h3>{title}</h3><div class='groups'>{''.join(_group(g, pictures) for g in chosen)}</div>")
@@ -66,20 +61,22 @@ def duplicate_groups(groups: list[Group], figures: Mapping[str, Any], pictures: 
 
 
 def _group(group: Group, pictures: Pictures) -> str:
-    how = ", ".join(f"{count:,} by {_STEP_WORDS[name]}" for name, count in group.steps.items() if name)
-    least = f"least cosine {group.least_similarity:.2f}" if math.isfinite(group.least_similarity) else "no direct match"
+    # Of a pair, the tile's caption says all that there is to say.
+    about = []
+    if group.size > 2:
+        least = f"least cosine {group.least_similarity:.2f}" if math.isfinite(group.least_similarity) else "no direct match"
+        how = [f"{count:,} {step_words(name)}" for name, count in group.steps.items() if name]
+        about = [f"<b>{group.size:,} images</b>", f"<span>{least}</span>", f"<span>{', '.join(how)}</span>"]
+    about.append(f"<span><i class='{clean(group.status)}'></i>representative: {clean(words(group.status))}</span>")
     tiles = [_tile(pictures, group.representative, "representative", "star")]
     for m in group.members:
-        value = "through others" if math.isnan(m.similarity) else f"{m.similarity:.3f}"
-        tiles.append(_tile(pictures, m.ref, f"{value} · same bytes" if m.step == "exact" else value))
+        value = f"{m.similarity:.3f}" if m.step == "embedding" else step_words(m.step)
+        value = f"hash, {m.similarity:.3f}" if m.step == "perceptual" and not math.isnan(m.similarity) else value
+        tiles.append(_tile(pictures, m.ref, value))
     more = group.size - 1 - len(group.members)
     if more > 0:
         tiles.append(f"<span class='more'>+ {more:,}<br>more</span>")
-    fate = f"<i class='{clean(group.status)}'></i>representative: {clean(words(group.status))}"
-    return (
-        f"<article><header><b>{group.size:,} images</b><span>{clean(least)}</span><span>{clean(how)}</span>"
-        f"<span>{fate}</span></header><div class='tiles'>{''.join(tiles)}</div></article>"
-    )
+    return f"<article><header>{''.join(about)}</header><div class='tiles'>{''.join(tiles)}</div></article>"
 
 
 def near_pairs(above: list[Pair], below: list[Pair], figures: Mapping[str, Any], pictures: Pictures) -> str:
@@ -119,9 +116,9 @@ def leaks(chosen: list[Leak], figures: Mapping[str, Any], pictures: Pictures) ->
     settings = figures["config"]["decontaminate"]
     scope = "with everything in their near-duplicate groups" if settings["mode"] == "component" else "on their own"
     text = (
-        f"<p>{num:,} images would have leaked {names} into training: {counts['leaks, direct']:,} match an evaluation "
-        f"image (same bytes, near hashes, or cosine at least {settings['similarity_threshold']:g}), and they went "
-        f"{scope}.</p>"
+        f"<p>{plural(num, 'image')} would have carried evaluation images into training: {names}. Of these, "
+        f"{counts['leaks, direct']:,} match one directly (same bytes, near perceptual hashes, or cosine at least "
+        f"{settings['similarity_threshold']:g}); they were dropped {scope}.</p>"
     )
     return f"{text}<div class='leaks'>{''.join(_leak(leak, pictures) for leak in chosen)}</div>"
 
@@ -139,7 +136,7 @@ def _leak(leak: Leak, pictures: Pictures) -> str:
     elif leak.step == "embedding":
         value = f"embedding, cosine <b>{leak.similarity:.3f}</b>"
     else:
-        value = f"a copy of one that matches, <b>{leak.similarity:.3f}</b>"
+        value = f"grouped with one that matches, <b>{leak.similarity:.3f}</b>"
     return f"<div class='leak'><div>{''.join(tiles)}</div><p>{value}</p></div>"
 
 
@@ -151,7 +148,7 @@ def retrieval(draws: Mapping[str, list[Row]], balanced: list[Row], figures: Mapp
         num = f"{f['num_seeds']:,} seed images"
         if f["mode"] == "sample":
             k = figures["inputs"]["seeds"][name]["rule"]["k"]
-            text = f"{num} drew their {k:,} nearest each: {f['num_draws']:,} draws of {f['num_images']:,} different images."
+            text = f"{num} drew their {k:,} nearest survivors each: {f['num_draws']:,} draws, {f['num_images']:,} different images."
         elif f["mode"] == "cluster":
             text = f"{num} hit {f['num_hit_clusters']:,} clusters, from which {f['num_images']:,} images were drawn."
         else:
@@ -228,13 +225,14 @@ def rejections(chosen: list[Rejection], pictures: Pictures) -> str:
     parts = []
     for r in chosen:
         tiles = "".join(_tile(pictures, ref, _dimensions(pictures[ref])) for ref in r.examples)
-        head = f"<header><b>{clean(words(r.reason))}</b><span>{r.count:,}</span></header>"
+        meaning = f"<span>{clean(reason_meaning(r.reason))}</span>"
+        head = f"<header><b>{clean(words(r.reason))} · {r.count:,}</b>{meaning}</header>"
         parts.append(f"<article>{head}<div class='tiles'>{tiles}</div></article>")
-    return f"<p>Nothing is lost silently: each of these is a row with a reason.</p><div class='rejected'>{''.join(parts)}</div>"
+    return f"<p>Nothing is lost silently: each of these is a row with a reason.</p><div class='rejections'>{''.join(parts)}</div>"
 
 
 def _dimensions(picture: Picture) -> str:
-    return f"{picture.width:,} × {picture.height:,}" if picture.width else ""
+    return f"{picture.width} × {picture.height}" if picture.width else ""
 
 
 def recall(figures: Mapping[str, Any]) -> str:
@@ -272,8 +270,7 @@ def times(figures: Mapping[str, Any]) -> str:
 
 def settings(figures: Mapping[str, Any], changed: Mapping[str, Any], asked: Mapping[str, Any] | None, run_url: str) -> str:
     """The command, what differs from the defaults, and everything else, folded."""
-    command = _command(asked, run_url) if asked else ""
-    shown = f"<pre>{clean(command)}</pre>" if command else ""
+    shown = f"<pre>{_lines(_command(asked, run_url))}</pre>" if asked else ""
     lines = "".join(
         f"<tr><td><code>{clean(name)}</code></td><td><code>{clean(json.dumps(value))}</code></td></tr>"
         for name, value in changed.items()
@@ -284,7 +281,7 @@ def settings(figures: Mapping[str, Any], changed: Mapping[str, Any], asked: Mapp
     read += [f"seed set {name}: {_names(seed['urls'])}" for name, seed in inputs["seeds"].items()]
     read += [f"evaluation set {name}: {len(urls):,} parts, {_names(urls)}" for name, urls in inputs["evaluations"].items()]
     listed = "".join(f"<li>{clean(line)}</li>" for line in read)
-    everything = clean(json.dumps(figures["config"], indent=1))
+    everything = _lines(json.dumps(figures["config"], indent=1))
     return (
         f"{shown}<ul>{listed}</ul>{table}<details><summary>All settings</summary><pre>{everything}</pre></details>"
         f"<p>One image's story in words: <code>python -m curation.explain {clean(shlex.quote(public_url(run_url)))} KEY</code></p>"
@@ -298,6 +295,10 @@ def _command(asked: Mapping[str, Any], run_url: str) -> str:
         flags += [("--evaluation", url) for url in asked["evaluations"].values()]
     flags.append(("--out", run_url))
     return " \\\n    ".join(["python -m curation.run", *(f"{flag} {shlex.quote(public_url(v))}" for flag, v in flags)])
+
+
+def _lines(text: str) -> str:
+    return "\n".join(clean(line) for line in text.split("\n"))
 
 
 def _names(urls: Iterable[str]) -> str:
