@@ -8,6 +8,8 @@ core. Floors of the data's README: 0.935 of the copies at 0.97 precision; AUROC 
 
 import argparse
 import csv
+import functools
+import hashlib
 import io
 import json
 import os
@@ -41,8 +43,6 @@ def read_rgb(data: bytes) -> Image.Image:
 
 def read_part(folder: Path, pattern: str) -> dict[str, np.ndarray]:
     """keys, labels, views, hashes, quality, mirrored, sha256 of every image in the tars that match."""
-    import hashlib
-
     view = encoder_view("descriptors")
     rows, labels = [], {}
     for path in sorted(folder.glob(pattern)):
@@ -150,7 +150,9 @@ def report_copies(part: dict[str, np.ndarray], truth: CopyTruth) -> None:
         near, other = cosine >= threshold, ~chosen
         precision = truth.precision(i[near], j[near], (other[i] & other[j])[near])
         recall = truth.found(i[near], j[near])[truth.is_copy & other].mean()
-        print(f"  chosen on one half {threshold:.3f}: on the other, copy recall {recall:.4f}, precision {precision:.4f}")
+        print(
+            f"  chosen on one half {threshold:.3f}: on the other, copy recall {recall:.4f}, precision {precision:.4f}"
+        )
 
 
 def _threshold_at(
@@ -207,10 +209,12 @@ def report_speed() -> None:
     image = Image.fromarray(hash_uint64(0, np.arange(500 * 375 * 3)).astype(np.uint8).reshape(375, 500, 3))
     view = encoder_view("descriptors")
     views = np.repeat(view(image)[None], 256, axis=0)
-    timed = {"view": lambda: [view(image) for _ in range(256)]}
-    timed["hashes"] = lambda: [perceptual_hash(image) for _ in range(256)]
-    for name in ("descriptors", "descriptors-likeness"):
-        timed[name] = lambda encoder=load_encoder(name): encoder.embed(views)
+    timed = {
+        "view": lambda: [view(image) for _ in range(256)],
+        "hashes": lambda: [perceptual_hash(image) for _ in range(256)],
+    }
+    copies, likeness = load_encoder("descriptors"), load_encoder("descriptors-likeness")
+    timed |= {encoder.name: functools.partial(encoder.embed, views) for encoder in (copies, likeness)}
     for name, work in timed.items():
         work()
         start = time.process_time()

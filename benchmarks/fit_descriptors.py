@@ -1,6 +1,6 @@
-"""Makes curation/ops/descriptors.npz, the fixed projection of the offline encoder: python -m benchmarks.fit_descriptors
+"""Makes curation/ops/descriptors.npz, the offline encoder's fixed projection: python -m benchmarks.fit_descriptors
 
-No photograph and no label: procedural images (dead leaves with 1/f texture, A. Lee, D. Mumford and J. Huang, IJCV 2001),
+No photograph and no label: procedural images (dead leaves with 1/f texture, A. Lee, D. Mumford, J. Huang, IJCV 2001),
 six random edits of each, and linear discriminant analysis of their raw descriptors. About 2 minutes on two cores and
 2 GiB. The result is committed, because LAPACK libraries differ in the last digits and an encoder must not.
 """
@@ -104,7 +104,7 @@ def _leaf(rng: np.random.Generator, kind: int, x: float, y: float, radius: float
 
 
 def edit_image(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """One random edit of the kinds that web copies show; crops keep 45 to 95% of the area, turns stay within 14 degrees."""
+    """One random edit such as web copies show; crops keep 45 to 95% of the area, turns stay within 14 degrees."""
     side = image.shape[0]
     kind = rng.choice(["crop", "rotate", "border", "colour", "gray", "blur", "noise", "text", "jpeg"])
     if kind == "crop":

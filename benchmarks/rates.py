@@ -24,6 +24,7 @@ from curation.ops.nearest import assign
 from curation.shards import ShardBuilder
 from curation.sources import find_parts, read_samples
 from curation.stages.embed import DecodeJob, prepare_sample
+from curation.weights import DESCRIPTOR_NAMES
 
 SPECS = ("descriptors", "vit_small_patch14_dinov2.lvd142m")
 LIMITS = ImageLimits()
@@ -78,10 +79,12 @@ def unit_rows(num_rows: int, dim: int, seed: int) -> np.ndarray:
 
 
 def vectors() -> None:
-    encoder = load_encoder("descriptors")
-    shape = (256, encoder.view.height, encoder.view.width, 3)
-    views = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    print(f"descriptors: {len(views) / seconds(lambda: encoder.embed(views)):,.0f} images/s")
+    for spec in DESCRIPTOR_NAMES:
+        encoder = load_encoder(spec)
+        shape = (256, encoder.view.height, encoder.view.width, 3)
+        views = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        embed_s = seconds(lambda encoder=encoder, views=views: encoder.embed(views))
+        print(f"{spec}: {len(views) / embed_s:,.0f} images/s")
 
     rows, centroids = unit_rows(40_000, 384, 1), unit_rows(4096, 384, 2)
     products = 2.0 * len(rows) * len(centroids) * 384

@@ -6,14 +6,15 @@ the comment says otherwise; they are good to a factor of two on other machines. 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from curation.encoders import View, parse_spec
+from curation.encoders import View, load_encoder, parse_spec
 
 # Reading, hashing and decoding one JPEG: 2.9 ms at 500 x 375, 0.75 ms at 128 x 96; resizing to a view costs the same
 # for each pixel of the view.
 DECODE_S = 0.5e-3
 DECODE_S_PER_MEGAPIXEL = 12e-3
-DESCRIPTOR_IMAGES_PER_S = 1_000.0
+DESCRIPTOR_IMAGES_PER_S = 1_700.0  # descriptors-likeness; 3,800 for descriptors
 EMBED_FLOPS = 268e9  # ViT-S/14 in bfloat16; 104e9 in float32, on processors without bfloat16
 KMEANS_FLOPS = 115e9  # curation.ops.nearest.assign, 4,096 centroids, 384-d
 SKETCHES_PER_S = 2.0e9  # curation.ops.join.self_pairs with all that goes with it, 256-d, 250 rows a cell
@@ -23,11 +24,11 @@ SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is us
 A100_EMBED_FLOPS = 140e12
 A100_KMEANS_FLOPS = 156e12
 
-# Bytes of one row, measured on the demo pool and rounded up.
-INDEX_BYTES = 300.0  # index/*.parquet, zstd
+# Bytes of one row.
+INDEX_BYTES = 200.0  # index/*.parquet, zstd; 137 with short keys and metadata (9,400 images)
 SKETCH_AND_GID_BYTES = 40.0
 DEDUP_BYTES = 21.0  # representative, component, similarity, step
-DECISION_BYTES = 80.0
+DECISION_BYTES = 30.0  # zstd; 15 with short keys
 TAR_OVERHEAD_BYTES = 3072.0  # two headers, padding, the .json
 # The driver holds some columns of the index for the whole pool: sha256, two perceptual hashes, what sorting them takes.
 DRIVER_BYTES = 250.0
@@ -47,6 +48,8 @@ class EncoderCost:
     parameters: float
     dim: int
     is_torch: bool = True
+    has_mirror: bool = False
+    """whether signs turn a row into that of the flipped image, so that the join asks both ways"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,8 @@ def encoder_cost(spec: str, view: View) -> EncoderCost:
     """Counted on a model without weights (torch's meta device), so nothing is downloaded or allocated."""
     kind, name, path = parse_spec(spec)
     if kind == "descriptors":
-        from curation.ops import descriptors
-
-        return EncoderCost(0.0, 0.0, len(descriptors.mirror_signs()), is_torch=False)
+        encoder = load_encoder(spec)  # nothing to load
+        return EncoderCost(0.0, 0.0, encoder.dim, is_torch=False, has_mirror=encoder.mirror is not None)
     if kind == "sscd":  # ResNet-50, GeM, a 512-d head: 4.1 G multiply-adds at 224 px
         return EncoderCost(8.2e9 * view.height * view.width / 224**2, 24.6e6, 512)
     if kind == "timm":
@@ -155,7 +157,7 @@ def _hf_cost(folder: Path, view: View) -> EncoderCost:
     return _counted(model, view)
 
 
-def _counted(model: "torch.nn.Module", view: View) -> EncoderCost:  # noqa: F821, torch is imported when it is needed
+def _counted(model: Any, view: View) -> EncoderCost:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -15,14 +15,9 @@ Spec strings:
 
 from __future__ import annotations
 
-import difflib
-import functools
 import hashlib
 import json
 import os
-import socket
-import urllib.parse
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,20 +26,26 @@ import numpy as np
 from PIL import Image
 
 from curation.ops import descriptors
+from curation.weights import (
+    DESCRIPTOR_NAMES,
+    OFFLINE_CHOICES,
+    file_sha256,
+    find_hub_weights,
+    hf_weights,
+    require_timm_name,
+    require_weights_file,
+)
 
 if TYPE_CHECKING:
     import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-HF_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-DESCRIPTOR_NAMES = ("descriptors", "descriptors-likeness")
-OFFLINE_CHOICES = (
-    '"descriptors", "descriptors-likeness", hf:/folder, timm:NAME@/path/weights.safetensors or sscd:/path/file.pt'
-)
 # A pretraining resolution above this (518 for DINOv2) costs five times the FLOPs of the 224 at which the published
 # retrieval features are computed.
 MAX_DEFAULT_PX = 256
+# Seed of the untrained model that loaded weights are told from; one that nobody's own tiny test model starts from.
+_FRESH_SEED = 0x5EEDBED
 _RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 
 
@@ -134,11 +135,11 @@ def load_encoder(
         return DescriptorEncoder(name)
     _require_torch(spec)
     if kind == "timm":
-        _require_timm_name(name)
-        path = path or _find_hub_weights(name)
+        require_timm_name(name)
+        path = path or find_hub_weights(name)
     elif kind == "hf":
-        path = str(_hf_weights(Path(path)))
-    _require_weights_file(path, (".pt", ".pth", ".bin") if kind != "hf" else ())
+        path = str(hf_weights(Path(path)))
+    require_weights_file(path, (".pt", ".pth", ".bin") if kind != "hf" else ())
     view = encoder_view(spec, image_px)
     return TorchEncoder(spec=spec, view=view, weights=path, device=device, precision=precision)
 
@@ -184,7 +185,7 @@ class TorchEncoder:
     bytes for any number of workers keeps batches inside one part.
     """
 
-    mirror = None
+    mirror: np.ndarray | None = None
 
     def __init__(self, *, spec: str, view: View, weights: str, device: str | None, precision: str | None) -> None:
         self.name = spec
@@ -192,21 +193,25 @@ class TorchEncoder:
         self.weights = weights
         self.device = device
         self.precision = precision
+        self._dim: int | None = None
         self._loaded: tuple[torch.nn.Module, torch.device, bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}
 
-    @functools.cached_property
+    @property
     def dim(self) -> int:
-        return self.embed(np.zeros((1, self.view.height, self.view.width, 3), np.uint8)).shape[1]
+        """Found by embedding one grey view, once: it loads the model."""
+        dim = self._dim or self.embed(np.full((1, self.view.height, self.view.width, 3), 128, np.uint8)).shape[1]
+        self._dim = dim
+        return dim
 
     def fingerprint(self) -> str:
         """Device and precision are left out: they change the last digits, not the meaning."""
         kind, name, _ = parse_spec(self.name)
         return _digest(
             {"kind": kind, "name": name, "view": asdict(self.view), "mean_std": self._mean_std()}
-            | {"weights": _sha256(self.weights)}
+            | {"weights": file_sha256(self.weights)}
         )
 
     def embed(self, views: np.ndarray) -> np.ndarray:
@@ -241,7 +246,15 @@ class TorchEncoder:
 
 
 def _build(spec: str, view: View, weights: str) -> torch.nn.Module:
-    """The float32 model on the CPU: normalised pixels [B, 3, H, W] to features [B, D]."""
+    """The float32 model on the CPU: normalised pixels [B, 3, H, W] to features, or to transformers' output object."""
+    try:
+        return _read_model(spec, view, weights)
+    except Exception as error:  # four libraries with a dozen types, which all mean that the file does not fit
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"encoder {spec!r}: {weights} does not load as its weights: {reason}") from error
+
+
+def _read_model(spec: str, view: View, weights: str) -> torch.nn.Module:
     import torch
 
     kind, name, path = parse_spec(spec)
@@ -250,19 +263,35 @@ def _build(spec: str, view: View, weights: str) -> torch.nn.Module:
     if kind == "timm":
         import timm
 
-        # timm resizes the position embedding while loading, where the architecture takes an image size.
-        overlay = {"file": weights}
-        try:
-            return timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **_timm_size(name, view)
-            )
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not hold the weights of timm model {name!r}: {error}") from error
+        # timm resizes the position embedding while loading, where the architecture takes an image size. Without a
+        # classifier it also takes a file that lacks tensors, or is another model's: what stayed random shows that.
+        options = {"num_classes": 0} | _timm_size(name, view)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_FRESH_SEED)
+            random = timm.create_model(name, pretrained=False, **options).state_dict()
+            torch.manual_seed(_FRESH_SEED)
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": weights}, **options)
+        lacking = [
+            key
+            for key, value in model.state_dict().items()
+            if torch.equal(value, random[key]) and value.float().flatten().ne(value.flatten()[:1]).any()
+        ]
+        if lacking:
+            raise ValueError(f"the file lacks {', '.join(lacking[:4])}")
+        return model
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(
-        path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+    model, report = AutoModel.from_pretrained(
+        path,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    if report["missing_keys"]:  # transformers would fill them with random numbers and a warning
+        raise ValueError(f"the file lacks {', '.join(sorted(report['missing_keys'])[:4])}")
+    return model
 
 
 def _descriptor_view() -> View:
@@ -272,14 +301,15 @@ def _descriptor_view() -> View:
 
 def _timm_config(name: str) -> dict[str, Any]:
     import timm
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
-    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    config = timm.get_pretrained_cfg(name)
+    return resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
 
 
 def _timm_view(name: str, image_px: int | None) -> View:
     _require_torch(name)
-    _require_timm_name(name)
+    require_timm_name(name)
     config = _timm_config(name)
     px = image_px or min(config["input_size"][1], config["input_size"][2])
     if image_px is None and px > MAX_DEFAULT_PX:
@@ -323,19 +353,6 @@ def _hf_view(folder: Path, image_px: int | None) -> View:
     return View(height=height, width=width, resize_short_px=short_px, resample=resample)
 
 
-def _hf_weights(folder: Path) -> Path:
-    """The folder's one safetensors file, after checking that its model is one we know."""
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"hf:{folder} is not a model folder: its config.json cannot be read: {error}") from error
-    if model_type not in HF_MODEL_TYPES:
-        raise ValueError(f"hf:{folder} holds model_type {model_type!r}; known: {', '.join(HF_MODEL_TYPES)}.")
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"hf:{folder} has no model.safetensors; save it with save_pretrained (one shard).")
-    return folder / "model.safetensors"
-
-
 def _require_torch(spec: str) -> None:
     try:
         import timm  # noqa: F401
@@ -344,66 +361,6 @@ def _require_torch(spec: str) -> None:
         raise ValueError(
             f"encoder {spec!r} needs torch and timm ({error}); install seedbed[encoders], or use 'descriptors'."
         ) from error
-
-
-def _require_timm_name(name: str) -> None:
-    import timm
-
-    # A tag that timm does not list would load without a word, as untrained weights.
-    if name in timm.list_models() or name in timm.list_pretrained():
-        return
-    near = difflib.get_close_matches(name, [*timm.list_pretrained(), *timm.list_models()], n=4, cutoff=0.3)
-    raise ValueError(f"encoder {name!r} is no timm model; nearest: {', '.join(near) or 'none'}. Or use 'descriptors'.")
-
-
-def _require_weights_file(path: str, other_suffixes: tuple[str, ...]) -> None:
-    known = (".safetensors", *other_suffixes)
-    if not os.path.isfile(path):
-        raise ValueError(f"weights file {path} does not exist.")
-    if not path.endswith(known) and os.path.realpath(path) == os.path.abspath(path):
-        raise ValueError(f"weights file {path} is of no safe kind; expected one of {', '.join(known)}.")
-
-
-def _find_hub_weights(name: str) -> str:
-    """Path of a timm model's safetensors in the Hugging Face cache, fetched if it is not there."""
-    import timm
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        raise ValueError(
-            f"timm model {name!r} has no weights on the hub; give a file: timm:{name}@/path/weights.safetensors."
-        )
-    for filename in (config.hf_hub_filename, "model.safetensors"):
-        found = filename and try_to_load_from_cache(config.hf_hub_id, filename)
-        if isinstance(found, str):
-            return found
-    reason = "no network"
-    if _is_reachable(constants.ENDPOINT):
-        try:
-            return hf_hub_download(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
-        except Exception as error:  # the hub raises a dozen types, all of which mean the same to the user
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    raise ValueError(
-        f"encoder {name!r}: weights of {config.hf_hub_id} are not in the cache ({constants.HF_HUB_CACHE}) and could not be "
-        f"fetched from {constants.ENDPOINT} ({reason}); offline choices: {OFFLINE_CHOICES}."
-    )
-
-
-def _is_reachable(url: str) -> bool:
-    """Whether trying is worth it: the hub client alone retries for half a minute before it says no."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    parts = urllib.parse.urlsplit(url)
-    try:
-        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -427,9 +384,3 @@ def _checked(views: np.ndarray, view: View) -> np.ndarray:
 
 def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

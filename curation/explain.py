@@ -2,28 +2,22 @@
 
 import argparse
 import difflib
-import io
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curation.folder import Folder
-from curation.manifest import MANIFEST_NAME, Manifest
 from curation.ops.hashes import hash_distances
+from curation.report.account import Account, open_account
 from curation.report.wording import plural, reason_meaning, step_words, visible, words
-from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
 from curation.stages.kmeans import unit_rows
-from curation.store import ImageSet
+from curation.store import INDEX_SCHEMA
 
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for
@@ -55,64 +49,10 @@ def explain(run: str, key: str | None = None, gid: int | None = None) -> str:
     return "\n".join(several + told)
 
 
-@dataclass(frozen=True)
-class Account:
-    """A finished run, read back without its sources or its configuration."""
-
-    folder: Folder
-    steps: dict[str, str]
-    """manifest hash of every step, by name"""
-    _manifests: dict[str, Manifest] = field(default_factory=dict)
-
-    def manifest(self, step: str) -> Manifest:
-        if step not in self._manifests:
-            self._manifests[step] = Manifest.from_json((self.folder / step).read_bytes(MANIFEST_NAME).decode())
-        return self._manifests[step]
-
-    def images(self, step: str) -> ImageSet:
-        return ImageSet(self.folder / step, self.manifest(step))
-
-    @cached_property
-    def pool(self) -> ImageSet:
-        return self.images("embed/pool")
-
-    def names(self, prefix: str) -> list[str]:
-        """`NAME` of every step `<prefix>NAME`."""
-        return [step.removeprefix(prefix) for step in self.steps if step.startswith(prefix)]
-
-    def rows(self, name: str, condition: pc.Expression, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one Parquet file that meet a condition; the others are not kept in memory."""
-        source = self.folder.path(name) if self.folder.is_local else io.BytesIO(self.folder.read_bytes(name))
-        return pq.read_table(source, columns=columns, filters=condition, partitioning=None)
-
-    def key(self, images: ImageSet, gid: int) -> str:
-        return visible(images.take(np.array([gid]), ["key"])["key"][0].as_py())
-
-
-def open_account(run: str) -> Account:
-    """Raises ValueError when the folder is not a finished run, with what was found there."""
-    folder = Folder(run)
-    try:
-        manifest = Manifest.from_json((folder / "report").read_bytes(MANIFEST_NAME).decode())
-        if folder.exists("decisions.parquet"):
-            return Account(folder, manifest.inputs)
-        raise FileNotFoundError
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{run}/report/{MANIFEST_NAME} is not readable: run the same command again to mend it.") from None
-    if not folder.exists():
-        raise ValueError(f"there is no folder {run}: give the run folder, the --out of curation.run.")
-    done = [step for step in ("embed/pool", "filter", "dedup", "decontaminate", "cluster", "shards") if folder.exists(f"{step}/{MANIFEST_NAME}")]
-    if done:
-        raise ValueError(f"{run} is a run that has not finished (done: {', '.join(done)}): run its command again to the end.")
-    raise ValueError(f"{run} is no run folder (no report/{MANIFEST_NAME} in it): give the --out of curation.run.")
-
-
 def story(account: Account, gid: int) -> str:
     """The story of one pool image: a verdict, then a labelled sentence or two for each stage that it came through."""
     row = account.rows("decisions.parquet", pc.field("gid") == gid).to_pylist()[0]
-    index = account.pool.take(np.array([gid]), [name for name in account.pool.index(0).schema.names]).to_pylist()[0]
+    index = account.pool.take(np.array([gid]), INDEX_SCHEMA.names).to_pylist()[0]
     parts = [("origin", _origin(index)), ("image", _image(index, row))]
     if row["status"] != "rejected":
         parts.append(("duplicates", _duplicates(account, gid, row)))
@@ -186,7 +126,7 @@ def _duplicates(account: Account, gid: int, row: dict[str, Any]) -> str:
     if elected != gid:
         text.append(_link_to(account, gid, elected, members, duplicates))
     if final not in (-1, elected):
-        taken = "it" if final == gid else f"{account.key(account.pool, final)} (gid {final})"
+        taken = "this one" if final == gid else f"{account.key(account.pool, final)} (gid {final})"
         text.append(f"That one matched an evaluation image, so {taken} stands for the group instead.")
     if len(members) > 2:
         text.append(_strongest_links(account, gid, members))
@@ -202,18 +142,20 @@ def _link_to(account: Account, gid: int, elected: int, members: np.ndarray, dupl
         return "Both have the very same bytes."
     if name == "perceptual":
         bits = f"{_hash_distance(account, gid, elected)} of 256 bits of their perceptual hashes differ"
-        return f"They were linked by perceptual hash: {bits}" + ("." if np.isnan(similarity) else f", cosine {similarity:.3f}.")
+        return f"They were linked by perceptual hash: {bits}" + (
+            "." if np.isnan(similarity) else f", cosine {similarity:.3f}."
+        )
     if name == "embedding":
         return f"They were linked by embedding, cosine {similarity:.3f}."
     path = _path(account, gid, elected, members)
     if not path:
         return "They are linked through other images of the group."
-    told = [f"{account.key(account.pool, b)} ({value:.3f})" for _, b, value in path]
+    told = [f"{account.key(account.pool, b)} ({value:.3f})" for b, value in path]
     if len(told) > 2 * _LISTED:
         told = [*told[:_LISTED], "…", *told[-_LISTED:]]
     return (
-        f"They are no match of each other; a chain of {plural(len(path), 'match', 'matches')} joins them (cosines), the "
-        f"weakest {min(value for _, _, value in path):.3f}: {', '.join(told)}."
+        f"They are no match of each other; a chain of {plural(len(path), 'match', 'matches')} joins them (cosines), "
+        f"the weakest {min(value for _, value in path):.3f}: {', '.join(told)}."
     )
 
 
@@ -256,22 +198,34 @@ def _strongest_links(account: Account, gid: int, members: np.ndarray) -> str:
         text = f"Same bytes: {_listed(others)}. "
     if best:
         order = sorted(best, key=lambda other: (-best[other][0], other))
-        links = [f"{account.key(account.pool, o)} ({step_words(best[o][1])}, cosine {best[o][0]:.3f})" for o in order[:_LISTED]]
+        links = [
+            f"{account.key(account.pool, o)} ({step_words(best[o][1])}, cosine {best[o][0]:.3f})"
+            for o in order[:_LISTED]
+        ]
         text += f"Its own links: {_listed(links, len(order))}."
     return text.strip()
 
 
-def _path(account: Account, gid: int, target: int, members: np.ndarray) -> list[tuple[int, int, float]]:
-    """The shortest chain of links (from, to, cosine) between two images of a component; empty when it is too large."""
+def _path(account: Account, gid: int, target: int, members: np.ndarray) -> list[tuple[int, float]]:
+    """shortest_chain between two images of a component; empty when the component is too large to look through."""
     if len(members) > _LARGEST_PATH_SEARCH:
         return []
     start, end = (_same_bytes(account, g, members)[0] for g in (gid, target))
+    edges = _edges(account, pc.field("a").isin(pa.array(members)))
+    return shortest_chain([(edge["a"], edge["b"], edge["similarity"]) for edge in edges], start, end)
+
+
+def shortest_chain(links: Iterable[tuple[int, int, float]], start: int, end: int) -> list[tuple[int, float]]:
+    """The fewest links (a, b, cosine) that lead from one image to another; the nearer neighbour first among equals.
+
+    Returns:
+        (image, cosine to the one before it) for each step, `end` last; empty where no chain leads there.
+    """
     neighbours: dict[int, dict[int, float]] = {}
-    inside = pa.array(members)
-    for edge in _edges(account, pc.field("a").isin(inside)):
-        neighbours.setdefault(edge["a"], {})[edge["b"]] = edge["similarity"]
-        neighbours.setdefault(edge["b"], {})[edge["a"]] = edge["similarity"]
-    came_from: dict[int, int] = {start: start}
+    for a, b, similarity in links:
+        neighbours.setdefault(a, {})[b] = similarity
+        neighbours.setdefault(b, {})[a] = similarity
+    came_from = {start: start}
     queue = deque([start])
     while queue and end not in came_from:
         here = queue.popleft()
@@ -279,11 +233,11 @@ def _path(account: Account, gid: int, target: int, members: np.ndarray) -> list[
             if there not in came_from:
                 came_from[there] = here
                 queue.append(there)
-    path = []
+    chain = []
     while end in came_from and end != start:
-        path.append((came_from[end], end, neighbours[came_from[end]][end]))
+        chain.append((end, neighbours[came_from[end]][end]))
         end = came_from[end]
-    return path[::-1]
+    return chain[::-1]
 
 
 # --- evaluation, cluster, draws, shard -------------------------------------------------------------------------------
@@ -372,7 +326,8 @@ def _shard(account: Account, gid: int, row: dict[str, Any]) -> str:
     image = members[0]
     suffixes = ", ".join(visible(member["suffix"]) for member in members[1:])
     beside = f", with {suffixes}" if suffixes else ""
-    return f"{visible(image['key'])}.{visible(image['suffix'])} at byte {image['offset']:,} of shards/{row['shard']}{beside}."
+    name = f"{visible(image['key'])}.{visible(image['suffix'])}"
+    return f"{name} at byte {image['offset']:,} of shards/{row['shard']}{beside}."
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -391,7 +346,11 @@ def _unknown_key(account: Account, key: str) -> str:
                 candidates.update(found.slice(0, 2000).to_pylist())
                 break
     nearest = difflib.get_close_matches(key, sorted(candidates), n=3, cutoff=0.4)
-    hint = f"the nearest are {', '.join(map(visible, nearest))}" if nearest else f"it has keys such as {visible(keys[0].as_py())}"
+    hint = (
+        f"the nearest are {', '.join(map(visible, nearest))}"
+        if nearest
+        else f"it has keys such as {visible(keys[0].as_py())}"
+    )
     row = f"; for a row number say --gid {key}" if key.isdecimal() else ""
     return f"no image of {account.folder.url} has the key {visible(key)}: {hint}{row}."
 

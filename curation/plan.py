@@ -51,12 +51,13 @@ def describe(run: Run) -> str:
         OSError: a part cannot be opened.
     """
     plan = Plan(run)
-    states, notes = _states(run)
     steps = plan.steps()
-    todo = [step for step in steps if states.get(step.name, "").startswith("to do")]
+    states, notes = _states(run, [step.name for step in steps])
+    todo = [step for step in steps if states[step.name] != "done"]
     lines = io.StringIO()
     console = Console(file=lines, width=_WIDTH, no_color=True, highlight=False)
-    console.print(_reads(plan), _does(steps, states), _takes(todo, plan))
+    console.print(_reads(plan), _does(steps, states))
+    console.print(_takes(todo, plan) if todo else "Everything is done: the run would read the manifests and stop.\n")
     for line in [*_totals(run, plan, todo), *plan.notes(), *notes]:
         console.print(line, soft_wrap=True)
     return lines.getvalue().rstrip()
@@ -103,7 +104,7 @@ class Plan:
         c, n = self.config, self.pool.images
         retrieval, copy = c.embed.encoders()[0], c.embed.encoders()[-1]
         width, copy_width = self.encoder_costs[retrieval].dim, self.encoder_costs[copy].dim
-        both_ways = not self.encoder_costs[copy].is_torch
+        both_ways = self.encoder_costs[copy].has_mirror
         seeds, evaluations = self.seeds, self.evaluations
         cells = c.cells.num_cells(n)
         rows = 2 * copy_width + costs.SKETCH_AND_GID_BYTES
@@ -218,11 +219,12 @@ class Plan:
 # --- what is done already --------------------------------------------------------------------------------------------
 
 
-def _states(run: Run) -> tuple[dict[str, str], list[str]]:
+def _states(run: Run, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """What is done already, by step, and what keeps us from telling."""
     notes = [note for spec in run.config.embed.encoders() if (note := _missing_weights(spec))]
-    if notes:  # the keys of the stages hold the weights' hash
-        return _Unknown(run.folder), notes
+    if notes:  # the keys of the steps hold the weights' hash
+        at_hand = {name for name in names if run.folder.exists(f"{name}/{MANIFEST_NAME}")}
+        return {name: "done or to do" if name in at_hand else "to do" for name in names}, notes
     states, manifests = {}, {}
     for step in plan_steps(run):
         manifest = _finished(run, step, manifests) if all(name in manifests for name in step.inputs) else None
@@ -230,17 +232,6 @@ def _states(run: Run) -> tuple[dict[str, str], list[str]]:
             manifests[step.name] = manifest
         states[step.name] = "done" if manifest is not None else _progress(run.folder / step.name, step)
     return states, notes
-
-
-class _Unknown(dict[str, str]):
-    """States without keys: a stage that has a manifest may be done or not."""
-
-    def __init__(self, folder: Folder) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def get(self, name: str, default: Any = None) -> str:
-        return "to do, or done" if self.folder.exists(f"{name}/{MANIFEST_NAME}") else "to do"
 
 
 def _finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest | None:
@@ -283,12 +274,14 @@ def _missing_weights(spec: str) -> str | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(name)
-    names = [config.hf_hub_filename, "model.safetensors"] if config is not None and config.hf_hub_id else []
-    if any(isinstance(try_to_load_from_cache(config.hf_hub_id, n), str) for n in names if n):
+    if config is None or not config.hf_hub_id:
+        return f"encoder {spec}: timm has no weights for it on the hub; the run will stop there."
+    files = [file for file in (config.hf_hub_filename, "model.safetensors") if file]
+    if any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files):
         return None
     return (
-        f"encoder {spec}: its weights are not in the cache ({constants.HF_HUB_CACHE}); the run will fetch them from the "
-        "hub, or stop where there is no network."
+        f"encoder {spec}: its weights are not in the cache ({constants.HF_HUB_CACHE}); the run will fetch them from "
+        "the hub, or stop where there is no network."
     )
 
 
@@ -315,7 +308,7 @@ def _reads(plan: Plan) -> Table:
 def _does(steps: Sequence[PlannedStep], states: dict[str, str]) -> Table:
     table = _table("Does and writes", "step", "state", "what", "files", ">bytes")
     for step in steps:
-        table.add_row(step.name, states.get(step.name, "to do"), step.what, step.files, _size(step.bytes))
+        table.add_row(step.name, states[step.name], step.what, step.files, _size(step.bytes))
     return table
 
 
@@ -348,12 +341,12 @@ def _totals(run: Run, plan: Plan, todo: Sequence[PlannedStep]) -> list[str]:
     training = plan.num_training * plan.encoder_costs[c.embed.encoders()[0]].dim * 6
     driver = plan.pool.images * costs.DRIVER_BYTES + training
     lines.append(
-        f"memory: {c.execution.memory_gb:g} GB a worker at most (execution.memory_gb), and {_size(weights + per_part)} in "
-        f"each that embeds; about {_size(driver)} in the driver"
+        f"memory: {c.execution.memory_gb:g} GB a worker at most (execution.memory_gb), {_size(weights + per_part)} "
+        f"more in each that embeds; about {_size(driver)} in the driver"
     )
     lines.append(
-        "counts marked `about` are scaled from the heads of two parts; every image is taken to pass every filter; times "
-        "are for the rates in curation/costs.py, input and output at full speed"
+        "counts marked `about` are scaled from the heads of two parts; every image is taken to pass every filter; "
+        "times are for the rates in curation/costs.py, with input and output at full speed"
     )
     return lines
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,6 +57,7 @@ def start_ray(execution: ExecutionConfig) -> None:
         "runtime_env": {"env_vars": _ONE_THREAD},
     }
     address = os.environ.get("RAY_ADDRESS")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, **common)
@@ -65,6 +68,8 @@ def start_ray(execution: ExecutionConfig) -> None:
                 object_store_memory=512 << 20,
                 **common,
             )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts a bare exit there
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address!r} does not answer: {error}. Start the cluster or unset it.") from None
 

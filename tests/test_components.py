@@ -112,7 +112,8 @@ def test_every_group_is_one_representative_and_its_neighbours_in_any_order():
         assert components[row] == components[representative]
         if row != representative and components[row] in groups.split.label:
             direct = known[min(row, representative), max(row, representative)]
-            assert direct >= 0.7 and direct == groups.similarity[row]
+            assert direct >= 0.7
+            assert direct == groups.similarity[row]
     order = rng.permutation(len(a))
     again = duplicate_groups(
         1000,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_file_opens_with_a_comment_and_holds_a_mapping(path: Path) -> None:
 def test_levels_decrease_and_fit_any_pool(name: str, num_images: int) -> None:
     levels = load_config(CurationConfig, "curation", name).cluster.levels_for(num_images)
     assert levels
-    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a > b for a, b in pairwise(levels))
     assert 1 <= levels[-1] <= levels[0] <= num_images
 
 
@@ -73,7 +74,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(name: str, tmp_path: Path) -
     seed = picture_tar(tmp_path / "seed.tar", range(30, 40))
     evaluation = picture_tar(tmp_path / "evaluation.tar", range(40, 44))
     before = sorted(tmp_path.iterdir())
-    arguments = ["--config", name, "--seed", seed, "--pool", pool, "--evaluation", evaluation, "--out", tmp_path / "run"]
+    arguments = [
+        "--config",
+        name,
+        "--seed",
+        seed,
+        "--pool",
+        pool,
+        "--evaluation",
+        evaluation,
+        "--out",
+        tmp_path / "run",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "curation.run", *map(str, arguments), "--dry-run"],
         capture_output=True,

@@ -107,3 +107,26 @@ def test_pairs_outgrow_the_buffer(monkeypatch: pytest.MonkeyPatch):
 def test_a_distance_that_would_not_be_exact_is_refused(max_distance: int):
     with pytest.raises(ValueError, match="max_distance"):
         hashes.hash_pairs(np.zeros((2, 32), np.uint8), np.full(2, 100), max_distance)
+
+
+@pytest.mark.parametrize("max_distance", [7, 31])
+def test_matches_of_two_sets_equal_brute_force(max_distance: int):
+    codes = _hashes_with_near_pairs(600, seed=7)
+    queries, rows = codes[:250], codes[150:]  # a hundred rows are in both sets
+    mirrored = np.roll(queries, 3, axis=0)
+    quality = (hash_uint64(11, np.arange(len(codes))) % np.uint64(101)).astype(int)
+    query_quality, row_quality = quality[:250], quality[150:]
+    found = hashes.hash_matches(queries, query_quality, rows, row_quality, max_distance, mirrored)
+    got = set(zip(*(column.tolist() for column in found), strict=True))
+
+    distance = _distance(queries[:, None], rows[None])
+    distance = np.minimum(distance, _distance(mirrored[:, None], rows[None]))
+    near = (distance <= max_distance) & (query_quality >= 50)[:, None] & (row_quality >= 50)
+    query, row = np.nonzero(near)
+    assert got == set(zip(query.tolist(), row.tolist(), distance[near].tolist(), strict=True))
+    assert len(got) > 0
+
+
+def test_distances_of_rows():
+    a = np.array([[0b1011, 0], [255, 255]], np.uint8)
+    assert hashes.hash_distances(a, np.zeros_like(a)).tolist() == [3, 16]

@@ -1,5 +1,7 @@
 """The join against a slow obvious reference, and its invariance to everything that must not matter."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -146,7 +148,7 @@ def test_tiles_ranges_and_threads_change_no_bit(pool, cells, radius):
     ]:
         ranges = [
             self_pairs(cells, a, b, 0.55, 5, radius, mirror=mirror, max_memory_bytes=memory, num_threads=threads)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         for found, expected in zip(merge_pairs(ranges), whole, strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -201,7 +203,7 @@ def test_files_equal_arrays_whatever_the_blocks(pool, cells, tmp_path):
     sizes = np.bincount(own, minlength=25)
     written = []
     for name, bounds, buffer in [("a", (0, 900), 2**28), ("b", (0, 1, 300, 300, 899, 900), 20_000)]:
-        blocks = ((gids[i:j], vectors[i:j], own[i:j]) for i, j in zip(bounds[:-1], bounds[1:], strict=True))
+        blocks = ((gids[i:j], vectors[i:j], own[i:j]) for i, j in pairwise(bounds))
         write_cells(tmp_path / name, blocks, sizes, centroids, buffer_bytes=buffer)
         written.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert written[0] == written[1]

@@ -124,8 +124,11 @@ def test_no_rows():
 def test_bad_rows_are_named(spoil, message):
     x = unit_rows(1200, 16)
     x[1100] = spoil(x[1100])
+    for init in ("random", "kmeans++"):
+        with pytest.raises(ValueError, match=message):
+            kmeans(x, 4, 10, init=init)  # its first iterations look at a quarter of the rows
     with pytest.raises(ValueError, match=message):
-        kmeans(x, 4, 2)
+        assign(x, x[:4])
 
 
 def test_wrong_arguments_are_named():

@@ -124,18 +124,25 @@ def test_sigkill_at_five_points_changes_nothing(finished, demo_pool, tmp_path):
     out = tmp_path / "run"
     arguments = command(demo_pool, out)
     for pattern in KILL_POINTS:
-        process = subprocess.Popen([sys.executable, "-m", "curation.run", *arguments], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not list(out.glob(pattern)):
-            assert process.poll() is None, "the run ended before the point where it was to be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        process = start_and_wait_for(arguments, out, pattern, tmp_path / "log.txt")
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (out / "report.json").exists()
     run_process(arguments)
     assert main(command(demo_pool, finished)) == 0
     assert digest_of(out) == digest_of(finished)
+
+
+def start_and_wait_for(arguments, out: Path, pattern: str, log: Path) -> subprocess.Popen:
+    """Start the command; return as soon as a file of its run folder matches the pattern."""
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "curation.run", *arguments], cwd=REPOSITORY, stderr=file)
+    deadline = time.monotonic() + 120
+    while not list(out.glob(pattern)):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.002)
+    return process
 
 
 def run_process(arguments, expected=0, **options):
@@ -150,13 +157,11 @@ def run_process(arguments, expected=0, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_clean_and_the_command_continues(demo_pool, tmp_path, number):
-    arguments = [sys.executable, "-m", "curation.run", *command(demo_pool, tmp_path / "run")]
-    process = subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "run").glob("embed/pool/started.json")):
-        time.sleep(0.01)
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    process = start_and_wait_for(command(demo_pool, out), out, "embed/pool/started.json", log)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(timeout=60) == 130
+    errors = log.read_text()
     assert "the same command continues" in errors
     assert "Traceback" not in errors
 

@@ -122,9 +122,9 @@ def duplicate_groups(
 
     A component is split when it has more than max_component_size rows, or, with min_similarity, when a member's
     direct similarity to the representative is lower (or none: the edges hold all pairs above their threshold). Then,
-    in the order of keys, each row that is still unassigned becomes a representative and takes its unassigned neighbours:
-    every member of a star is a pair with its representative. A star may be larger than the limit: those are
-    copies of one image, not a chain.
+    in the order of keys, each row still unassigned becomes a representative and takes its unassigned neighbours: every
+    member of a star is a pair with its representative. A star may be larger than the limit: those are copies of one
+    image, not a chain.
 
     Args:
         edges: batches of pairs, iterated three times: a sequence, or an object that reads files anew for each iter().

@@ -6,15 +6,16 @@ Raw: gradient histograms at four scales and a colour grid.
 procedural images ("dead leaves") and their random edits, so it keeps the directions in which images differ and drops
 those in which an image differs from its own crop or rotation. It is made once by benchmarks/fit_descriptors.py and
 shipped, hence the same function of an image in every run, whatever the pool: cosines compare between pools, and new
-shards need no refit. Mirroring an image permutes the raw descriptor, and the projection's rows are even or odd under that
-permutation: the embedding of the mirror image is the embedding times a vector of signs.
+shards need no refit. Mirroring an image permutes the raw descriptor, and the projection's rows are even or odd under
+that permutation: the embedding of the mirror image is the embedding times a vector of signs.
 
 `embed_likeness` (retrieval): the same rows joined with what kind of picture it is: its map of gradient energy, its
 gradient magnitudes and its colours, as histograms.
 
-Sources: histograms of oriented gradients, N. Dalal and B. Triggs, CVPR 2005 (here with signed orientation, cubic B-spline
-cells in place of blocks, and a square root as in RootSIFT, R. Arandjelovic and A. Zisserman, CVPR 2012); discriminant
-analysis of descriptors, K. Mikolajczyk and J. Matas, ICCV 2007; dead leaves, A. Lee, D. Mumford and J. Huang, IJCV 2001.
+Sources: histograms of oriented gradients, N. Dalal and B. Triggs, CVPR 2005 (here with signed orientation, cubic
+B-spline cells in place of blocks, and a square root as in RootSIFT, R. Arandjelovic and A. Zisserman, CVPR 2012);
+discriminant analysis of descriptors, K. Mikolajczyk and J. Matas, ICCV 2007; dead leaves, A. Lee, D. Mumford and J.
+Huang, IJCV 2001.
 """
 
 import functools
@@ -44,9 +45,8 @@ _ENERGY_SCALE = 2
 _MAGNITUDE_SIDES, _MAGNITUDE_BINS = (128, 64, 32), 16
 # Bins of luma and of the two colour differences, which are taken within 64 of grey.
 _COLOUR_BINS = (4, 6, 6)
-LIKENESS_DIM = (
-    COPY_DIM + SCALES[_ENERGY_SCALE][1] ** 2 + len(_MAGNITUDE_SIDES) * _MAGNITUDE_BINS + math.prod(_COLOUR_BINS)
-)
+_ENERGY_CELLS = SCALES[_ENERGY_SCALE][1] ** 2
+LIKENESS_DIM = COPY_DIM + _ENERGY_CELLS + len(_MAGNITUDE_SIDES) * _MAGNITUDE_BINS + math.prod(_COLOUR_BINS)
 _ROWS_PER_BLOCK = 256
 
 
@@ -80,7 +80,14 @@ def fingerprint() -> str:
 
 
 def raw_descriptors(views: np.ndarray) -> np.ndarray:
-    """[B, RAW_DIM] float32 of views uint8 [B, 128, 128, 3]: per scale [cells, cells, bins], then colour [cells, cells, 3]."""
+    """[B, RAW_DIM] float32: for each scale [cells, cells, bins], then colour [cells, cells, 3].
+
+    Args:
+        views: uint8 [B, 128, 128, 3].
+
+    Raises:
+        ValueError: another shape or type.
+    """
     if views.dtype != np.uint8 or views.shape[1:] != (VIEW_PX, VIEW_PX, 3):
         raise ValueError(f"views must be uint8 [B, {VIEW_PX}, {VIEW_PX}, 3], got {views.dtype} {list(views.shape)}.")
     out = np.empty((len(views), RAW_DIM), np.float32)
@@ -125,8 +132,7 @@ def _projected(raw: np.ndarray) -> np.ndarray:
 
 def _likeness(views: np.ndarray, raw: np.ndarray) -> np.ndarray:
     first = NUM_BINS * sum(cells * cells for _, cells in SCALES[:_ENERGY_SCALE])
-    cells = SCALES[_ENERGY_SCALE][1]
-    energy = raw[:, first : first + cells * cells * NUM_BINS].reshape(len(raw), cells * cells, NUM_BINS).sum(axis=2)
+    energy = raw[:, first : first + _ENERGY_CELLS * NUM_BINS].reshape(len(raw), _ENERGY_CELLS, NUM_BINS).sum(axis=2)
     magnitudes = np.empty((len(views), len(_MAGNITUDE_SIDES), _MAGNITUDE_BINS), np.float32)
     colours = np.empty((len(views), math.prod(_COLOUR_BINS)), np.float32)
     for view, magnitude_row, colour_row in zip(views, magnitudes, colours, strict=True):

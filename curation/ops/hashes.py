@@ -1,9 +1,9 @@
 """Exact and perceptual hashes: the cheap first steps of the duplicate cascade.
 
 The perceptual hash is PDQ (256 bits and a quality in 0..100) by the `pdqhash` library, taken from a 128 x 128 squash of
-the image. PDQ's own reduction is not antialiased to a fixed size: two sizes of one image differ by more bits through it.
-Source: Meta, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm", ThreatExchange, 2019; it advises
-a distance of at most 31 and a quality of at least 50.
+the image. PDQ's own reduction is not antialiased to a fixed size, so two sizes of one image differ by more bits
+through it. Source: Meta, "The TMK+PDQF video-hashing algorithm and the PDQ image-hashing algorithm", ThreatExchange,
+2019; it advises a distance of at most 31 and a quality of at least 50.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,8 @@ def perceptual_hash(image: Image.Image) -> tuple[bytes, int, bytes]:
 def hash_pixels(pixels: np.ndarray) -> tuple[bytes, int, bytes]:
     """`perceptual_hash` of a [128, 128, 3] uint8 array that is already squashed, such as the offline encoder's view."""
     if pixels.shape != (HASH_VIEW_PX, HASH_VIEW_PX, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"pixels must be uint8 [{HASH_VIEW_PX}, {HASH_VIEW_PX}, 3], got {pixels.dtype} {pixels.shape}.")
+        expected = [HASH_VIEW_PX, HASH_VIEW_PX, 3]
+        raise ValueError(f"pixels must be uint8 {expected}, got {pixels.dtype} {list(pixels.shape)}.")
     bits, quality = pdqhash.compute(np.ascontiguousarray(pixels))
     # pdqhash.compute_dihedral is off by several bits here: its sampling grid is not symmetric.
     mirrored, _ = pdqhash.compute(np.ascontiguousarray(pixels[:, ::-1]))
@@ -156,9 +157,9 @@ def hash_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _near(
     left: np.ndarray, right: np.ndarray, max_distance: int, is_same: bool, first_right: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of (row of left, row of right, distance), rows of right numbered from first_right on; no row with itself."""
+    """Blocks of (row of left, row of right, distance); rows of right count from first_right, no row meets itself."""
     radius = max_distance // _CHUNKS
-    flips = np.array([0] + [1 << bit for bit in range(16)][: 16 * radius], dtype=np.int64)
+    flips = np.array([0, *(1 << bit for bit in range(16 * radius))], dtype=np.int64)
     for chunk in range(_CHUNKS):
         tables = [_bucket_table(words, chunk) for words in ((left,) if is_same else (left, right))]
         if first_right:
@@ -208,7 +209,19 @@ def _is_candidate_of_earlier_chunk(a, b, chunk, radius):
 
 @_compile
 def _compare_buckets(
-    left, left_rows, left_starts, right, right_rows, right_starts, flips, chunk, radius, max_distance, is_same, bucket, out
+    left,
+    left_rows,
+    left_starts,
+    right,
+    right_rows,
+    right_starts,
+    flips,
+    chunk,
+    radius,
+    max_distance,
+    is_same,
+    bucket,
+    out,
 ):
     """Fill out with near pairs of whole buckets from `bucket` on; returns (rows filled, first bucket not done)."""
     size = 0

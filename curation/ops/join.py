@@ -17,29 +17,21 @@ from typing import NamedTuple
 
 import faiss
 import numpy as np
-from numba import njit
 
 from curation.ops.cells import Cells, nearest_cells
+from curation.ops.join_kernels import BLOCK, grouped_by_cell, insert_nearest, pairs_by_score, pairs_by_sketch
 from curation.ops.nearest import available_threads
 from curation.ops.sketches import (
-    ROUGH_MARGIN,
-    HALF_WORDS,
     SKETCH_BITS,
     SKETCH_WORDS,
-    bit_count,
     check_mirror,
     check_unit_rows,
-    exact_dot,
     half_radius,
-    lowest_bit,
     mirrored,
     products,
-    rough_dot,
 )
 
 DEFAULT_MEMORY_BYTES = 2**29
-_BLOCK = 32  # members whose sketches stay in registers while the queries pass by: 16 AVX-512 registers
-_CHUNK = 256  # queries whose sketches stay in the first-level cache while the members pass by
 
 
 class Pairs(NamedTuple):
@@ -58,7 +50,7 @@ class Pairs(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Pool rows near queries, sorted by (query, gid): query index int64, gid int64, similarity float32, mirrored bool."""
+    """Pool rows near queries, sorted by (query, gid); columns as in Pairs, query being an index into the queries."""
 
     query: np.ndarray
     gid: np.ndarray
@@ -185,11 +177,12 @@ def nearest(
 
     def answer(low: int) -> None:  # blocks of queries share nothing, so each thread has its own
         rows = slice(low, low + step)
-        block = _block(_stored(queries[rows]), np.full(len(queries[rows]), -1), cells, nprobe, 1, with_sketches=False)
+        asked = _stored(queries[rows])
+        block = _block(asked, _no_sketches(len(asked)), np.full(len(asked), -1), cells, nprobe, 1)
         for tile in _tiles(cells, block, tile_rows):
             vectors, tile_gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
             for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes // threads):
-                _insert_nearest(
+                insert_nearest(
                     scores, asking, members.start, block.vectors, vectors, tile_gids, similarities[rows], gids[rows]
                 )
 
@@ -213,13 +206,23 @@ def _both_ways(
     max_memory_bytes: int,
     num_threads: int | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
-    """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored."""
+    """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored.
+
+    rows: the queries' own, consecutive rows in the cells, or all -1.
+    """
     if mirror is not None:
         check_mirror(mirror, cells.dim)
     for signs in (None,) if mirror is None else (None, mirror):
         asked = vectors if signs is None else mirrored(vectors, signs)
-        block = _block(asked, rows, cells, nprobe, num_threads, with_sketches=radius is not None)
-        yield *_block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads), signs is not None
+        if radius is None:
+            sketches = _no_sketches(len(rows))
+        elif signs is None and len(rows) and rows[0] >= 0:
+            sketches = cells.read_sketches(int(rows[0]), int(rows[-1]) + 1)
+        else:
+            sketches = cells.sketch(asked)
+        block = _block(asked, sketches, rows, cells, nprobe, num_threads)
+        query, row, similarity = _block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads)
+        yield query, row, similarity, signs is not None
 
 
 def _block_pairs(
@@ -234,7 +237,7 @@ def _block_pairs(
         bounds = np.clip(cells.offsets[tile.first_cell : tile.last_cell + 2], tile.start, tile.stop) - tile.start
         own = slice(tile.first_cell, tile.last_cell + 1)
         words = _sketch_columns(cells.read_sketches(tile.start, tile.stop))
-        found = _sketch_tile(
+        found = pairs_by_sketch(
             words, vectors, bounds, *block[:4], block.starts[own], block.stops[own], tile.start, radius,
             half_radius(radius), np.float32(threshold), max(len(vectors), 1024),
         )  # fmt: skip
@@ -245,32 +248,15 @@ def _block_pairs(
 
 
 def _block(
-    vectors: np.ndarray, rows: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None, *, with_sketches: bool
+    vectors: np.ndarray, sketches: np.ndarray, rows: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None
 ) -> _Queries:
     num_queries = len(vectors)
-    sketches = cells.sketch(vectors) if with_sketches else np.empty((num_queries, SKETCH_WORDS), np.uint64)
     if nprobe == cells.num_cells:
         everyone = np.arange(num_queries, dtype=np.int32)
         starts = np.zeros(cells.num_cells, np.int64)
         return _Queries(vectors, sketches, rows, everyone, starts, starts + num_queries)
-    order, bounds = _grouped(nearest_cells(vectors, cells.centroids, nprobe, num_threads), cells.num_cells)
+    order, bounds = grouped_by_cell(nearest_cells(vectors, cells.centroids, nprobe, num_threads), cells.num_cells)
     return _Queries(vectors, sketches, rows, order, bounds[:-1], bounds[1:])
-
-
-@njit(cache=True, nogil=True)
-def _grouped(probes: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Query indices int32 sorted by probed cell, and where each cell's begin: int64 [K + 1]."""
-    bounds = np.zeros(num_cells + 1, np.int64)
-    for cell in probes.ravel():
-        bounds[cell + 1] += 1
-    bounds = np.cumsum(bounds)
-    filled = bounds[:-1].copy()
-    order = np.empty(probes.size, np.int32)
-    for query in range(probes.shape[0]):
-        for cell in probes[query]:
-            order[filled[cell]] = query
-            filled[cell] += 1
-    return order, bounds
 
 
 def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
@@ -292,94 +278,9 @@ def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
 
 def _sketch_columns(sketches: np.ndarray) -> np.ndarray:
     """Sketches [n, 8] as words [8, n + padding]: the kernel always reads whole blocks of members."""
-    columns = np.zeros((SKETCH_WORDS, len(sketches) + _BLOCK), np.uint64)
+    columns = np.zeros((SKETCH_WORDS, len(sketches) + BLOCK), np.uint64)
     columns[:, : len(sketches)] = sketches.T
     return columns
-
-
-@njit(cache=True, nogil=True)
-def _sketch_tile(
-    words, vectors, bounds, query_vectors, query_sketches, query_rows, order, starts, stops, first_row, radius, half,
-    threshold, capacity,
-):  # fmt: skip
-    """Pairs of a tile: sketches within radius, then the exact similarity. Returns (query, member, similarity)."""
-    out_query = np.empty(capacity, np.int32)
-    out_member = np.empty(capacity, np.int64)
-    out_similarity = np.empty(capacity, np.float32)
-    count = 0
-    rough_threshold = threshold - ROUGH_MARGIN
-    limit, half_limit = np.int64(radius) + 1, np.int64(half) + 1
-    buffer = np.empty((_CHUNK, SKETCH_WORDS), np.uint64)
-    asking = np.empty(_CHUNK + 1, np.int64)
-    masks = np.empty(_CHUNK + 1, np.uint64)
-    for cell in range(starts.size):
-        for chunk in range(starts[cell], stops[cell], _CHUNK):
-            num_queries = min(_CHUNK, stops[cell] - chunk)
-            for j in range(num_queries):
-                buffer[j] = query_sketches[order[chunk + j]]
-            for base in range(bounds[cell], bounds[cell + 1], _BLOCK):
-                num_members = min(_BLOCK, bounds[cell + 1] - base)
-                w0, w1 = words[0, base : base + _BLOCK], words[1, base : base + _BLOCK]
-                w2, w3 = words[2, base : base + _BLOCK], words[3, base : base + _BLOCK]
-                w4, w5 = words[4, base : base + _BLOCK], words[5, base : base + _BLOCK]
-                w6, w7 = words[6, base : base + _BLOCK], words[7, base : base + _BLOCK]
-                num_near = _near(buffer[:num_queries], w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks)
-                real = (np.uint64(1) << np.uint64(num_members)) - np.uint64(1)
-                for hit in range(num_near):
-                    query = order[chunk + asking[hit]]
-                    near = masks[hit] & real
-                    while near:
-                        member = base + np.int64(lowest_bit(near))
-                        near &= near - np.uint64(1)
-                        if rough_dot(query_vectors[query], vectors[member]) < rough_threshold:
-                            continue
-                        similarity = exact_dot(query_vectors[query], vectors[member])
-                        if similarity < threshold or first_row + member == query_rows[query]:
-                            continue
-                        if count == out_query.size:
-                            out_query = np.append(out_query, np.empty_like(out_query))
-                            out_member = np.append(out_member, np.empty_like(out_member))
-                            out_similarity = np.append(out_similarity, np.empty_like(out_similarity))
-                        out_query[count] = query
-                        out_member[count] = member
-                        out_similarity[count] = similarity
-                        count += 1
-    return out_query[:count].copy(), out_member[:count].copy(), out_similarity[:count].copy()
-
-
-@njit(cache=True, nogil=True)
-def _near(sketches, w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks):
-    """Which of the queries' sketches [q, 8] are near which of 32 members, whose eight words are w0 to w7.
-
-    Fills asking with query indices and masks with the members near each; returns how many. Two loops without branches:
-    in the first, the first halves of the members' sketches stay in registers while the queries pass by. The distance
-    minus the limit is negative for a pair worth a second look, so the sign of the bitwise or of a block's differences
-    tells whether it has any.
-    """
-    num_asking = 0
-    for j in range(sketches.shape[0]):
-        q0, q1, q2, q3 = sketches[j, 0], sketches[j, 1], sketches[j, 2], sketches[j, 3]
-        signs = np.int64(0)
-        for i in range(_BLOCK):
-            first = bit_count(w0[i] ^ q0) + bit_count(w1[i] ^ q1) + bit_count(w2[i] ^ q2) + bit_count(w3[i] ^ q3)
-            signs |= np.int64(first) - half_limit
-        asking[num_asking] = j
-        num_asking += signs < 0
-    num_near = 0
-    for hit in range(num_asking):
-        j = asking[hit]
-        q0, q1, q2, q3 = sketches[j, 0], sketches[j, 1], sketches[j, 2], sketches[j, 3]
-        q4, q5, q6, q7 = sketches[j, 4], sketches[j, 5], sketches[j, 6], sketches[j, 7]
-        near = np.uint64(0)
-        for i in range(_BLOCK):
-            first = bit_count(w0[i] ^ q0) + bit_count(w1[i] ^ q1) + bit_count(w2[i] ^ q2) + bit_count(w3[i] ^ q3)
-            second = bit_count(w4[i] ^ q4) + bit_count(w5[i] ^ q5) + bit_count(w6[i] ^ q6) + bit_count(w7[i] ^ q7)
-            both = (np.int64(first) - half_limit) & (np.int64(first + second) - limit)
-            near |= (np.uint64(both) >> np.uint64(63)) << np.uint64(i)
-        asking[num_near] = j
-        masks[num_near] = near
-        num_near += near != 0
-    return num_near
 
 
 def _exact_tile(
@@ -388,7 +289,9 @@ def _exact_tile(
     """Pairs of a tile without sketches: a matrix product with a margin, then the exact similarity."""
     found = [_no_pairs()]
     for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes):
-        query, member, similarity = _above(scores, asking, members.start, block.vectors, vectors, np.float32(threshold))
+        query, member, similarity = pairs_by_score(
+            scores, asking, members.start, block.vectors, vectors, np.float32(threshold)
+        )
         row = member + tile.start
         other = row != block.rows[query]
         found.append((query[other], row[other], similarity[other]))
@@ -418,70 +321,6 @@ def _scored(
             yield asking, members, products(block.vectors[asking], vectors[members.start : members.stop])
 
 
-@njit(cache=True, nogil=True)
-def _above(scores, asking, first_member, query_vectors, vectors, threshold):
-    """(query, member, exact similarity) where it reaches the threshold; scores are good to ROUGH_MARGIN."""
-    query = np.empty(1024, np.int64)
-    member = np.empty(1024, np.int64)
-    similarity = np.empty(1024, np.float32)
-    count = 0
-    rough_threshold = threshold - ROUGH_MARGIN
-    for j in range(asking.size):
-        line = scores[j]
-        for base in range(0, line.size, 64):
-            piece = line[base : base + 64]
-            hits = 0
-            for i in range(piece.size):
-                hits += piece[i] >= rough_threshold
-            if hits == 0:
-                continue
-            for i in range(piece.size):
-                if piece[i] >= rough_threshold:
-                    m = first_member + base + i
-                    exact = exact_dot(query_vectors[asking[j]], vectors[m])
-                    if exact >= threshold:
-                        if count == query.size:
-                            query = np.append(query, np.empty_like(query))
-                            member = np.append(member, np.empty_like(member))
-                            similarity = np.append(similarity, np.empty_like(similarity))
-                        query[count] = asking[j]
-                        member[count] = m
-                        similarity[count] = exact
-                        count += 1
-    return query[:count].copy(), member[:count].copy(), similarity[:count].copy()
-
-
-@njit(cache=True, nogil=True)
-def _insert_nearest(scores, asking, first_member, query_vectors, vectors, tile_gids, similarities, gids):
-    k = similarities.shape[1]
-    for j in range(asking.size):
-        query = asking[j]
-        line, best, best_gid = scores[j], similarities[query], gids[query]
-        for base in range(0, line.size, 64):
-            piece = line[base : base + 64]
-            rough_threshold = best[k - 1] - ROUGH_MARGIN
-            hits = 0
-            for i in range(piece.size):
-                hits += piece[i] >= rough_threshold
-            if hits == 0:
-                continue
-            for i in range(piece.size):
-                if piece[i] < best[k - 1] - ROUGH_MARGIN:
-                    continue
-                member = first_member + base + i
-                exact, gid = exact_dot(query_vectors[query], vectors[member]), tile_gids[member]
-                at = k
-                while at > 0 and (exact > best[at - 1] or (exact == best[at - 1] and gid < best_gid[at - 1])):
-                    at -= 1
-                if at == k:
-                    continue
-                for place in range(k - 1, at, -1):
-                    best[place] = best[place - 1]
-                    best_gid[place] = best_gid[place - 1]
-                best[at] = exact
-                best_gid[at] = gid
-
-
 def _oriented(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, flipped: np.ndarray | bool) -> Pairs:
     return Pairs(np.minimum(a, b), np.maximum(a, b), similarity, np.broadcast_to(flipped, similarity.shape))
 
@@ -505,6 +344,10 @@ def _concatenated(columns: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ..
 
 def _no_pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+def _no_sketches(num_queries: int) -> np.ndarray:
+    return np.empty((num_queries, SKETCH_WORDS), np.uint64)
 
 
 def _stored(queries: np.ndarray) -> np.ndarray:

@@ -80,8 +80,7 @@ def nearest_centroids(
 
     def fill(start: int) -> None:
         rows = np.ascontiguousarray(x[start : start + block_rows], dtype=np.float32)
-        squared_norms = np.einsum("nd,nd->n", rows, rows)
-        _check_rows(squared_norms, start, metric)
+        check_rows(rows, metric, start)
         shifted = rows - shift
         found, found_scores = search(shifted)
         out = slice(start, start + len(rows))
@@ -94,6 +93,21 @@ def nearest_centroids(
 
     for_each(fill, range(0, len(x), block_rows), num_threads if is_parallel else 1)
     return cells, scores
+
+
+def check_rows(rows: np.ndarray, metric: Metric, start: int = 0) -> None:
+    """Raises ValueError naming the first row (counted from start) that is not finite, or not unit-norm for cosine."""
+    squared_norms = np.einsum("nd,nd->n", rows, rows)
+    if not np.isfinite(squared_norms).all():
+        row = start + int(np.argmin(np.isfinite(squared_norms)))
+        raise ValueError(f"row {row} is not finite; leave out or replace such rows before clustering.")
+    norms = np.sqrt(squared_norms)
+    if metric == "cosine" and (np.abs(norms - 1) > 1e-3).any():
+        row = int(np.argmax(np.abs(norms - 1) > 1e-3))
+        raise ValueError(
+            f"row {start + row} has norm {norms[row]:.6g}, cosine k-means needs unit-norm rows; "
+            "divide each row by its norm, or use metric='l2'."
+        )
 
 
 def for_each(function: Callable[[T], None], items: Iterable[T], num_threads: int | None) -> None:
@@ -137,19 +151,6 @@ def _searcher(centroids: np.ndarray, k: int, metric: Metric) -> _Searcher:
         # One thread: an index on a GPU may not be searched by several at once.
         return _Searcher(lambda rows: index.search(rows, k)[::-1], GPU_BLOCK_ROWS, NEAR_TIE, False)
     return _Searcher(lambda rows: faiss.knn(rows, centroids, k, metric=faiss_metric)[::-1], BLOCK_ROWS, NEAR_TIE, True)
-
-
-def _check_rows(squared_norms: np.ndarray, start: int, metric: Metric) -> None:
-    if not np.isfinite(squared_norms).all():
-        row = start + int(np.argmin(np.isfinite(squared_norms)))
-        raise ValueError(f"row {row} is not finite; leave out or replace such rows before clustering.")
-    norms = np.sqrt(squared_norms)
-    if metric == "cosine" and (np.abs(norms - 1) > 1e-3).any():
-        row = int(np.argmax(np.abs(norms - 1) > 1e-3))
-        raise ValueError(
-            f"row {start + row} has norm {norms[row]:.6g}, cosine k-means needs unit-norm rows; "
-            "divide each row by its norm, or use metric='l2'."
-        )
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

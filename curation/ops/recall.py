@@ -166,7 +166,8 @@ def true_pairs(
 def found_by(truth: TruePairs, nprobe: int, radius: int | None) -> np.ndarray:
     """Which of the true pairs the join finds with these settings: bool [P]."""
     near = truth.distance <= (SKETCH_BITS if radius is None else radius)
-    return ((truth.rank < nprobe) & near).any(axis=1)
+    found = (truth.rank < nprobe) & near
+    return found[:, 0] | found[:, 1]
 
 
 def measured_recall(found: Pairs, truth: TruePairs) -> tuple[float, float]:
@@ -250,7 +251,7 @@ def _sample(cells: Cells, threshold: float, max_queries: int, seed: int) -> Iter
 
 
 def _descend(truth: TruePairs, num_cells: int, radius: int, target_recall: float) -> tuple[int | None, float, float]:
-    """(nprobe, recall, lower bound) of the last value, from all cells down, that meets the target; nprobe None if none."""
+    """(nprobe, recall, lower bound) of the last value, from all cells down, to meet the target; None if none does."""
     best: tuple[int | None, float, float] = (None, 0.0, 0.0)
     for nprobe in _descending(num_cells):
         recall, bound = _bounded(found_by(truth, nprobe, radius), truth.query)

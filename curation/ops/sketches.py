@@ -77,7 +77,7 @@ def sketch_directions(dim: int, seed: int) -> np.ndarray:
 
 
 def sketch(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Sign sketches of unit rows x [N, D]: uint64 [N, 8], bit j of a row set where its product with direction j >= 0."""
+    """Sign sketches of unit rows x [N, D]: uint64 [N, 8]; bit j is set where the product with direction j is >= 0."""
     signs = products(round_rows(x), directions) >= 0
     return np.packbits(signs, axis=1, bitorder="little").view("<u8").astype(np.uint64, copy=False)
 
@@ -91,7 +91,7 @@ def half_radius(radius: int | np.ndarray) -> int | np.ndarray:
 
 
 def radius_needed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The smallest radius at which the join looks at each pair of sketches, rows of a and b uint64 [N, 8]: int64 [N]."""
+    """The smallest radius at which the join looks at each pair of sketches, rows of uint64 [N, 8]: int64 [N]."""
     differing = np.bitwise_count(a ^ b)
     first = differing[:, :HALF_WORDS].sum(axis=1, dtype=np.int64)
     return np.maximum(

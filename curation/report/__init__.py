@@ -1,1 +1,1 @@
-"""report.html: one self-contained page. What to show (choices), its pictures, its charts, its sections, put together."""
+"""report.html: one self-contained page: what to show, its pictures, its charts, its sections, put together."""

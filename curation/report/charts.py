@@ -37,7 +37,8 @@ def bars(rows: Sequence[tuple[str, float, str, str]], whole: float) -> str:
         width = 100 * value / whole if whole else 0
         lines.append(
             f'<div class="bar"><span class="name">{clean(label)}</span><span class="track">'
-            f'<span class="fill {colour}" style="width:{width:.2f}%"></span></span><span class="note">{clean(note)}</span></div>'
+            f'<span class="fill {colour}" style="width:{width:.2f}%"></span></span>'
+            f'<span class="note">{clean(note)}</span></div>'
         )
     return f'<div class="bars">{"".join(lines)}</div>'
 
@@ -46,7 +47,7 @@ def stacked_bar(shares: Mapping[str, int]) -> str:
     """One bar of all images, a colour for each name, and its legend with counts."""
     whole = sum(shares.values())
     parts = "".join(
-        f'<span class="fill {name}" style="width:{100 * count / whole:.3f}%" title="{clean(words(name))} {count:,}"></span>'
+        f'<span class="fill {name}" style="width:{100 * count / whole:.3f}%"></span>'
         for name, count in shares.items()
         if count
     )
@@ -116,12 +117,12 @@ def scatter_map(
         dots = "".join(f"M{x:.0f} {y:.0f}h0" for x, y in at[status == name])
         if dots:
             layers.append(f'<path class="points {name}" d="{dots}"/>')
-    half = _MAP_PICTURE / 2
+    half, frame = _MAP_PICTURE / 2, _MAP_PICTURE + 6
     for number, jpeg, title in pictures:
         x, y = at[number]
         layers.append(
             f'<g class="spot {status[number]}"><title>{clean(title)}</title>'
-            f'<rect x="{x - half - 3:.0f}" y="{y - half - 3:.0f}" width="{_MAP_PICTURE + 6}" height="{_MAP_PICTURE + 6}" rx="6"/>'
+            f'<rect x="{x - frame / 2:.0f}" y="{y - frame / 2:.0f}" width="{frame}" height="{frame}" rx="6"/>'
             f'<image x="{x - half:.0f}" y="{y - half:.0f}" width="{_MAP_PICTURE}" height="{_MAP_PICTURE}" '
             f'preserveAspectRatio="xMidYMid slice" href="{jpeg_url(jpeg)}"/></g>'
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _NUM_KEPT = 18
-_LARGEST_GROUPS, _OTHER_GROUPS, _GROUP_MEMBERS = 6, 10, 8
+_LARGEST_GROUPS, _OTHER_GROUPS = 6, 10
+_LARGEST_MEMBERS, _OTHER_MEMBERS = 8, 4  # shown, beside the representative
 _PAIRS_EACH_SIDE = 6
-_LEAKS, _LEAKS_PER_STEP = 12, 4
+_LEAKS_PER_STEP = 4
 _QUERIES, _ANSWERS = 12, 6
 _BALANCED_CLUSTERS = 6
 _REJECTED, _REJECTED_PER_REASON = 48, 6
@@ -142,7 +144,7 @@ def choose(run: Run, decisions: pa.Table) -> Choices:
         above=above,
         below=below,
         leaks=choose_leaks(run),
-        draws={name: choose_draws(run, name, max(3, _QUERIES // len(run.inputs.seeds))) for name in run.inputs.seeds},
+        draws={name: choose_draws(run, name, max(1, _QUERIES // len(run.inputs.seeds))) for name in run.inputs.seeds},
         balanced=choose_balanced(run),
         rejections=choose_rejections(decisions),
         map=choose_map(run, status),
@@ -175,10 +177,10 @@ def _group(
     status: np.ndarray,
     is_largest: bool,
 ) -> Group:
-    head = int(representative[gids[0]])
+    head, room = int(representative[gids[0]]), _LARGEST_MEMBERS if is_largest else _OTHER_MEMBERS
     others = gids[gids != head]
     others = others[np.lexsort((others, -np.nan_to_num(similarity[others], nan=-2)))]
-    shown = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _GROUP_MEMBERS)).round().astype(int))]
+    shown = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), room)).round().astype(int))]
     names, counts = np.unique(step[others], return_counts=True)
     return Group(
         size=len(gids),
@@ -209,28 +211,28 @@ def choose_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 
 def choose_leaks(run: Run) -> list[Leak]:
-    """Leaks of every evaluation set and every step of the cascade, by hash; the surest first."""
+    """Some leaks of every step of the cascade, by hash and from the evaluation sets in turn; the surest first."""
     table = (run.folder / "decontaminate").read_table("leaks.parquet")
-    order = {name: i for i, name in enumerate(("exact", "perceptual", "embedding", "component"))}
     gid, step = table["gid"].to_numpy(), table["step"].to_numpy(zero_copy_only=False)
     sets = table["evaluation"].to_numpy(zero_copy_only=False)
-    per_step = max(1, min(_LEAKS_PER_STEP, _LEAKS // max(1, len(run.inputs.evaluations))))
-    rows = []
-    for evaluation in run.inputs.evaluations:
-        for name in order:
-            at = np.flatnonzero((sets == evaluation) & (step == name))
-            rows += at[np.isin(gid[at], hash_sample(_SEED, gid[at], per_step))].tolist()
-    leaks = [
-        Leak(
-            image=_pool(row["gid"]),
-            match=Ref(f"evaluation-{row['evaluation']}", row["evaluation_gid"]),
-            via=_pool(row["via"]) if row["via"] != row["gid"] else None,
-            similarity=row["similarity"],
-            step=row["step"],
-        )
-        for row in table.take(pa.array(rows, pa.int64())).to_pylist()
-    ]
-    return sorted(leaks, key=lambda leak: (order[leak.step], -leak.similarity, leak.image.gid))[: _LEAKS + 4]
+    leaks = []
+    for name in ("exact", "perceptual", "embedding", "component"):
+        of_sets = [gid[(sets == s) & (step == name)] for s in run.inputs.evaluations]
+        in_turn = zip_longest(*(_hash_order(gids, _LEAKS_PER_STEP) for gids in of_sets))
+        chosen = [g for turn in in_turn for g in turn if g is not None][:_LEAKS_PER_STEP]
+        found = [_leak(row) for row in table.filter(pa.array(np.isin(gid, np.array(chosen, np.int64)))).to_pylist()]
+        leaks += sorted(found, key=lambda leak: (-leak.similarity, leak.image.gid))
+    return leaks
+
+
+def _leak(row: dict[str, Any]) -> Leak:
+    return Leak(
+        image=_pool(row["gid"]),
+        match=Ref(f"evaluation-{row['evaluation']}", row["evaluation_gid"]),
+        via=_pool(row["via"]) if row["via"] != row["gid"] else None,
+        similarity=row["similarity"],
+        step=row["step"],
+    )
 
 
 def choose_draws(run: Run, name: str, num_rows: int) -> list[Row]:
@@ -282,7 +284,10 @@ def choose_balanced(run: Run) -> list[Row]:
 def choose_rejections(decisions: pa.Table) -> list[Rejection]:
     """Every reason with its count, the most frequent first; examples while there is room for them."""
     rejected = decisions.filter(pc.equal(decisions["status"], "rejected"))
-    gid, reason = rejected["gid"].to_numpy(), rejected["reason"].fill_null("").to_numpy(zero_copy_only=False).astype(str)
+    gid, reason = (
+        rejected["gid"].to_numpy(),
+        rejected["reason"].fill_null("").to_numpy(zero_copy_only=False).astype(str),
+    )
     names, counts = np.unique(reason, return_counts=True)
     result, room = [], _REJECTED
     per_reason = max(2, min(_REJECTED_PER_REASON, _REJECTED // max(1, len(names))))
@@ -316,8 +321,8 @@ def _unit_square(points: np.ndarray) -> np.ndarray:
     low, high = np.percentile(points, [1, 99], axis=0)
     wide = (points - (low + high) / 2) / np.maximum((high - low) / 2, 1e-12)
     beyond = np.maximum(np.abs(wide) - 1, 0)
-    wide = np.clip(wide, -1, 1) + np.sign(wide) * 0.15 * np.tanh(beyond)
-    return wide / 2.3 + 0.5
+    wide = np.clip(wide, -1, 1) + np.sign(wide) * 0.12 * np.tanh(beyond)
+    return wide / 2.24 + 0.5
 
 
 def _map_pictures(points: np.ndarray, gids: np.ndarray) -> list[tuple[int, Ref]]:

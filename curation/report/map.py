@@ -38,7 +38,7 @@ def neighbour_map(rows: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def principal_axes(rows: np.ndarray) -> np.ndarray:
-    """Rows [N, D] on their two principal axes, float64 [N, 2]; each axis points to where its largest entry is positive."""
+    """Rows [N, D] on their two principal axes, float64 [N, 2]; the largest entry of each axis is positive."""
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     _, vectors = np.linalg.eigh(centred.T @ centred)
     axes = vectors[:, ::-1][:, :2]

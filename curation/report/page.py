@@ -87,7 +87,8 @@ def _asked(run: Run) -> dict[str, Any] | None:
 def _assemble(figures: Mapping[str, Any], strip: str, body: Mapping[str, tuple[str, str]]) -> str:
     status, whole = figures["funnel"]["status"], figures["funnel"]["images"]
     shards = figures["shards"]
-    seeds = " + ".join(figures["inputs"]["seeds"]) or "a balanced sample"
+    chosen_by = list(figures["inputs"]["seeds"]) + (["a balanced sample"] if "balance" in figures else [])
+    by = clean(" + ".join(chosen_by))
     links = "".join(f"<a href='#{name}'>{clean(title)}</a>" for name, (title, _) in body.items())
     parts = "".join(
         f"<section id='{name}'><h2>{clean(title)}</h2>{content}</section>" for name, (title, content) in body.items()
@@ -96,14 +97,16 @@ def _assemble(figures: Mapping[str, Any], strip: str, body: Mapping[str, tuple[s
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><meta name='referrer' content='no-referrer'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='referrer' content='no-referrer'>"
         f"<title>{status['kept']:,} of {whole:,} images · Seedbed</title><style>{style}</style></head><body>"
-        f"<header class='top'><p class='brand'>Seedbed · curation report</p><h1><b>{status['kept']:,}</b> of {whole:,} images kept</h1>"
-        f"<p>{percent(status['kept'], whole)} of the pool, chosen by {clean(seeds)}, in {shards['files']:,} "
+        "<header class='top'><p class='brand'>Seedbed · curation report</p>"
+        f"<h1><b>{status['kept']:,}</b> of {whole:,} images kept</h1>"
+        f"<p>{percent(status['kept'], whole)} of the pool, chosen by {by}, in {shards['files']:,} "
         f"{'shard' if shards['files'] == 1 else 'shards'} of {_size(shards['bytes'])} with their original bytes.</p>"
         f"{strip}</header><nav>{links}</nav><main>{parts}</main>"
-        "<footer>Made by Seedbed. Every image of the pool is a row of <code>decisions.parquet</code>; every figure of this "
-        "page is in <code>report.json</code>.</footer></body></html>\n"
+        "<footer>Every image of the pool is a row of <code>decisions.parquet</code>; every figure of this page is in "
+        "<code>report.json</code>.</footer></body></html>\n"
     )
 
 

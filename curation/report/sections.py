@@ -48,9 +48,9 @@ def duplicate_groups(groups: list[Group], figures: Mapping[str, Any], pictures: 
         return "<p class='empty'>No two images of this pool were found to be near-duplicates.</p>"
     gone = counts["images in"] - counts["images out"]
     text = (
-        f"<p>{plural(gone, 'image is a copy', 'images are copies')} of another: {counts['exact copies']:,} with the very "
-        "same bytes, the others linked by perceptual hash or by embedding. Of each group one image, its representative "
-        "(framed in green), goes on to the next stage.</p>"
+        f"<p>{plural(gone, 'image is a copy', 'images are copies')} of another: {counts['exact copies']:,} with the "
+        "very same bytes, the others linked by perceptual hash or by embedding. Of each group one image, its "
+        "representative (framed in green), goes on to the next stage.</p>"
     )
     parts = []
     for title, is_largest in (("The largest groups", True), ("Others, at random", False)):
@@ -64,7 +64,9 @@ def _group(group: Group, pictures: Pictures) -> str:
     # Of a pair, the tile's caption says all that there is to say.
     about = []
     if group.size > 2:
-        least = f"least cosine {group.least_similarity:.2f}" if math.isfinite(group.least_similarity) else "no direct match"
+        least = (
+            f"least cosine {group.least_similarity:.2f}" if math.isfinite(group.least_similarity) else "no direct match"
+        )
         how = [f"{count:,} {step_words(name)}" for name, count in group.steps.items() if name]
         about = [f"<b>{group.size:,} images</b>", f"<span>{least}</span>", f"<span>{', '.join(how)}</span>"]
     about.append(f"<span><i class='{clean(group.status)}'></i>representative: {clean(words(group.status))}</span>")
@@ -85,8 +87,8 @@ def near_pairs(above: list[Pair], below: list[Pair], figures: Mapping[str, Any],
     if not above and not below:
         return f"<p class='empty'>No two images of the sample come near the threshold, cosine {threshold:g}.</p>"
     text = (
-        f"<p>Two images are linked when the cosine of their embeddings reaches <b>{threshold:g}</b>. These are the pairs of "
-        "a random sample that lie closest to that line: those on the left should be copies, those on the right should not.</p>"
+        f"<p>Two images are linked when the cosine of their embeddings reaches <b>{threshold:g}</b>. These are the "
+        "pairs of a random sample that lie closest to that line: the linked ones should be copies, the others not.</p>"
     )
     sides = []
     for title, colour, pairs in (("Just above: linked", "duplicate", above), ("Just below: kept apart", "kept", below)):
@@ -140,7 +142,9 @@ def _leak(leak: Leak, pictures: Pictures) -> str:
     return f"<div class='leak'><div>{''.join(tiles)}</div><p>{value}</p></div>"
 
 
-def retrieval(draws: Mapping[str, list[Row]], balanced: list[Row], figures: Mapping[str, Any], pictures: Pictures) -> str:
+def retrieval(
+    draws: Mapping[str, list[Row]], balanced: list[Row], figures: Mapping[str, Any], pictures: Pictures
+) -> str:
     """A row for each chosen seed image or hit cluster, what it drew beside it; the same for the balanced branch."""
     parts = []
     for name, rows in draws.items():
@@ -148,7 +152,10 @@ def retrieval(draws: Mapping[str, list[Row]], balanced: list[Row], figures: Mapp
         num = f"{f['num_seeds']:,} seed images"
         if f["mode"] == "sample":
             k = figures["inputs"]["seeds"][name]["rule"]["k"]
-            text = f"{num} drew their {k:,} nearest survivors each: {f['num_draws']:,} draws, {f['num_images']:,} different images."
+            text = (
+                f"{num} drew their {k:,} nearest survivors each: {f['num_draws']:,} draws, {f['num_images']:,} "
+                "different images."
+            )
         elif f["mode"] == "cluster":
             text = f"{num} hit {f['num_hit_clusters']:,} clusters, from which {f['num_images']:,} images were drawn."
         else:
@@ -163,7 +170,9 @@ def retrieval(draws: Mapping[str, list[Row]], balanced: list[Row], figures: Mapp
         shown = "".join(_row(row, pictures) for row in balanced)
         num = figures["balance"]["images"]
         text = f"{num:,} images drawn evenly over the concepts of the pool, whatever the seed sets ask for."
-        parts.append(f"<h3><i class='kept'></i>Balanced sample</h3><p>{text}</p><div class='draws'>{shown}</div>")
+        parts.append(
+            f"<h3><i class='kept'></i>Balanced sample</h3><p>{text}</p><div class='draws packed'>{shown}</div>"
+        )
     return "".join(parts)
 
 
@@ -180,9 +189,10 @@ def _row(row: Row, pictures: Pictures) -> str:
 def clusters(figures: Mapping[str, Any]) -> str:
     """Sizes by rank, and what the common measures say of them."""
     f = figures["clusters"]
+    chart = rank_sizes(f["sizes"]["before"], f["sizes"]["after"])
     levels = " → ".join(f"{level:,}" for level in f["levels"])
     rows = [
-        ("Effective number of clusters", "effective_number", "{:,.0f}", "as many equally large ones have this entropy"),
+        ("Effective number of clusters", "effective_number", "{:,.1f}", "as many equally large ones have this entropy"),
         ("Entropy", "entropy", "{:.3f}", "1 is even, 0 is a single cluster"),
         ("Gini", "gini", "{:.3f}", "0 is even, near 1 is a single cluster"),
         ("Largest cluster, images", "largest", "{:,.0f}", ""),
@@ -194,8 +204,8 @@ def clusters(figures: Mapping[str, Any]) -> str:
         for label, name, form, note in rows
     )
     return (
-        f"<p>The survivors fall into concepts by k-means ({levels}). A long, steep tail means that a few concepts own the "
-        f"pool.</p><div class='split'><div>{rank_sizes(f['sizes']['before'], f['sizes']['after'])}"
+        f"<p>The survivors fall into concepts by k-means ({levels}). A steep line means that a few concepts own the "
+        f"pool, a flat one that all have their share.</p><div class='split'><div>{chart}"
         "<ul class='legend'><li><i class='line before'></i>survivors of deduplication and decontamination</li>"
         "<li><i class='line after'></i>kept</li></ul></div>"
         "<table><tr><th></th><th class='num'>survivors</th><th class='num'>kept</th></tr>"
@@ -207,12 +217,16 @@ def pool_map(chosen: Map | None, pictures: Pictures) -> str:
     """The map: near means alike to the retrieval encoder."""
     if chosen is None:
         return "<p class='empty'>Too few readable images for a map.</p>"
-    placed = [(n, p.jpeg, f"{p.key} · {words(chosen.status[n])}") for n, ref in chosen.pictures if (p := pictures[ref]).jpeg]
-    present = set(chosen.status)
-    legend = "".join(f"<li><i class='{s}'></i>{'seed image' if s == 'seed' else words(s)}</li>" for s in _MAP_ORDER if s in present)
+    placed = [
+        (n, p.jpeg, f"{p.key} · {words(chosen.status[n])}") for n, ref in chosen.pictures if (p := pictures[ref]).jpeg
+    ]
+    present, num = set(chosen.status), int((chosen.status != "seed").sum())
+    legend = "".join(
+        f"<li><i class='{s}'></i>{'seed image' if s == 'seed' else words(s)}</li>" for s in _MAP_ORDER if s in present
+    )
     return (
-        f"<p>A random sample of {(chosen.status != 'seed').sum():,} readable pool images, laid out so that images which the "
-        "retrieval encoder finds alike lie together (a neighbour embedding; directions and distances across the map mean "
+        f"<p>A random sample of {num:,} readable pool images, laid out so that images which "
+        "the retrieval encoder finds alike lie together (a neighbour embedding; directions and long distances mean "
         f"nothing).</p>{scatter_map(chosen.points, chosen.status, _MAP_ORDER, placed)}"  # type: ignore[arg-type]
         f"<ul class='legend'>{legend}</ul>"
     )
@@ -228,7 +242,8 @@ def rejections(chosen: list[Rejection], pictures: Pictures) -> str:
         meaning = f"<span>{clean(reason_meaning(r.reason))}</span>"
         head = f"<header><b>{clean(words(r.reason))} · {r.count:,}</b>{meaning}</header>"
         parts.append(f"<article>{head}<div class='tiles'>{tiles}</div></article>")
-    return f"<p>Nothing is lost silently: each of these is a row with a reason.</p><div class='rejections'>{''.join(parts)}</div>"
+    text = "<p>Nothing is lost silently: each of these is a row with a reason.</p>"
+    return f"{text}<div class='rejections'>{''.join(parts)}</div>"
 
 
 def _dimensions(picture: Picture) -> str:
@@ -238,21 +253,25 @@ def _dimensions(picture: Picture) -> str:
 def recall(figures: Mapping[str, Any]) -> str:
     """What share of the near-duplicate pairs was found, and how that is known."""
     f, target = figures["dedup"], figures["config"]["dedup"]["target_recall"]
-    pairs = f"{f['embedding pairs']:,} pairs of images at or above cosine {f['similarity_threshold']:g} were linked, each re-scored exactly"
+    pairs = (
+        f"{f['embedding pairs']:,} pairs of images at or above cosine {f['similarity_threshold']:g} were linked, each "
+        "re-scored exactly"
+    )
     if f["basis"] == "exact":
-        return f"<p class='claim'>100%</p><p>{pairs}. No pair was missed: the pool is small enough to compare every image with every other.</p>"
+        why = "No pair was missed: the pool is small enough to compare every image with every other."
+        return f"<p class='claim'>100%</p><p>{pairs}. {why}</p>"
     probing = f"Each image was compared with the {f['nprobe']:,} groups of images nearest to it"
     if f["basis"] == "law":
         return (
             f"<p class='claim'>≥ {_share(f['measured_lower_bound'])}</p><p>{pairs}. {probing}. Of {f['num_queries']:,} "
-            f"images compared with the whole pool, too few had a near-duplicate ({f['num_pairs']:,} pairs) to measure the "
-            "share that is found; the bound follows from the law of the sign sketches that shorten the search.</p>"
+            f"images compared with the whole pool, too few had a near-duplicate ({f['num_pairs']:,} pairs) to measure "
+            "the share that is found; the bound follows from the law of the sign sketches that shorten the search.</p>"
         )
     return (
-        f"<p class='claim'>{_share(f['measured_recall'])}</p><p>{pairs}. {probing}. To check that, {f['num_queries']:,} randomly "
-        f"drawn images were also compared with the whole pool: of the {f['num_pairs']:,} true pairs found so, the run had "
-        f"found {_share(f['measured_recall'])}. With 95% confidence it finds at least <b>{_share(f['measured_lower_bound'])}</b> "
-        f"of all pairs (asked for: {_share(target)}).</p>"
+        f"<p class='claim'>{_share(f['measured_recall'])}</p><p>{pairs}. {probing}. To check that, "
+        f"{f['num_queries']:,} randomly drawn images were also compared with the whole pool: of the {f['num_pairs']:,} "
+        f"true pairs found so, the run had found {_share(f['measured_recall'])}. With 95% confidence it finds at least "
+        f"<b>{_share(f['measured_lower_bound'])}</b> of all pairs (asked for: {_share(target)}).</p>"
     )
 
 
@@ -268,33 +287,44 @@ def times(figures: Mapping[str, Any]) -> str:
     return f"<p>{duration(whole)} in all, when each step ran last.</p>{bars(rows, longest)}"
 
 
-def settings(figures: Mapping[str, Any], changed: Mapping[str, Any], asked: Mapping[str, Any] | None, run_url: str) -> str:
+def settings(
+    figures: Mapping[str, Any], changed: Mapping[str, Any], asked: Mapping[str, Any] | None, run_url: str
+) -> str:
     """The command, what differs from the defaults, and everything else, folded."""
-    shown = f"<pre>{_lines(_command(asked, run_url))}</pre>" if asked else ""
+    shown = f"<pre>{_lines(_command(asked, changed, run_url))}</pre>" if asked else ""
     lines = "".join(
         f"<tr><td><code>{clean(name)}</code></td><td><code>{clean(json.dumps(value))}</code></td></tr>"
         for name, value in changed.items()
     )
-    table = f"<p>Settings that differ from the defaults:</p><table>{lines}</table>" if lines else "<p>All settings are the defaults.</p>"
+    table = (
+        f"<p>Settings that differ from the defaults:</p><table>{lines}</table>"
+        if lines
+        else "<p>All settings are the defaults.</p>"
+    )
     inputs = figures["inputs"]
-    read = [f"pool: {len(inputs['pool']):,} parts, {_names(inputs['pool'])}"]
+    read = [f"pool: {plural(len(inputs['pool']), 'part')}, {_names(inputs['pool'])}"]
     read += [f"seed set {name}: {_names(seed['urls'])}" for name, seed in inputs["seeds"].items()]
-    read += [f"evaluation set {name}: {len(urls):,} parts, {_names(urls)}" for name, urls in inputs["evaluations"].items()]
+    for name, urls in inputs["evaluations"].items():
+        read.append(f"evaluation set {name}: {plural(len(urls), 'part')}, {_names(urls)}")
     listed = "".join(f"<li>{clean(line)}</li>" for line in read)
     everything = _lines(json.dumps(figures["config"], indent=1))
     return (
         f"{shown}<ul>{listed}</ul>{table}<details><summary>All settings</summary><pre>{everything}</pre></details>"
-        f"<p>One image's story in words: <code>python -m curation.explain {clean(shlex.quote(public_url(run_url)))} KEY</code></p>"
+        "<p>One image's story in words: <code>python -m curation.explain "
+        f"{clean(shlex.quote(public_url(run_url)))} KEY</code></p>"
     )
 
 
-def _command(asked: Mapping[str, Any], run_url: str) -> str:
+def _command(asked: Mapping[str, Any], changed: Mapping[str, Any], run_url: str) -> str:
+    """The command that gives this run again, whatever configuration file the first one named."""
     flags = [("--seed", seed) for seed in asked["seeds"]]
     if asked["seeds"] != ["demo"]:
         flags += [("--pool", url) for url in asked["pool"]]
         flags += [("--evaluation", url) for url in asked["evaluations"].values()]
     flags.append(("--out", run_url))
-    return " \\\n    ".join(["python -m curation.run", *(f"{flag} {shlex.quote(public_url(v))}" for flag, v in flags)])
+    words_ = [f"{flag} {shlex.quote(public_url(value))}" for flag, value in flags]
+    words_ += [shlex.quote(f"{k}={v if isinstance(v, str) else json.dumps(v)}") for k, v in changed.items()]
+    return " \\\n    ".join(["python -m curation.run", *words_])
 
 
 def _lines(text: str) -> str:

@@ -91,7 +91,6 @@ def cluster_survivors(
             num_iterations=k.num_iterations,
             seed=k.seed,
             metric="cosine",
-            init="random" if levels[0] > 10_000 else "kmeans++",
             clamp=True,
             ids=sample,
         )

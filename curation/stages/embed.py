@@ -163,12 +163,16 @@ class _EmbedWorker:
         blocks: dict[str, list[np.ndarray]] = {name: [] for name in self.encoders}
         for reference in self.decode.remote(part, self.job, isolated):
             new_rows, views = unwrapped(reference)
-            good = np.array([row["status"] == "ok" for row in new_rows], bool)
+            good = np.flatnonzero([row["status"] == "ok" for row in new_rows])
             for name, encoder in self.encoders.items():
                 block = np.zeros((len(new_rows), encoder.dim), np.float16)
-                if good.any():
+                if len(good):
                     block[good] = encoder.embed(views[name]).astype(np.float16)
                 blocks[name].append(block)
+                # A hostile image can drive a model to NaN or zero: that is its row's fate, not the run's.
+                norms = np.linalg.norm(block[good].astype(np.float32), axis=1)
+                for row in good[~(np.abs(norms - 1) < 0.01)]:
+                    new_rows[row] |= {"status": "rejected", "reason": "no_embedding"}
             rows += new_rows
         empty = {name: np.zeros((0, encoder.dim), np.float16) for name, encoder in self.encoders.items()}
         return rows, {name: np.concatenate([empty[name], *blocks[name]]) for name in self.encoders}

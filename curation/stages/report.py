@@ -94,7 +94,7 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
             "sizes": {when: sorted(s.tolist(), reverse=True) for when, s in sizes.items()},
         },
         "shards": {"files": len(shards.files), "images": sum(f.rows for f in shards.files), **shards.figures},
-        "seconds": {name: step_seconds(run, name) for name in run.manifests},
+        "seconds": {name: step_seconds(run, name) for name in run.manifests if name != "report"},
         "config": asdict(run.config),
         "inputs": {
             "pool": [part.url for part in run.inputs.pool],
@@ -107,13 +107,20 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
 def balance_figures(sizes: np.ndarray) -> dict[str, float]:
     """curation.ops.kmeans.Balance, and exp(entropy in nats): as many equally large clusters would have that entropy."""
     if not sizes.sum():
-        return {"entropy": 0.0, "gini": 0.0, "imbalance_factor": 0.0, "num_empty": len(sizes), "largest": 0, "effective_number": 0.0}
+        return {
+            "entropy": 0.0,
+            "gini": 0.0,
+            "imbalance_factor": 0.0,
+            "num_empty": len(sizes),
+            "largest": 0,
+            "effective_number": 0.0,
+        }
     figures = {name: float(value) for name, value in balance(sizes)._asdict().items()}
     return {**figures, "effective_number": float(len(sizes) ** figures["entropy"])}
 
 
 def largest_groups(duplicates: Duplicates) -> list[dict[str, Any]]:
-    """The largest near-duplicate groups: component, its size, and the least cosine to the representative (null: none)."""
+    """The largest near-duplicate groups: component, size, least cosine to the representative (null: none is known)."""
     component, similarity = duplicates.component(), duplicates.similarity()
     sizes = np.bincount(component[component >= 0], minlength=1)
     labels = np.flatnonzero(sizes > 1)

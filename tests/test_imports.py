@@ -1,0 +1,108 @@
+"""The import rules: arithmetic without Ray or torch, and one door between curation and pretrain."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LIGHT = sorted(
+    path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    for path in [
+        *(REPOSITORY / "curation" / "ops").glob("*.py"),
+        REPOSITORY / "curation" / "manifest.py",
+        REPOSITORY / "configs" / "loader.py",
+    ]
+)
+HEAVY = ("ray", "torch")
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, at any depth; relative imports made absolute."""
+    package = path.relative_to(REPOSITORY).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def python_file(module: str) -> Path:
+    path = REPOSITORY / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def offences(path: Path, allowed_from_curation: tuple[str, ...]) -> list[str]:
+    """Imports of curation modules other than those allowed."""
+    return [
+        name
+        for name in imported_names(path)
+        if name.split(".")[0] == "curation"
+        and name != "curation"
+        and not any(name == allowed or name.startswith(f"{allowed}.") for allowed in allowed_from_curation)
+    ]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_module_names_neither_ray_nor_torch(module: str) -> None:
+    named = {name.split(".")[0] for name in imported_names(python_file(module))}
+    assert not named & set(HEAVY)
+
+
+def test_light_modules_import_neither_ray_nor_torch() -> None:
+    """Through what they import, too; in a fresh interpreter, for pytest itself may have loaded both."""
+    code = f"import sys, {', '.join(LIGHT)}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_pretrain_imports_only_the_manifest_from_curation() -> None:
+    for path in sorted((REPOSITORY / "pretrain").rglob("*.py")):
+        assert offences(path, ("curation.manifest",)) == [], path
+
+
+def test_curation_imports_nothing_from_pretrain() -> None:
+    for path in sorted((REPOSITORY / "curation").rglob("*.py")):
+        assert not [name for name in imported_names(path) if name.split(".")[0] == "pretrain"], path
+
+
+@pytest.mark.parametrize("folder", ["models", "losses"])
+def test_models_and_losses_know_nothing_of_the_rest(folder: str) -> None:
+    forbidden = (
+        "configs",
+        "curation",
+        "omegaconf",
+        "pretrain.data",
+        "pretrain.checkpoint",
+        "pretrain.config",
+        "torch.distributed.fsdp",
+    )
+    for path in sorted((REPOSITORY / "pretrain" / folder).rglob("*.py")):
+        named = [n for n in imported_names(path) if any(n == f or n.startswith(f"{f}.") for f in forbidden)]
+        assert named == [], path
+
+
+def test_only_downstream_imports_downstream() -> None:
+    inside = REPOSITORY / "pretrain" / "downstream"
+    for path in sorted((REPOSITORY / "pretrain").rglob("*.py")):
+        if inside not in path.parents:
+            assert not [n for n in imported_names(path) if n.startswith("pretrain.downstream")], path
+
+
+def test_the_rules_catch_what_they_forbid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that the rules are for may not be there yet, so they are tried on one that breaks them."""
+    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
+    path = tmp_path / "pretrain" / "data" / "shards.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from curation.manifest import Manifest\nfrom curation import store\nfrom .. import config\n")
+    assert offences(path, ("curation.manifest",)) == ["curation.store"]
+    assert "pretrain.config" in list(imported_names(path))
+    with pytest.raises(AssertionError):
+        test_pretrain_imports_only_the_manifest_from_curation()
