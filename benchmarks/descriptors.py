@@ -28,6 +28,7 @@ from curation.encoders import encoder_view, load_encoder
 from curation.ops.hashes import equal_groups, hash_pairs, perceptual_hash
 from curation.ops.randomness import hash_uint64
 
+DEFAULT = 0.74
 THRESHOLDS = (0.64, 0.66, 0.68, 0.70, 0.72, 0.74, 0.76, 0.80)
 _SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
@@ -121,29 +122,30 @@ def report_copies(part: dict[str, np.ndarray], truth: CopyTruth) -> None:
     print("hash step alone: bits, copy recall, precision over natural, over all")
     for limit in (0, 8, 16, 24, 31):
         near = bits <= limit
-        a, b = np.r_[exact, hash_i[near]], np.r_[labels[exact], hash_j[near]]
+        a, b = np.unique(np.c_[[labels[exact], exact], [hash_i[near], hash_j[near]]], axis=1)
         same = (truth.cluster[a] == truth.cluster[b]).mean()
         print(f"  {limit:3d} {truth.found(a, b)[truth.is_copy].mean():.4f} {truth.precision(a, b):.4f} {same:.4f}")
     print("embedding: threshold, copy recall, pair recall, precision | with hashes: copy recall, precision")
     for threshold in THRESHOLDS:
         near = cosine >= threshold
-        a, b = np.r_[i[near], exact, hash_i], np.r_[j[near], labels[exact], hash_j]
+        a, b = np.r_[i[near], labels[exact], hash_i], np.r_[j[near], exact, hash_j]
+        a, b = np.unique(np.stack([a, b]), axis=1)  # both steps find most pairs
         print(
             f"  {threshold:.2f} {truth.found(i[near], j[near])[truth.is_copy].mean():.4f}"
             f" {truth.pair_recall(i[near], j[near]):.4f} {truth.precision(i[near], j[near]):.4f}"
             f" | {truth.found(a, b)[truth.is_copy].mean():.4f} {truth.precision(a, b):.4f}"
         )
-    near = cosine >= 0.70
+    near = cosine >= DEFAULT
     found = truth.found(i[near], j[near])
     by_transform = {
         name: f"{found[truth.is_copy & (truth.transform == name)].mean():.3f}"
         for name in sorted(set(truth.transform[truth.is_copy]))
     }
-    print("  by transform at 0.70:", " ".join(f"{name} {value}" for name, value in by_transform.items()))
+    print(f"  by transform at {DEFAULT}:", " ".join(f"{name} {value}" for name, value in by_transform.items()))
     for num_bits in range(1, 4):  # how false pairs grow with the pool: random subsets by cluster
         kept = hash_uint64(3, truth.cluster) % np.uint64(1 << num_bits) == 0
         inside = near & kept[i] & kept[j]
-        print(f"  precision at 0.70 on 1/{1 << num_bits} of the pool: {truth.precision(i[inside], j[inside]):.4f}")
+        print(f"  precision at {DEFAULT} on 1/{1 << num_bits} of the pool: {truth.precision(i[inside], j[inside]):.4f}")
     half = (hash_uint64(1, truth.cluster) & np.uint64(1)).astype(bool)
     for chosen in (half, ~half):
         threshold = _threshold_at(truth, i, j, cosine, chosen, 0.98)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.tars [--samples 12000] [--repeats 5]
 
-Both readers read every sample's bytes, nothing decoded, as each is used: ours part by part in Ray tasks, Ray Data through its
-batches. Both writers write the same samples, ours with sha256 of every member and of the shard, and the index of offsets.
+Both readers read every sample's bytes, nothing decoded, each as it is used: ours part by part in Ray tasks, Ray Data
+through its batches. Both writers write the same samples, ours with sha256 of every member and of the shard, and the
+index of offsets.
 """
 
 import argparse
@@ -75,9 +76,7 @@ def compare(jobs: dict[str, Callable[[], int]], options: argparse.Namespace) -> 
 
 
 def read_ours(urls: list[str]) -> int:
-    return sum(
-        run_tasks(_read_part, find_parts(urls), execution=ExecutionConfig(workers=2), label="read", unit="tars")
-    )
+    return sum(run_tasks(_read_part, find_parts(urls), execution=ExecutionConfig(workers=2), label="read", unit="tars"))
 
 
 def _read_part(part: Part) -> int:
@@ -97,7 +96,9 @@ def write_ours(shards: list[list[tuple[str, bytes, bytes]]], folder: Path) -> in
             builder.add(key, [("jpg", image), ("json", text)])
         target.write_bytes(f"shard-{number:06d}.tar", builder.finish(), rows=len(samples))
         entries = builder.entries
-        target.write_table(f"index/shard-{number:06d}.parquet", _entry_table(entries, [0] * len(entries), [""] * len(entries)))
+        target.write_table(
+            f"index/shard-{number:06d}.parquet", _entry_table(entries, [0] * len(entries), [""] * len(entries))
+        )
         count += len(samples)
     return count
 

@@ -112,7 +112,9 @@ def kept_with_provenance(run: Run, decisions: pa.Table) -> tuple[np.ndarray, pa.
     """gids of the kept pool images, ascending, and what each one's .json says of why."""
     kept = decisions.filter(pa.array(decisions["status"].to_numpy(zero_copy_only=False) == "kept"))
     columns = ["reason", "seed", "seed_match", "similarity", "cluster", "component", "component_size"]
-    return kept["gid"].to_numpy(), kept.select(columns).append_column("draws", pa.array(_draws(run, kept["gid"].to_numpy())))
+    return kept["gid"].to_numpy(), kept.select(columns).append_column(
+        "draws", pa.array(_draws(run, kept["gid"].to_numpy()))
+    )
 
 
 def _choices(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

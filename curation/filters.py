@@ -74,7 +74,9 @@ class Blocklist:
         if self.of == "domain":
             hits = [_in_domains(_metadata(text).get(self.url_column), listed) for text in index["metadata"].to_pylist()]
             return [("blocked_domain", np.array(hits, bool))]
-        values = index["key"].to_pylist() if self.of == "key" else [v.hex() if v else "" for v in _list(index, "sha256")]
+        values = (
+            index["key"].to_pylist() if self.of == "key" else [v.hex() if v else "" for v in _list(index, "sha256")]
+        )
         return [(f"blocked_{self.of}", np.array([value in listed for value in values], bool))]
 
     def _listed(self) -> frozenset[str]:

@@ -47,13 +47,10 @@ class Folder:
         return self._fs[0].exists(self.path(name))
 
     def read_bytes(self, name: str) -> bytes:
-        return self._fs[0].cat_file(self.path(name))
-
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
-        return self._fs[0].cat_file(self.path(name), start=start, end=stop)
+        return self._fs[0].cat_file(self.path(name))  # type: ignore[return-value]  # fsspec says str | bytes
 
     def write_bytes(self, name: str, content: bytes | memoryview, rows: int = 0) -> File:
-        """Write a file whole: under a temporary name first where the file system is local (object stores are atomic)."""
+        """Write a file whole: under a temporary name first where the folder is local; object stores are atomic."""
         fs, path = self._fs[0], self.path(name)
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -9,7 +9,9 @@ from PIL import Image, ImageFile, ImageOps
 
 # Formats are recognised by content. Those that run other programs (EPS, PDF) or exist for one vendor are left out.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")
-SUFFIXES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif ppm pgm jp2 ico".split())
+SUFFIXES = frozenset(
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "ico"]
+)
 _MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; thousands make a small file take minutes
 
 # The limits below are checked from the header, before pixels are allocated; Pillow's own would only warn.
@@ -103,7 +105,7 @@ def sniff(head: bytes) -> bool:
 
 
 def luma_deviation(image: Image.Image) -> float:
-    """Standard deviation of brightness over the image at no more than 64 px, in 0..127.5: near 0, nothing is to be seen."""
+    """Standard deviation of brightness at no more than 64 px, in 0..127.5: near 0, there is nothing to see."""
     small = image.convert("L")
     small.thumbnail((64, 64), Image.Resampling.BOX)
     return float(np.asarray(small, np.float32).std())
@@ -123,7 +125,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float32))
-        return Image.fromarray(np.clip(values * (255 if values.max() <= 1 else 1), 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.clip(values * (255 if values.max() <= 1 else 1), 0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -1,4 +1,4 @@
-"""What a stage wrote, from which inputs, with which settings. Written last: a manifest means that the stage is whole."""
+"""What a stage wrote, from which inputs, with which settings. Written last: where it is, the stage is whole."""
 
 import hashlib
 import json

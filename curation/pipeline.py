@@ -21,7 +21,7 @@ from curation.filters import Edit, Filter, Pixels, build_filters
 from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
-from curation.ops.hashes import equal_groups
+from curation.ops.hashes import MIN_QUALITY, equal_groups
 from curation.progress import duration
 from curation.seeds import SeedSet
 from curation.sources import Part
@@ -42,6 +42,7 @@ STAGES = (
     "shard",
     "report",
 )
+_HOT_GROUP = 64  # images with one perceptual hash
 _STARTED, _TIMING = "started.json", "timing.json"
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,18 @@ class Run:
     def cells(self, step: str) -> Cells:
         return open_cells(self.local(step) / "cells")
 
-    def distinct(self) -> np.ndarray:
-        """int64, ascending: images that passed the filters, the first of each group with the same bytes."""
+    def joined(self) -> np.ndarray:
+        """int64, ascending: images that the join compares. Of those that passed the filters, one of each sha256, and
+        one of each hot group: a placeholder that 300,000 pages show in 300,000 encodings would make 10^11 pairs. The
+        cascade's perceptual step links the others of such a group to the one that stays."""
         passed = filter_stage.passed(self.folder / "filter")
         first = equal_groups(self.pool.column("sha256")[passed])
-        return passed[first == np.arange(len(passed))]
+        distinct = passed[first == np.arange(len(passed))]
+        hashes = np.concatenate([self.pool.column("pdq"), self.pool.column("pdq_mirrored")], axis=1)[distinct]
+        looks = equal_groups(hashes)
+        is_hot = (np.bincount(looks, minlength=len(looks)) > _HOT_GROUP)[looks]
+        is_hot &= self.pool.column("pdq_quality")[distinct] >= MIN_QUALITY
+        return distinct[~is_hot | (looks == np.arange(len(looks)))]
 
     def survivors(self) -> np.ndarray:
         """int64, ascending: representatives that are no leaks."""
@@ -172,7 +180,7 @@ def plan_steps(run: Run) -> list[Step]:
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
             lambda run, folder: (
                 cells.build_cells(
-                    run.local("cells") / "cells", run.pool, run.copy_encoder, run.distinct(), c.cells, c.execution
+                    run.local("cells") / "cells", run.pool, run.copy_encoder, run.joined(), c.cells, c.execution
                 ), {}, {},
             ),
             needs_local=True,
@@ -191,10 +199,13 @@ def plan_steps(run: Run) -> list[Step]:
     for name, (seed, _) in seeds.items():
         steps.append(
             Step(
-                f"retrieve/{name}", "retrieve", retrieve.VERSION, asdict(seed.rule),
+                f"retrieve/{name}",
+                "retrieve",
+                retrieve.VERSION,
+                asdict(seed.rule),
                 ("cluster", "decontaminate", f"embed/seed-{name}"),
                 lambda run, folder, name=name: _retrieve(run, folder, name),
-            )  # fmt: skip
+            )
         )
     if c.balance.is_wanted():
         steps.append(
@@ -204,7 +215,9 @@ def plan_steps(run: Run) -> list[Step]:
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
     settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
     before = ("embed/pool", "dedup", "decontaminate", *choices, *as_is)
-    steps.append(Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits)))
+    steps.append(
+        Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
+    )
     everything = tuple(step.name for step in steps)
     steps.append(Step("report", "report", report.VERSION, {}, everything, report.write_report))
     return steps
@@ -212,17 +225,16 @@ def plan_steps(run: Run) -> list[Step]:
 
 def _execute(run: Run, step: Step) -> float | None:
     folder = run.folder / step.name
-    inputs = {name: run.manifests[name].hash() for name in step.inputs}
-    settings = json.loads(json.dumps(step.settings))
-    work_key = stage_key(step.stage, step.version, settings, inputs)
-    key = work_key if step.listing is None else stage_key(step.stage, step.version, {"settings": settings, "parts": step.listing}, inputs)
-    manifest = _finished(run, step, folder, key)
+    manifest = finished(run, step, run.manifests)
     if manifest is not None:
         run.manifests[step.name] = manifest
         return None
+    settings, inputs, work_key, key = _keys(step, run.manifests)
     start_ray(run.config.execution)
-    # Finished parts of the same work are kept; those of other settings would be taken for ours.
-    if not folder.exists(_STARTED) or json.loads(folder.read_bytes(_STARTED)) != work_key:
+    # Finished parts of the same work are kept; those of other settings would be taken for ours, and a step that was
+    # whole and no longer is cannot be trusted in parts.
+    was_whole = folder.exists(MANIFEST_NAME) and step.listing is None
+    if was_whole or not folder.exists(_STARTED) or json.loads(folder.read_bytes(_STARTED)) != work_key:
         folder.clear()
         folder.write_bytes(_STARTED, json.dumps(work_key).encode())
     start = time.monotonic()
@@ -245,8 +257,9 @@ def _execute(run: Run, step: Step) -> float | None:
     return seconds
 
 
-def _finished(run: Run, step: Step, folder: Folder, key: str) -> Manifest | None:
-    """The manifest of this very work, if it is there and its files still are."""
+def finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest | None:
+    """The step's manifest, if it is of this very work, on these input manifests, and its files are still there."""
+    folder = run.folder / step.name
     try:
         manifest = Manifest.from_json(folder.read_bytes(MANIFEST_NAME).decode())
     except FileNotFoundError:
@@ -254,7 +267,7 @@ def _finished(run: Run, step: Step, folder: Folder, key: str) -> Manifest | None
     except (ValueError, TypeError, KeyError):
         logger.warning("%s/%s is not readable; the stage runs again.", folder.url, MANIFEST_NAME)
         return None
-    if manifest.key != key:
+    if manifest.key != _keys(step, manifests)[-1]:
         return None
     present = set(folder.names())
     root = run.folder if step.stage == "report" else folder
@@ -263,9 +276,19 @@ def _finished(run: Run, step: Step, folder: Folder, key: str) -> Manifest | None
         missing.append("cells")
     if missing:
         logger.warning("%s: %d of its files are gone (%s); the stage runs again.", step.name, len(missing), missing[0])
-        folder.clear()
         return None
     return manifest
+
+
+def _keys(step: Step, manifests: dict[str, Manifest]) -> tuple[Any, dict[str, str], str, str]:
+    """Settings as JSON, input hashes, the key of the work (which parts may be kept), and the key of the whole step."""
+    settings = json.loads(json.dumps(step.settings))
+    inputs = {name: manifests[name].hash() for name in step.inputs}
+    work_key = stage_key(step.stage, step.version, settings, inputs)
+    if step.listing is None:
+        return settings, inputs, work_key, work_key
+    listed = {"settings": settings, "parts": step.listing}
+    return settings, inputs, work_key, stage_key(step.stage, step.version, listed, inputs)
 
 
 def step_seconds(run: Run, step: str) -> float:
@@ -330,7 +353,9 @@ def _decontaminate(run: Run, folder: Folder) -> Written:
 def _cluster(run: Run, folder: Folder) -> Written:
     survivors = run.survivors()
     if not len(survivors):
-        raise ValueError("no image is left after the filters, deduplication and decontamination: loosen their settings.")
+        raise ValueError(
+            "no image is left after the filters, deduplication and decontamination: loosen their settings."
+        )
     files, figures = cluster.cluster_survivors(
         folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, survivors, run.config.cluster,
         run.config.execution,

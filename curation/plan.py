@@ -1,7 +1,6 @@
 """--dry-run: what a run would read, do and write, and what it would cost. Nothing is started, written or downloaded."""
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from curation.costs import EncoderCost, Work
 from curation.encoders import View, encoder_view, parse_spec
 from curation.estimates import SetEstimate, estimate_set
 from curation.folder import Folder
-from curation.manifest import MANIFEST_NAME, Manifest, stage_key
+from curation.manifest import MANIFEST_NAME
 from curation.ops.hierarchy import clamp_levels
-from curation.pipeline import Run, Step, plan_steps
+from curation.pipeline import Run, Step, finished, plan_steps
 from curation.progress import duration
 from curation.seeds import RetrievalRule
 
@@ -227,32 +226,11 @@ def _states(run: Run, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         return {name: "done or to do" if name in at_hand else "to do" for name in names}, notes
     states, manifests = {}, {}
     for step in plan_steps(run):
-        manifest = _finished(run, step, manifests) if all(name in manifests for name in step.inputs) else None
+        manifest = finished(run, step, manifests) if all(name in manifests for name in step.inputs) else None
         if manifest is not None:
             manifests[step.name] = manifest
         states[step.name] = "done" if manifest is not None else _progress(run.folder / step.name, step)
     return states, notes
-
-
-def _finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest | None:
-    """The step's manifest, if it is of this very work and its files are there."""
-    folder = run.folder / step.name
-    inputs = {name: manifests[name].hash() for name in step.inputs}
-    settings = json.loads(json.dumps(step.settings))
-    if step.listing is not None:
-        settings = {"settings": settings, "parts": step.listing}
-    try:
-        manifest = Manifest.from_json(folder.read_bytes(MANIFEST_NAME).decode())
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None
-    if manifest.key != stage_key(step.stage, step.version, settings, inputs):
-        return None
-    present = set(folder.names())
-    if any(file.path not in present and not run.folder.exists(file.path) for file in manifest.files):
-        return None
-    if step.needs_local and not (run.local(step.name) / "cells" / "cells.json").exists():
-        return None
-    return manifest
 
 
 def _progress(folder: Folder, step: Step) -> str:

@@ -1,12 +1,15 @@
 """python -m curation.run --seed NAME_OR_PATH: a raw image pool -> curated WebDataset shards, a report, an account."""
 
 import argparse
+import atexit
 import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +63,10 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if is_demo:
         from curation.demo import make_demo
 
-        demo = make_demo(Path(out.path("demo")))
+        # A dry run leaves nothing behind, so its demo pool goes to a folder that goes away.
+        root = Path(tempfile.mkdtemp()) if options.dry_run else Path(out.path("demo"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True) if options.dry_run else None
+        demo = make_demo(root)
         sets = {"demo": SeedSet(name="demo", urls=(str(demo.seed),), rule=config.retrieve)}
         pool, evaluations, truth = [str(demo.pool)], {"demo": str(demo.evaluation)}, demo.truth
     else:
@@ -117,10 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", action="append", metavar="URL", help="raw images: tars, Parquet, folders; globs")
     parser.add_argument("--evaluation", action="append", metavar="URL", help="images that must not be kept; repeatable")
     parser.add_argument("--out", metavar="RUN", help="run folder, local or any fsspec URL (default: runs/<seed>)")
-    parser.add_argument("--config", metavar="NAME_OR_PATH", help=f"one of {', '.join(config_names('curation'))}, or a file")
+    parser.add_argument(
+        "--config", metavar="NAME_OR_PATH", help=f"one of {', '.join(config_names('curation'))}, or a file"
+    )
     parser.add_argument("--until", choices=STAGES, default="report", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="say what would be read, done and written, and its cost")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9"
+    )
     return parser
 
 

@@ -166,7 +166,9 @@ def _expand(url: str, images_per_folder_part: int) -> list[Part]:
                 f"cannot list {pattern!r}: {_sentence(error)}. Check the address, the credentials and the network."
             ) from None
     if not found:
-        raise ValueError(f"nothing found at {url!r}: give a .tar, a .parquet, a folder of them or of images, or a glob.")
+        raise ValueError(
+            f"nothing found at {url!r}: give a .tar, a .parquet, a folder of them or of images, or a glob."
+        )
     return found
 
 

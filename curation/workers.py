@@ -16,10 +16,9 @@ from curation.progress import StageProgress
 R = TypeVar("R")
 
 # Every task computes on one thread: parallelism comes from tasks, and results cannot depend on a thread count.
-_ONE_THREAD = {
-    name: "1"
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
-}
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,7 @@ def start_ray(execution: ExecutionConfig) -> None:
             ray.init(address=address, **common)
         else:
             ray.init(
+                address="local",  # or it would join any Ray that someone else started here
                 num_cpus=execution.workers or os.cpu_count(),
                 include_dashboard=False,
                 object_store_memory=512 << 20,

@@ -36,7 +36,10 @@ def tar(tmp_path_factory):
         (["--seed", "{tar}", "--pool", "{tar}", "dedup.similarity_threshold=2"], ["must be a cosine"]),
         (["--seed", "{tar}", "--pool", "{tar}", "nonsense"], ["key=value"]),
         (["--seed", "demo", "--pool", "{tar}"], ["--seed demo", "alone"]),
-        (["--seed", "{tar}", "--pool", "{tar}", "embed.encoder=vit_smal_patch14_dinov2.lvd142m"], ["vit_small_patch14_dinov2"]),
+        (
+            ["--seed", "{tar}", "--pool", "{tar}", "embed.encoder=vit_smal_patch14_dinov2.lvd142m"],
+            ["vit_small_patch14_dinov2"],
+        ),
         (["--seed", "{tar}", "--pool", "{tar}", "embed.encoder=hf:/nonexistent"], ["/nonexistent"]),
     ],
 )

@@ -12,7 +12,7 @@ from curation.encoders import View, encoder_view, load_encoder, parse_spec
 from curation.ops.randomness import hash_uint64
 
 pytest.importorskip("torch")
-import torch  # noqa: E402
+import torch
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

@@ -21,7 +21,9 @@ def decoded(content: bytes) -> Decoded:
     return result
 
 
-@pytest.mark.parametrize(("format_", "mode"), [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("BMP", "RGB"), ("GIF", "P")])
+@pytest.mark.parametrize(
+    ("format_", "mode"), [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("BMP", "RGB"), ("GIF", "P")]
+)
 def test_formats_are_recognised_by_content(format_, mode):
     result = decoded(encoded(picture(1), format_))
     assert (result.width, result.height, result.format, result.mode) == (96, 72, format_, mode)

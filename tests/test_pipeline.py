@@ -30,7 +30,12 @@ def command(demo, out, *more):
 
 def digest_of(run: Path) -> dict[str, str]:
     """sha256 of everything that must not depend on workers, interruptions or time."""
-    paths = [*run.glob("shards/*.tar"), run / "decisions.parquet", *run.glob("*/manifest.json"), *run.glob("*/*/manifest.json")]
+    paths = [
+        *run.glob("shards/*.tar"),
+        run / "decisions.parquet",
+        *run.glob("*/manifest.json"),
+        *run.glob("*/*/manifest.json"),
+    ]
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
 
 
@@ -61,7 +66,9 @@ def test_every_pool_image_has_one_decision(finished, demo_pool):
 def test_shards_hold_the_original_bytes_of_what_was_kept(finished, demo_pool):
     originals = {
         sample["__key__"]: sample
-        for sample in webdataset.WebDataset(sorted(Path(demo_pool.pool).parent.glob("*.tar"))[0].as_posix(), shardshuffle=False)
+        for sample in webdataset.WebDataset(
+            sorted(Path(demo_pool.pool).parent.glob("*.tar"))[0].as_posix(), shardshuffle=False
+        )
     }
     kept = {r["key"]: r for r in pq.read_table(finished / "decisions.parquet").to_pylist() if r["status"] == "kept"}
     urls = [str(path) for path in sorted(finished.glob("shards/*.tar"))]
@@ -82,7 +89,9 @@ def test_shards_hold_the_original_bytes_of_what_was_kept(finished, demo_pool):
 
 
 def test_the_same_command_does_nothing_again(finished, demo_pool, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "run.json"}
+    before = {
+        path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != "run.json"
+    }
     assert main(command(demo_pool, finished)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "as before" in capsys.readouterr().err
@@ -93,7 +102,15 @@ def test_changed_settings_rerun_only_what_depends_on_them(finished, demo_pool, c
         assert main(command(demo_pool, finished, *more)) == 0
         lines = [line.split() for line in capsys.readouterr().err.splitlines()]
         steps = ("embed/", "filter", "cells", "dedup", "decontaminate", "cluster", "retrieve/", "shards", "report")
-        return [words[0] for words in lines if words and words[0].startswith(steps) and words[-2:] != ["as", "before"] and not words[0].endswith(":") and ":" not in words[0]]
+        return [
+            words[0]
+            for words in lines
+            if words
+            and words[0].startswith(steps)
+            and words[-2:] != ["as", "before"]
+            and not words[0].endswith(":")
+            and ":" not in words[0]
+        ]
 
     assert "cells" not in rerun("shard.seed=1")
     changed = rerun("retrieve.k=2")
@@ -171,7 +188,13 @@ def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
     small, large = encoded(picture(1), quality=80), encoded(picture(1, (192, 144)), quality=95)
     pool = write_tar(
         tmp_path / "pool.tar",
-        [("a.jpg", small), ("b.jpg", large), ("c.jpg", small), ("d.jpg", encoded(picture(2))), ("e.jpg", encoded(picture(3)))],
+        [
+            ("a.jpg", small),
+            ("b.jpg", large),
+            ("c.jpg", small),
+            ("d.jpg", encoded(picture(2))),
+            ("e.jpg", encoded(picture(3))),
+        ],
     )
     evaluation = write_tar(tmp_path / "evaluation.tar", [("x.jpg", encoded(picture(3)))])
     seed = picture_tar(tmp_path / "seed.tar", range(1, 4))
@@ -188,9 +211,24 @@ def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
 
 def test_repeated_keys_hostile_keys_and_captions_survive(tmp_path, ray_session):
     contents = {f"k{i}": encoded(picture(i)) for i in range(4)}
-    a = write_tar(tmp_path / "a.tar", [("same.jpg", contents["k0"]), ("../../up.png", contents["k1"]), ("same.txt", b"lost?")])
-    b = write_tar(tmp_path / "b.tar", [("same.jpg", contents["k2"]), ("same.txt", b"caption"), ("same.json", b"{broken")])
-    arguments = ["--seed", str(a), "--pool", str(a), "--pool", str(b), "--config", "offline", "--out", str(tmp_path / "run")]
+    a = write_tar(
+        tmp_path / "a.tar", [("same.jpg", contents["k0"]), ("../../up.png", contents["k1"]), ("same.txt", b"lost?")]
+    )
+    b = write_tar(
+        tmp_path / "b.tar", [("same.jpg", contents["k2"]), ("same.txt", b"caption"), ("same.json", b"{broken")]
+    )
+    arguments = [
+        "--seed",
+        str(a),
+        "--pool",
+        str(a),
+        "--pool",
+        str(b),
+        "--config",
+        "offline",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main([*arguments, "retrieve.k=9"]) == 0
     samples = list(webdataset.WebDataset(str(tmp_path / "run/shards/shard-000000.tar"), shardshuffle=False))
     assert sorted(sample["__key__"] for sample in samples) == ["_/_/up_g1", "same_g0", "same_g3"]

@@ -31,7 +31,8 @@ def test_the_same_samples_give_the_same_bytes():
         return bytes(builder.finish())
 
     assert build() == build()
-    info = tarfile.open(fileobj=io.BytesIO(build())).getmembers()[0]
+    with tarfile.open(fileobj=io.BytesIO(build())) as tar:
+        info = tar.getmembers()[0]
     assert (info.mtime, info.uid, info.mode) == (0, 0, 0o644)
 
 

@@ -142,7 +142,9 @@ def test_folder_with_captions(tmp_path):
 def test_globs_braces_lists_and_repeats(tmp_path):
     for name in ("x-00", "x-01", "x-02", "y-00"):
         picture_tar(tmp_path / f"{name}.tar", range(1))
-    names = [part.url.rsplit("/", 1)[1] for part in find_parts([f"{tmp_path}/x-{{02..01}}.tar", f"{tmp_path}/*-00.tar"])]
+    names = [
+        part.url.rsplit("/", 1)[1] for part in find_parts([f"{tmp_path}/x-{{02..01}}.tar", f"{tmp_path}/*-00.tar"])
+    ]
     assert names == ["x-02.tar", "x-01.tar", "x-00.tar", "y-00.tar"]
     assert len(find_parts([f"{tmp_path}/*.tar", f"{tmp_path}/x-00.tar", str(tmp_path)])) == 4
 

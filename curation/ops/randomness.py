@@ -1,5 +1,7 @@
 """Random choices that depend on (seed, id) alone, never on a generator's position, a worker or an order."""
 
+from typing import Any
+
 import numpy as np
 
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
@@ -39,13 +41,7 @@ def hash_sample(seed: int, ids: np.ndarray, size: int) -> np.ndarray:
     return np.sort(ids[np.argpartition(hashes, size)[:size]])
 
 
-def hash_shuffle(seed: int, ids: np.ndarray) -> np.ndarray:
-    """The ids in an order that depends on seed and their values only."""
-    ids = np.sort(np.asarray(ids))
-    return ids[np.argsort(hash_uint64(seed, ids), kind="stable")]
-
-
-def _mix(z: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

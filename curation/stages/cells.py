@@ -80,4 +80,3 @@ def local_files(folder: Path, prefix: str) -> list[File]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files.append(File(path=f"{prefix}/{path.name}", rows=0, bytes=os.path.getsize(path), sha256=digest))
     return files
-

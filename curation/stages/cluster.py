@@ -35,7 +35,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if not self.levels or any(a <= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise ValueError(f"cluster.levels={list(self.levels)} must be decreasing numbers of clusters, finest first.")
+            raise ValueError(
+                f"cluster.levels={list(self.levels)} must be decreasing numbers of clusters, finest first."
+            )
         if self.scale <= 0:
             raise ValueError(f"cluster.scale={self.scale} must be above 0.")
 
@@ -62,7 +64,9 @@ class Clustering:
         """The hierarchy above the finest clusters included; level 1's items are the surviving images in gid order."""
         return [
             Level(*(self.folder.read_array(f"level-{i + 1}/{name}.npy") for name in Level._fields))
-            for i in range(len([n for n in self.folder.names() if n.startswith("level-") and n.endswith("/centroids.npy")]))
+            for i in range(
+                len([n for n in self.folder.names() if n.startswith("level-") and n.endswith("/centroids.npy")])
+            )
         ]
 
 
@@ -75,31 +79,22 @@ def cluster_survivors(
     config: ClusterConfig,
     execution: ExecutionConfig,
 ) -> tuple[list[File], dict[str, Any]]:
-    """Cluster the images `gids` (int64, ascending); write the levels, the assignment, and vectors grouped by cluster."""
+    """Cluster the images `gids` (int64, ascending); write levels, assignment, and vectors grouped by cluster."""
     levels = config.levels_for(len(gids))
     k = config.kmeans
-    if len(levels) == 1:
+    sample = hash_sample(k.seed, gids, k.points_per_cluster * levels[0])
+    resamplings = (list(config.num_resamplings) + [config.num_resamplings[-1]] * len(levels))[: len(levels)]
+    if len(levels) > 1 and len(sample) <= k.max_points_in_memory:
+        hierarchy = _hierarchy(unit_rows(images.take_embeddings(encoder, sample)), levels, resamplings, k, sample)
+        finest, upper = hierarchy[0].centroids, hierarchy[1:]
+    else:  # the finest level over Ray workers, without resampling; those above it cluster its centroids
         finest = train_centroids(images, encoder, gids, levels[0], k, execution, "cluster: k-means")
-        hierarchy: list[Level] = []
-    else:
-        sample = hash_sample(k.seed, gids, min(k.points_per_cluster * levels[0], k.max_points_in_memory))
-        resamplings = (list(config.num_resamplings) + [config.num_resamplings[-1]] * len(levels))[: len(levels)]
-        hierarchy = hierarchical_kmeans(
-            unit_rows(images.take_embeddings(encoder, sample)),
-            levels,
-            num_resamplings=resamplings,
-            num_iterations=k.num_iterations,
-            seed=k.seed,
-            metric="cosine",
-            clamp=True,
-            ids=sample,
-        )
-        finest = hierarchy[0].centroids
+        upper = _hierarchy(finest, levels[1:], resamplings[1:], k, None) if len(levels) > 1 else []
     assignment = assign_parts(images, encoder, gids, finest, execution, "cluster: assign")
     sizes = np.bincount(assignment[gids], minlength=len(finest))
-    scores = np.zeros(len(gids), np.float32)
     # Above the finest level the items are its centroids; at the finest, all images rather than the training sample.
-    hierarchy = [Level(finest, assignment[gids].astype(np.int64), scores, sizes), *hierarchy[1:]]
+    scores = np.zeros(0, np.float32)  # leaves are drawn by hash, so similarities to centroids are not kept
+    hierarchy = [Level(finest, assignment[gids].astype(np.int64), scores, sizes), *upper]
     files = [folder.write_array("assignment.npy", assignment)]
     for number, level in enumerate(hierarchy, start=1):
         for name, values in zip(Level._fields, level, strict=True):
@@ -110,3 +105,18 @@ def cluster_survivors(
         "balance": {name: float(value) for name, value in balance(sizes)._asdict().items()},
     }
     return files + local_files(grouped, "cells"), figures
+
+
+def _hierarchy(
+    rows: np.ndarray, levels: list[int], resamplings: list[int], config: KMeansConfig, ids: np.ndarray | None
+) -> list[Level]:
+    return hierarchical_kmeans(
+        rows,
+        levels,
+        num_resamplings=resamplings,
+        num_iterations=config.num_iterations,
+        seed=config.seed,
+        metric="cosine",
+        clamp=True,
+        ids=ids,
+    )

@@ -9,7 +9,7 @@ import pyarrow as pa
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
-from curation.ops.hashes import hash_matches
+from curation.ops.hashes import equal_groups, hash_matches
 from curation.ops.join import pairs_above
 from curation.ops.recall import sketch_radius
 from curation.stages.dedup import Duplicates
@@ -76,7 +76,10 @@ def decontaminate(
     for name, images in evaluations.items():
         matches += _matches(name, images, pool, component >= 0, cells, encoder, mirror, config, execution)
     direct = _strongest(pa.concat_tables(matches))
-    leaked = _with_components(direct, component) if config.mode == "component" else direct
+    if config.mode == "component":
+        leaked = _with_components(direct, component)
+    else:  # the join knows one image of each sha256; the others share its fate
+        leaked = _with_components(direct, np.where(component >= 0, equal_groups(pool.column("sha256")), -1))
     gids = leaked["gid"].to_numpy()
     representative[gids] = -1
     if config.mode == "direct":
@@ -194,7 +197,7 @@ def _with_components(direct: pa.Table, component: np.ndarray) -> pa.Table:
     """The direct matches, and every other member of their components, condemned by the strongest of them."""
     gids = direct["gid"].to_numpy()
     labels, first = np.unique(component[gids], return_index=True)
-    members = np.flatnonzero(np.isin(component, labels))
+    members = np.flatnonzero(np.isin(component, labels) & (component >= 0))
     others = np.setdiff1d(members, gids)
     source = direct.take(pa.array(first[np.searchsorted(labels, component[others])]))
     columns = source.to_pydict() | {"gid": others, "step": ["component"] * len(others)}

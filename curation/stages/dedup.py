@@ -81,7 +81,7 @@ class Duplicates:
         return self.folder.read_array("similarity.npy")
 
     def step(self) -> np.ndarray:
-        """uint8 [num_images]: index into STEPS, by which step of the cascade an image is a copy of its representative."""
+        """uint8 [num_images]: index into STEPS, the step of the cascade that made it a copy of its representative."""
         return self.folder.read_array("step.npy")
 
 
@@ -120,7 +120,9 @@ def deduplicate(
     )
     files = _write_groups(folder, pool, passed, first, distinct, groups, config)
     files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
-    recall, bound = measured_recall(_all_pairs(folder, names), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
+    recall, bound = (
+        measured_recall(_all_pairs(folder, names), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
+    )
     if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
         bound = certificate.lower_bound
     representative = Duplicates(folder).representative()
@@ -226,7 +228,15 @@ def _join_range(
 ) -> None:
     name, start, stop = job
     pairs = self_pairs(
-        cells, start, stop, threshold, nprobe, sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes, num_threads=1
+        cells,
+        start,
+        stop,
+        threshold,
+        nprobe,
+        sketch_radius,
+        mirror=mirror,
+        max_memory_bytes=memory_bytes,
+        num_threads=1,
     )
     folder.write_table(name, pa.table(pairs._asdict()))
 
@@ -295,9 +305,7 @@ def _write_groups(
     similarity[passed] = groups.similarity[at]
     own = representative[passed]
     hashes, mirrored = pool.column("pdq"), pool.column("pdq_mirrored")
-    distance = np.minimum(
-        hash_distances(hashes[passed], hashes[own]), hash_distances(hashes[passed], mirrored[own])
-    )
+    distance = np.minimum(hash_distances(hashes[passed], hashes[own]), hash_distances(hashes[passed], mirrored[own]))
     step[passed] = np.select(
         [own == passed, first == own, distance <= config.perceptual_distance, ~np.isnan(similarity[passed])],
         [STEPS.index(""), STEPS.index("exact"), STEPS.index("perceptual"), STEPS.index("embedding")],

@@ -91,7 +91,7 @@ def embed_set(
     Returns:
         the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts.
     """
-    done = {name: None for name in folder.names()}
+    done = dict.fromkeys(folder.names())
     todo = [part for part in parts if f"done/part-{part.id}.json" not in done]
     if todo:
         _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
@@ -231,7 +231,8 @@ def prepare_sample(sample: Sample, part: Part, job: DecodeJob) -> Prepared:
         if reason is not None:
             return Prepared({**row, "reason": str(reason)}, {})
     row["status"] = "ok"
-    return Prepared(row, {name: view(decoded.image) for name, view in job.views.items()})
+    made = {view: view(decoded.image) for view in set(job.views.values())}  # encoders may share a view
+    return Prepared(row, {name: made[view] for name, view in job.views.items()})
 
 
 def write_part(folder: Folder, part: Part, rows: list[dict[str, Any]], vectors: dict[str, np.ndarray]) -> None:
@@ -283,9 +284,9 @@ class _IsolatedPrepare:
             reason = "decoder_timeout"
         except EOFError:
             pass
-        self.child.kill()
-        self.child.join()
-        self.child = None
+        child, self.child = self.child, None
+        child.kill()
+        child.join()
         return Prepared({**_empty_row(sample, part), "reason": reason}, {})
 
     def _start(self) -> None:

@@ -28,7 +28,9 @@ def filter_pool(folder: Folder, pool: ImageSet, filters: Sequence[Filter], execu
         unit="images",
         weights=np.diff(pool.part_base).tolist(),
     )
-    column = pa.chunked_array(reasons, pa.string()).dictionary_encode() if reasons else pa.chunked_array([], pa.string())
+    column = (
+        pa.chunked_array(reasons, pa.string()).dictionary_encode() if reasons else pa.chunked_array([], pa.string())
+    )
     return [folder.write_table(_FILE, pa.table({"reason": column}))]
 
 

@@ -1,5 +1,6 @@
-"""k-means over an image set's embeddings: train on a hash-chosen sample, or Lloyd over Ray tasks when that is too big."""
+"""k-means over an image set's embeddings: in one process on a hash sample, or over Ray tasks when that is too big."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ from curation.ops import kmeans as ops
 from curation.ops.randomness import hash_sample
 from curation.store import ImageSet
 from curation.workers import ExecutionConfig, run_tasks
+
+_SHARES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +48,20 @@ def train_centroids(
     start = hash_sample(config.seed, gids, config.max_points_in_memory)
     rows = unit_rows(images.take_embeddings(encoder, start))
     centroids = ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=start).centroids
+    # A task adds up many parts, so that the driver merges a few sums of num_clusters x D, not one a part.
     by_part = split_by_part(images, sample)
+    shares = [share for i in range(_SHARES) if (share := by_part[i::_SHARES])]
     for iteration in range(config.num_iterations):
         sums = run_tasks(
-            _part_sums,
-            by_part,
+            _add_up,
+            shares,
             images,
             encoder,
             centroids,
             execution=execution,
             label=f"{label} iteration {iteration + 1}/{config.num_iterations}",
             unit="images",
-            weights=[len(rows) for _, rows in by_part],
+            weights=[sum(len(rows) for _, rows in share) for share in shares],
         )
         centroids, _ = ops.update_centroids(ops.merge(sums), centroids, "cosine", config.seed + iteration)
     return centroids
@@ -102,12 +107,16 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _part_sums(
-    item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray
+def _add_up(
+    share: list[tuple[int, np.ndarray]], images: ImageSet, encoder: str, centroids: np.ndarray
 ) -> ops.PartialSums:
-    rows = unit_rows(images.embeddings(encoder, item[0])[item[1]])
-    cell, score = ops.assign(rows, centroids, num_threads=1)
-    return ops.partial_sums(rows, cell, score, len(centroids), num_threads=1)
+    def sums() -> Iterator[ops.PartialSums]:
+        for part, rows_of_part in share:
+            rows = unit_rows(images.embeddings(encoder, part)[rows_of_part])
+            cell, score = ops.assign(rows, centroids, num_threads=1)
+            yield ops.partial_sums(rows, cell, score, len(centroids), num_threads=1)
+
+    return ops.merge(sums())
 
 
 def _part_cells(item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray) -> np.ndarray:

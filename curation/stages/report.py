@@ -38,10 +38,7 @@ def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], 
 
 def decisions_with_shards(run: Run) -> pa.Table:
     decisions = decide(run)
-    shards = read_shard_of(run.folder / "shards", run.manifests["shards"].files)
-    shards = shards.filter(pa.array(shards["set"].to_numpy(zero_copy_only=False) == "pool"))
-    shard = np.full(decisions.num_rows, None, object)
-    shard[shards["gid"].to_numpy()] = shards["shard"].to_numpy(zero_copy_only=False)
+    shard = read_shard_of(run.folder / "shards", run.manifests["shards"].files, "pool", decisions.num_rows)
     return decisions.append_column(SCHEMA.field("shard"), pa.array(shard, pa.string()))
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
+from curation.ops.join import nearest
 from curation.ops.kmeans import assign
 from curation.ops.retrieval import resolve_collisions
-from curation.ops.join import nearest
 from curation.ops.sampling import sample_per_cluster
 from curation.seeds import RetrievalRule
 from curation.stages.kmeans import unit_rows

@@ -1,4 +1,4 @@
-"""shard: the original bytes of what was kept, read by range, shuffled over the whole run, written as WebDataset tars."""
+"""shard: the original bytes of what was kept, read by range, shuffled over the whole run, as WebDataset tars."""
 
 import hashlib
 import json
@@ -69,10 +69,9 @@ def write_shards(
     order = np.lexsort((gids, which, hash_uint64(config.seed, gids * len(kept) + which)))
     which, gids = which[order], gids[order]
     sizes = np.zeros(len(gids), np.int64)
-    repeated = []
+    repeated = _repeated_keys(kept)
     for i, k in enumerate(kept):
         sizes[which == i] = _sample_sizes(k, gids[which == i])
-        repeated.append(_repeated_keys(k, kept))
     runs = split_shards(sizes.tolist(), config.max_images, int(config.max_mb * 1e6))
     done = set(folder.names())
     names = [f"shard-{number:06d}" for number in range(len(runs))]
@@ -80,7 +79,8 @@ def write_shards(
     batches = split_shards([runs[n][1] - runs[n][0] for n in todo], len(todo) or 1, _ROWS_AT_ONCE)
     for start, stop in batches:
         jobs = [
-            (names[n], _samples(kept, which[slice(*runs[n])], gids[slice(*runs[n])], repeated)) for n in todo[start:stop]
+            (names[n], _samples(kept, which[slice(*runs[n])], gids[slice(*runs[n])], repeated))
+            for n in todo[start:stop]
         ]
         run_tasks(
             _write_shard,
@@ -99,21 +99,13 @@ def write_shards(
     return files
 
 
-def read_shard_of(folder: Folder, files: Sequence[File]) -> pa.Table:
-    """gid, set and shard (file name) of every image written, in any order."""
-    tables = []
+def read_shard_of(folder: Folder, files: Sequence[File], set_name: str, num_images: int) -> np.ndarray:
+    """By gid of one image set: the shard (file name) that holds the image, None where none does."""
+    shard = np.full(num_images, None, object)
     for file in files:
-        name = file.path.removesuffix(".tar")
-        table = folder.read_table(f"index/{name}.parquet", ["gid", "set"])
-        tables.append(table.append_column("shard", pa.array([file.path] * table.num_rows, pa.string())))
-    if not tables:
-        return pa.table({"gid": pa.array([], pa.int64()), "set": pa.array([], pa.string()), "shard": pa.array([], pa.string())})
-    table = pa.concat_tables(tables)
-    _, first = np.unique(
-        np.array([f"{s}:{g}" for s, g in zip(table["set"].to_pylist(), table["gid"].to_pylist(), strict=True)], object).astype(str),
-        return_index=True,
-    )
-    return table.take(pa.array(np.sort(first)))
+        table = folder.read_table(f"index/{file.path.removesuffix('.tar')}.parquet", ["gid", "set"])
+        shard[table["gid"].to_numpy()[table["set"].to_numpy(zero_copy_only=False) == set_name]] = file.path
+    return shard
 
 
 def _samples(kept: Sequence[KeptSet], which: np.ndarray, gids: np.ndarray, repeated: list[np.ndarray]) -> pa.Table:
@@ -166,7 +158,9 @@ def _write_shard(job: tuple[str, pa.Table], folder: Folder, edits: list[Edit]) -
 
 
 def _entry_table(entries: list[Entry], gids: list[int], sets: list[str]) -> pa.Table:
-    columns = {name: [getattr(entry, name) for entry in entries] for name in ("key", "suffix", "offset", "size", "sha256")}
+    columns = {
+        name: [getattr(entry, name) for entry in entries] for name in ("key", "suffix", "offset", "size", "sha256")
+    }
     return pa.table({"gid": gids, **columns}, schema=_ENTRY_SCHEMA).append_column("set", pa.array(sets, pa.string()))
 
 
@@ -220,16 +214,9 @@ def _sample_sizes(kept: KeptSet, gids: np.ndarray) -> np.ndarray:
     return result
 
 
-def _repeated_keys(kept: KeptSet, all_kept: Sequence[KeptSet]) -> np.ndarray:
-    """gids of this set whose key another kept image has too, in any set: those get the gid into their name."""
-    keys = pa.concat_arrays(
-        [pa.array(k.images.take(k.gids, ["key"])["key"].to_pylist(), pa.string()) for k in all_kept]
-    ).to_pylist()
-    values, inverse, counts = np.unique(np.array(keys, object).astype(str), return_inverse=True, return_counts=True)
-    is_repeated = counts[inverse] > 1
-    start = 0
-    for k in all_kept:
-        if k is kept:
-            return k.gids[is_repeated[start : start + len(k.gids)]]
-        start += len(k.gids)
-    raise AssertionError("the set is one of those kept")
+def _repeated_keys(kept: Sequence[KeptSet]) -> list[np.ndarray]:
+    """For each set, the gids whose key another kept image has too, in any set: those get the gid into their name."""
+    keys = [k.images.take(k.gids, ["key"])["key"].to_numpy().astype(str) for k in kept]
+    _, inverse, counts = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
+    ends = np.cumsum([len(k.gids) for k in kept])[:-1]
+    return [k.gids[repeated] for k, repeated in zip(kept, np.split(counts[inverse] > 1, ends), strict=True)]
