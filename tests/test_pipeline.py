@@ -209,6 +209,28 @@ def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
     assert (rows["b"]["component"], rows["b"]["component_size"], rows["d"]["component"]) == (0, 3, None)
 
 
+def test_a_hot_group_is_linked_without_comparing_all_its_pairs(tmp_path, ray_session):
+    """The same pixels in 80 different files, as a placeholder image is on the web, and three of another picture."""
+    from PIL.PngImagePlugin import PngInfo
+
+    def placeholder(number):
+        info = PngInfo()
+        info.add_text("page", str(number))
+        return encoded(picture(1), "PNG", pnginfo=info)
+
+    members = [(f"hot{i:02d}.png", placeholder(i)) for i in range(80)]
+    members += [(f"other{q}.jpg", encoded(picture(2), quality=q)) for q in (70, 80, 90)]
+    pool = write_tar(tmp_path / "pool.tar", members)
+    out = tmp_path / "run"
+    assert main(["--pool", str(pool), "--config", "offline", "--out", str(out), "balance.num_images=2"]) == 0
+    rows = {row["key"]: row for row in pq.read_table(out / "decisions.parquet").to_pylist()}
+    kept = [key for key, row in rows.items() if row["status"] == "kept"]
+    assert [key[:3] for key in kept] == ["hot", "oth"]
+    assert {row["component_size"] for key, row in rows.items() if key.startswith("hot")} == {80}
+    pairs = sum(pq.read_table(path).num_rows for path in out.glob("dedup/edges/embedding-*.parquet"))
+    assert pairs <= 3
+
+
 def test_repeated_keys_hostile_keys_and_captions_survive(tmp_path, ray_session):
     contents = {f"k{i}": encoded(picture(i)) for i in range(4)}
     a = write_tar(

@@ -1,15 +1,16 @@
 """Reading from and writing to a real S3 server (moto, on loopback)."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from curation.folder import Folder
-from curation.run import main
 from curation.sources import MemberReader, find_parts, read_samples
-from tests.conftest import picture_tar
+from tests.conftest import REPOSITORY, picture_tar
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +55,14 @@ def test_a_folder_writes_whole_files(s3):
     assert folder.names() == []
 
 
-def test_the_command_from_bucket_to_bucket(s3, tmp_path, ray_session):
+def test_the_command_from_bucket_to_bucket(s3, tmp_path):
     s3.put(str(picture_tar(tmp_path / "pool.tar", range(20))), "bucket/raw/pool.tar")
     s3.put(str(picture_tar(tmp_path / "seed.tar", range(100, 104))), "bucket/seed/seed.tar")
     out = "s3://bucket/runs/one"
     arguments = ["--seed", "s3://bucket/seed/", "--pool", "s3://bucket/raw/*.tar", "--config", "offline", "--out", out]
-    assert main([*arguments, "retrieve.k=3"]) == 0
+    command = [sys.executable, "-m", "curation.run", *arguments, "retrieve.k=3", "execution.workers=2"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
     manifest = json.loads(s3.cat_file("bucket/runs/one/shards/manifest.json"))
     assert sum(entry["rows"] for entry in manifest["files"]) == manifest["counts"]["pool"] > 0
     local = tmp_path / "shard.tar"

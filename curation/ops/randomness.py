@@ -41,6 +41,12 @@ def hash_sample(seed: int, ids: np.ndarray, size: int) -> np.ndarray:
     return np.sort(ids[np.argpartition(hashes, size)[:size]])
 
 
+def hash_shuffle(seed: int, ids: np.ndarray) -> np.ndarray:
+    """The ids in an order that depends on seed and their values only."""
+    ids = np.sort(np.asarray(ids))
+    return ids[np.argsort(hash_uint64(seed, ids), kind="stable")]
+
+
 def _mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

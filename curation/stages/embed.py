@@ -284,10 +284,14 @@ class _IsolatedPrepare:
             reason = "decoder_timeout"
         except EOFError:
             pass
-        child, self.child = self.child, None
-        child.kill()
-        child.join()
+        self._stop()
         return Prepared({**_empty_row(sample, part), "reason": reason}, {})
+
+    def _stop(self) -> None:
+        assert self.child is not None
+        self.child.kill()
+        self.child.join()
+        self.child = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")  # spawn would start Ray's worker script again
