@@ -40,8 +40,9 @@ class DedupConfig:
     representative: list[str] = field(default_factory=lambda: ["resolution", "bytes", "central"])
     """which image of a component is kept: the largest by the first key, then the next; last, the smallest gid.
     resolution: width x height; bytes: of the file; central: similarity to the component's mean"""
-    max_component_size: int = 1000
-    """larger components are re-split, so that every member is a direct match of its representative"""
+    max_component_size: int = 16
+    """larger components are re-split into stars, so that every member is a direct match of its representative; a
+    star of true copies may be as large as it likes, a chain of look-alikes may not"""
     min_similarity_to_representative: float | None = None
     """so are components with a member less similar than this to its representative; null: no such limit"""
     seed: int = 0
