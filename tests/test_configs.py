@@ -98,6 +98,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(name: str, tmp_path: Path) -
     for step in ("embed/pool", "embed/seed-seed", "embed/evaluation-evaluation", "dedup", "retrieve/seed", "shards"):
         assert step in done.stdout
     assert "FLOP" in done.stdout
-    assert ("balance" in done.stdout) == (name in ("demo", "lvd1689m"))
+    assert ("balance" in done.stdout) == (name == "lvd1689m")
     assert ("does not exist" in done.stdout) == name.startswith("lvd")
     assert ("not in the cache" in done.stdout) == (name in ("web", "lvd142m", "lvd1689m"))

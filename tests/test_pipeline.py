@@ -127,6 +127,62 @@ def test_one_worker_and_two_give_the_same_bytes(finished, demo_pool, tmp_path):
     assert digest_of(tmp_path / "run") == digest_of(finished)
 
 
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_gives_the_same_bytes(finished, demo_pool, tmp_path):
+    """RAY_ADDRESS joins a cluster; its nodes are real Ray nodes with one CPU each, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    assert main(command(demo_pool, finished)) == 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        run_process(command(demo_pool, tmp_path / "run"), env={**os.environ, "RAY_ADDRESS": cluster.address})
+    finally:
+        cluster.shutdown()
+    assert digest_of(tmp_path / "run") == digest_of(finished)
+
+
+def test_seed_sets_draw_each_in_its_own_mode(finished, demo_pool, tmp_path, ray_session):
+    by_cluster = tmp_path / "by_cluster.yaml"
+    rule = "{mode: cluster, min_hits: 2, images_per_cluster: 5, max_images: 30}"
+    by_cluster.write_text(f"urls: ['{demo_pool.seed}']\nretrieve: {rule}\n")
+    arguments = command(
+        demo_pool, tmp_path / "run", "--seed", str(by_cluster), "retrieve.k=1", "cluster.levels=[20, 5]"
+    )
+    assert main([*arguments, "balance.num_images=10"]) == 0
+    run = tmp_path / "run"
+    assert sorted(path.name for path in (run / "retrieve").iterdir()) == ["by_cluster", "seed"]
+    drawn = pq.read_table(run / "retrieve/by_cluster/matches.parquet")
+    sizes = np.unique(drawn["cluster"].to_numpy(), return_counts=True)[1]
+    assert 0 < drawn.num_rows <= 30
+    assert sizes.max() <= 5
+    kept = [r for r in pq.read_table(run / "decisions.parquet").to_pylist() if r["status"] == "kept"]
+    assert {row["seed"] for row in kept} == {"seed", "by_cluster", None}
+    assert sum(row["reason"] in ("balanced", "retrieved and balanced") for row in kept) == 10
+    sample = next(iter(webdataset.WebDataset(str(run / "shards/shard-000000.tar"), shardshuffle=False)))
+    assert set(json.loads(sample["json"])["draws"]) <= {"seed", "by_cluster", "balance"}
+
+
+def test_kmeans_over_ray_tasks_is_as_good_as_in_one_process(finished, ray_session):
+    from curation.folder import Folder
+    from curation.manifest import Manifest
+    from curation.ops.nearest import assign
+    from curation.stages.kmeans import KMeansConfig, train_centroids, unit_rows
+    from curation.store import ImageSet
+    from curation.workers import ExecutionConfig
+
+    folder = Folder(str(finished / "embed/pool"))
+    images = ImageSet(folder, Manifest.from_json(folder.read_bytes("manifest.json").decode()))
+    gids = np.flatnonzero(np.linalg.norm(images.embeddings("descriptors", 0), axis=1) > 0)
+    rows = unit_rows(images.take_embeddings("descriptors", gids))
+    similarity = []
+    for limit in (10_000, 50):  # the second starts from 50 images, then sees all of them part by part
+        config = KMeansConfig(num_iterations=8, max_points_in_memory=limit)
+        centroids = train_centroids(images, "descriptors", gids, 12, config, ExecutionConfig(workers=2), "k-means")
+        similarity.append(assign(rows, centroids)[1].mean())
+    assert similarity[1] > 0.95 * similarity[0]
+
+
 KILL_POINTS = (
     "embed/pool/index/*.parquet",
     "embed/evaluation-*/started.json",
