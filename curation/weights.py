@@ -16,7 +16,12 @@ from pathlib import Path
 HF_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 DESCRIPTOR_NAMES = ("descriptors", "descriptors-likeness")
 OFFLINE_CHOICES = ", ".join(
-    [*DESCRIPTOR_NAMES, "hf:/folder", "timm:NAME@/path/weights.safetensors", "sscd:/path/file.torchscript.pt"]
+    [
+        f"--config offline ({' and '.join(DESCRIPTOR_NAMES)}, no weights)",
+        "hf:/folder",
+        "timm:NAME@/path/weights.safetensors",
+        "sscd:/path/file.torchscript.pt",
+    ]
 )
 
 
