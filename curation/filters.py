@@ -1,5 +1,6 @@
 """Which decodable images are not worth having: a list of rules in the config, applied to the index or to pixels."""
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -78,6 +79,10 @@ class Blocklist:
             index["key"].to_pylist() if self.of == "key" else [v.hex() if v else "" for v in _list(index, "sha256")]
         )
         return [(f"blocked_{self.of}", np.array([value in listed for value in values], bool))]
+
+    def digest(self) -> str:
+        """Hex digest of what the file lists: another list is another result."""
+        return hashlib.sha256("\n".join(sorted(self._listed())).encode()).hexdigest()
 
     def _listed(self) -> frozenset[str]:
         try:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from curation.config import CurationConfig
 from curation.decisions import decide, kept_with_provenance
 from curation.encoders import load_encoder
-from curation.filters import Edit, Filter, Pixels, build_filters
+from curation.filters import Blocklist, Edit, Filter, Pixels, build_filters
 from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
@@ -154,7 +154,8 @@ def plan_steps(run: Run) -> list[Step]:
 
     def embedding(name: str, parts: Sequence[Part], encoders: list[str], filters: list[Any]) -> Step:
         settings = {**asdict(c.embed), "encoders": {e: fingerprints[e] for e in encoders}}
-        for unused in ("encoder", "copy_encoder"):
+        # Encoders are named by their fingerprints; the limit decides whether to go on, not what is written.
+        for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
         settings["pixel_filters"] = [f.path for f in filters]
         return Step(
@@ -173,7 +174,9 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [embedding(f"embed/evaluation-{name}", parts, specs[-1:], []) for name, parts in evaluations.items()]
     steps += [
         Step(
-            "filter", "filter", filter_stage.VERSION, {"filters": c.filters}, ("embed/pool",),
+            "filter", "filter", filter_stage.VERSION,
+            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)]},
+            ("embed/pool",),
             lambda run, folder: (filter_stage.filter_pool(folder, run.pool, run.filters, c.execution), {}, {}),
         ),
         Step(

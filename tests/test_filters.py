@@ -48,6 +48,17 @@ def test_blocklists(tmp_path):
     assert reasons(table, {"kind": "blocklist", "of": "domain", "path": path}) == ["blocked_domain", None, None, None]
 
 
+def test_a_changed_list_is_a_changed_setting(tmp_path):
+    listed = tmp_path / "blocked.txt"
+    listed.write_text("a\nb\n")
+    rule = build_filters([{"kind": "blocklist", "of": "key", "path": str(listed)}])[0]
+    before = rule.digest()
+    listed.write_text("# in another order\nb\na\n")
+    assert rule.digest() == before
+    listed.write_text("a\n")
+    assert rule.digest() != before
+
+
 def test_score():
     table = index(metadata=['{"s": 1}', '{"s": 5.5}', '{"s": "high"}', None])
     assert reasons(table, {"kind": "score", "column": "s", "min": 2}) == ["score_s", None, None, None]
