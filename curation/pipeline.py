@@ -21,7 +21,6 @@ from curation.filters import Blocklist, Edit, Filter, Pixels, build_filters
 from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
-from curation.ops.hashes import MIN_QUALITY, equal_groups
 from curation.progress import duration
 from curation.seeds import SeedSet
 from curation.sources import Part
@@ -42,7 +41,6 @@ STAGES = (
     "shard",
     "report",
 )
-_HOT_GROUP = 64  # images with one perceptual hash
 _STARTED, _TIMING = "started.json", "timing.json"
 logger = logging.getLogger(__name__)
 
@@ -97,17 +95,9 @@ class Run:
         return open_cells(self.local(step) / "cells")
 
     def joined(self) -> np.ndarray:
-        """int64, ascending: images that the join compares. Of those that passed the filters, one of each sha256, and
-        one of each hot group: a placeholder that 300,000 pages show in 300,000 encodings would make 10^11 pairs. The
-        cascade's perceptual step links the others of such a group to the one that stays."""
+        """int64, ascending: of the images that passed the filters, those that the join compares (dedup.heads)."""
         passed = filter_stage.passed(self.folder / "filter")
-        first = equal_groups(self.pool.column("sha256")[passed])
-        distinct = passed[first == np.arange(len(passed))]
-        hashes = np.concatenate([self.pool.column("pdq"), self.pool.column("pdq_mirrored")], axis=1)[distinct]
-        looks = equal_groups(hashes)
-        is_hot = (np.bincount(looks, minlength=len(looks)) > _HOT_GROUP)[looks]
-        is_hot &= self.pool.column("pdq_quality")[distinct] >= MIN_QUALITY
-        return distinct[~is_hot | (looks == np.arange(len(looks)))]
+        return passed[dedup.heads(self.pool, passed) == passed]
 
     def survivors(self) -> np.ndarray:
         """int64, ascending: representatives that are no leaks."""

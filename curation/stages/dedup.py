@@ -10,8 +10,8 @@ import pyarrow as pa
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
-from curation.ops.components import Groups, component_labels, duplicate_groups
-from curation.ops.hashes import equal_groups, hash_distances, hash_pairs
+from curation.ops.components import Groups, component_labels, duplicate_groups, representatives
+from curation.ops.hashes import MIN_QUALITY, equal_groups, hash_distances, hash_pairs
 from curation.ops.join import Pairs, pairs_above, self_pairs
 from curation.ops.randomness import hash_sample
 from curation.ops.recall import certify, measured_recall
@@ -99,11 +99,11 @@ def deduplicate(
     """Group the images `passed` (int64, ascending) and choose one of each group; see Duplicates for what is written.
 
     Args:
-        cells: the copy encoder's vectors of the distinct images among them (one for each sha256).
+        cells: the copy encoder's vectors of the heads among them.
         mirror: signs that turn a vector into that of the flipped image, or None.
     """
-    first = passed[equal_groups(pool.column("sha256")[passed])]  # gid of the first image with the same bytes
-    distinct = passed[first == passed]
+    head = heads(pool, passed)
+    distinct = passed[head == passed]
     perceptual = _perceptual_pairs(folder, pool, distinct, encoder, config)
     certificate, truth = certify(
         cells, config.similarity_threshold, config.target_recall, seed=config.seed, mirror=mirror
@@ -119,7 +119,7 @@ def deduplicate(
         max_component_size=config.max_component_size,
         min_similarity=config.min_similarity_to_representative,
     )
-    files = _write_groups(folder, pool, passed, first, distinct, groups, config)
+    files = _write_groups(folder, pool, passed, head, distinct, groups, config)
     files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
     recall, bound = (
         measured_recall(_all_pairs(folder, names), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
@@ -130,7 +130,8 @@ def deduplicate(
     counts = {
         "images in": len(passed),
         "images out": int((representative[passed] == passed).sum()),
-        "exact copies": len(passed) - len(distinct),
+        "exact copies": int((equal_groups(pool.column("sha256")[passed]) != np.arange(len(passed))).sum()),
+        "images joined": len(distinct),
         "perceptual pairs": perceptual.num_rows,
         "embedding pairs": sum(folder.read_table(name, ["a"]).num_rows for name in names),
         "components split": len(groups.split.label),
@@ -142,6 +143,20 @@ def deduplicate(
         "similarity_threshold": config.similarity_threshold,
     }
     return files, counts, figures
+
+
+def heads(pool: ImageSet, passed: np.ndarray) -> np.ndarray:
+    """For each image of `passed` (int64, ascending), the gid of the one that stands for all with the same looks.
+
+    The same looks: equal perceptual hashes of the image and of its mirror image; where the hash says little, equal
+    bytes. Only heads enter the join: a placeholder that 300,000 pages show in as many encodings would make 10^11 pairs.
+    The head is the largest of them in pixels, then in bytes, then the one of smallest gid.
+    """
+    looks = np.concatenate([pool.column("pdq"), pool.column("pdq_mirrored")], axis=1)[passed]
+    vague = pool.column("pdq_quality")[passed] < MIN_QUALITY
+    looks[vague] = np.pad(pool.column("sha256")[passed][vague], ((0, 0), (0, looks.shape[1] - 32)))
+    pixels = pool.column("width").astype(np.int64) * pool.column("height")
+    return passed[representatives(equal_groups(looks), [pixels[passed], image_bytes(pool)[passed]])]
 
 
 @dataclass
@@ -290,32 +305,38 @@ def _write_groups(
     folder: Folder,
     pool: ImageSet,
     passed: np.ndarray,
-    first: np.ndarray,
+    head: np.ndarray,
     distinct: np.ndarray,
     groups: Groups,
     config: DedupConfig,
 ) -> list[File]:
-    """Groups over distinct images -> arrays over gids; images with the same bytes share their first one's fate."""
-    at = np.searchsorted(distinct, first)
+    """Groups over heads -> arrays over gids; images that look the same share their head's fate and similarity."""
+    at = np.searchsorted(distinct, head)
     representative = np.full(pool.num_images, -1, np.int64)
     component = np.full(pool.num_images, -1, np.int64)
     similarity = np.full(pool.num_images, np.nan, np.float32)
     step = np.zeros(pool.num_images, np.uint8)
     representative[passed] = distinct[groups.representatives[at]]
-    component[passed] = distinct[groups.labels[at]]
+    _, smallest, of_label = np.unique(groups.labels[at], return_index=True, return_inverse=True)
+    component[passed] = passed[smallest[of_label]]
     similarity[passed] = groups.similarity[at]
     own = representative[passed]
     hashes, mirrored = pool.column("pdq"), pool.column("pdq_mirrored")
+    digests = pool.column("sha256")
+    is_exact = (digests[passed] == digests[own]).all(axis=1)
     distance = np.minimum(hash_distances(hashes[passed], hashes[own]), hash_distances(hashes[passed], mirrored[own]))
+    is_near = distance <= config.perceptual_distance
     step[passed] = np.select(
-        [own == passed, first == own, distance <= config.perceptual_distance, ~np.isnan(similarity[passed])],
-        [STEPS.index(""), STEPS.index("exact"), STEPS.index("perceptual"), STEPS.index("embedding")],
+        [own == passed, is_exact, is_near, ~np.isnan(similarity[passed])],
+        [STEPS.index(name) for name in ("", "exact", "perceptual", "embedding")],
         STEPS.index("chain"),
     )
     arrays = {"representative": representative, "component": component, "similarity": similarity, "step": step}
     files = [folder.write_array(f"{name}.npy", values) for name, values in arrays.items()]
     split = groups.split
-    table = pa.table({"component": distinct[split.label], "size": split.size, "num_groups": split.num_groups})
+    table = pa.table(
+        {"component": component[distinct[split.label]], "size": split.size, "num_groups": split.num_groups}
+    )
     return [*files, folder.write_table("split.parquet", table)]
 
 
