@@ -265,6 +265,28 @@ def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
     assert (rows["b"]["component"], rows["b"]["component_size"], rows["d"]["component"]) == (0, 3, None)
 
 
+@pytest.mark.parametrize(("mode", "leaks"), [("component", {"a", "b", "c"}), ("direct", {"a", "b"})])
+def test_decontamination_of_matches_or_of_their_components(tmp_path, ray_session, mode, leaks):
+    """a and b look the same and match an evaluation image; c is a crop of them, too far from it for the threshold."""
+    from PIL.PngImagePlugin import PngInfo
+
+    original = picture(5, (128, 128))
+    info = PngInfo()
+    info.add_text("page", "2")
+    members = [("a.png", encoded(original, "PNG")), ("b.png", encoded(original, "PNG", pnginfo=info))]
+    members += [("c.png", encoded(original.crop((6, 6, 122, 122)), "PNG")), ("d.png", encoded(picture(6), "PNG"))]
+    pool = write_tar(tmp_path / "pool.tar", members)
+    evaluation = write_tar(tmp_path / "evaluation.tar", [("x.jpg", encoded(original, quality=90))])
+    arguments = ["--pool", str(pool), "--evaluation", str(evaluation), "--config", "offline", "balance.num_images=4"]
+    settings = [f"decontaminate.mode={mode}", "decontaminate.similarity_threshold=0.99"]
+    settings += ["decontaminate.perceptual_distance=8", "dedup.similarity_threshold=0.6"]
+    assert main([*arguments, *settings, "--out", str(tmp_path / "run")]) == 0
+    rows = {row["key"]: row for row in pq.read_table(tmp_path / "run" / "decisions.parquet").to_pylist()}
+    assert {key for key, row in rows.items() if row["status"] == "leak"} == leaks
+    assert {key for key, row in rows.items() if row["status"] == "kept"} == {"a", "b", "c", "d"} - leaks
+    assert rows["c"]["component_size"] == 3
+
+
 def test_a_hot_group_is_linked_without_comparing_all_its_pairs(tmp_path, ray_session):
     """The same pixels in 80 different files, as a placeholder image is on the web, and three of another picture."""
     from PIL.PngImagePlugin import PngInfo

@@ -9,10 +9,10 @@ import pyarrow as pa
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
-from curation.ops.hashes import equal_groups, hash_matches
+from curation.ops.hashes import hash_matches
 from curation.ops.join import pairs_above
 from curation.ops.recall import sketch_radius
-from curation.stages.dedup import Duplicates
+from curation.stages.dedup import Duplicates, heads
 from curation.stages.kmeans import unit_rows
 from curation.store import ImageSet
 from curation.workers import ExecutionConfig, run_tasks
@@ -43,7 +43,7 @@ class DecontaminateConfig:
     similarity_threshold: float = 0.45
     """cosine of the copy encoder at or above which a pool image copies an evaluation image"""
     mode: str = "component"
-    """component: drop the whole near-duplicate component of a match; direct: the match and its exact copies only"""
+    """component: drop the whole near-duplicate component of a match; direct: the match and what looks the same"""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -78,8 +78,11 @@ def decontaminate(
     direct = _strongest(pa.concat_tables(matches))
     if config.mode == "component":
         leaked = _with_components(direct, component)
-    else:  # the join knows one image of each sha256; the others share its fate
-        leaked = _with_components(direct, np.where(component >= 0, equal_groups(pool.column("sha256")), -1))
+    else:  # the join knows the heads; images that look the same share their head's fate
+        passed = np.flatnonzero(component >= 0)
+        looks = np.full(pool.num_images, -1, np.int64)
+        looks[passed] = heads(pool, passed)
+        leaked = _with_components(direct, looks)
     gids = leaked["gid"].to_numpy()
     representative[gids] = -1
     if config.mode == "direct":
