@@ -142,6 +142,20 @@ def test_a_cluster_of_two_nodes_gives_the_same_bytes(finished, demo_pool, tmp_pa
     assert digest_of(tmp_path / "run") == digest_of(finished)
 
 
+def test_a_large_pool_is_joined_through_sketches_and_probes(finished, demo_pool, tmp_path, monkeypatch, ray_session):
+    """Pools above 16,384 images take another path through the join; here every pool counts as large."""
+    assert main(command(demo_pool, finished)) == 0
+    monkeypatch.setattr("curation.ops.recall._EXACT_ROWS", 50)
+    monkeypatch.setattr("curation.stages.decontaminate._EXACT_ROWS", 50)
+    assert main(command(demo_pool, tmp_path / "run", "cells.rows_per_cell=20")) == 0
+    figures = json.loads((tmp_path / "run/report.json").read_text())["dedup"]
+    assert figures["basis"] in ("sample", "law")
+    assert figures["measured_recall"] >= 0.99
+    columns = ["key", "status", "reason", "duplicate_of", "component", "eval_match"]
+    exact = pq.read_table(finished / "decisions.parquet", columns=columns)
+    assert pq.read_table(tmp_path / "run/decisions.parquet", columns=columns).equals(exact)
+
+
 def test_seed_sets_draw_each_in_its_own_mode(finished, demo_pool, tmp_path, ray_session):
     by_cluster = tmp_path / "by_cluster.yaml"
     rule = "{mode: cluster, min_hits: 2, images_per_cluster: 5, max_images: 30}"

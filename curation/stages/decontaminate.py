@@ -141,7 +141,8 @@ def _matches(
     )
     found.append(table(pool_gids[row], good[query], 1 - distance / 256, "perceptual"))
 
-    radius = None if cells.num_rows <= _EXACT_ROWS else sketch_radius(config.similarity_threshold, _SKETCH_LOSS)
+    at_threshold = np.array([config.similarity_threshold])
+    radius = None if cells.num_rows <= _EXACT_ROWS else sketch_radius(at_threshold, _SKETCH_LOSS)
     chunks = [good[i : i + _QUERIES_PER_TASK] for i in range(0, len(good), _QUERIES_PER_TASK)]
     for chunk, (query, gids, similarity) in zip(
         chunks,
