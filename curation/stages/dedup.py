@@ -14,7 +14,7 @@ from curation.ops.components import Groups, component_labels, duplicate_groups, 
 from curation.ops.hashes import MIN_QUALITY, equal_groups, hash_distances, hash_pairs
 from curation.ops.join import Pairs, pairs_above, self_pairs
 from curation.ops.randomness import hash_sample
-from curation.ops.recall import certify, measured_recall
+from curation.ops.recall import TruePairs, certify, measured_recall
 from curation.stages.kmeans import unit_rows
 from curation.store import ImageSet
 from curation.workers import ExecutionConfig, run_tasks
@@ -122,7 +122,7 @@ def deduplicate(
     files = _write_groups(folder, pool, passed, head, distinct, groups, config)
     files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
     recall, bound = (
-        measured_recall(_all_pairs(folder, names), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
+        measured_recall(_pairs_of(folder, names, truth), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
     )
     if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
         bound = certificate.lower_bound
@@ -257,9 +257,14 @@ def _join_range(
     folder.write_table(name, pa.table(pairs._asdict()))
 
 
-def _all_pairs(folder: Folder, names: list[str]) -> Pairs:
-    """Every pair found, both ends' finds together, sorted: what recall is measured on."""
-    table = pa.concat_tables([folder.read_table(name) for name in names])
+def _pairs_of(folder: Folder, names: list[str], truth: TruePairs) -> Pairs:
+    """The pairs found whose smaller end belongs to a sampled pair, sorted: what recall is measured on."""
+    wanted = np.unique(np.minimum(truth.query, truth.gid))
+    found = []
+    for name in names:
+        table = folder.read_table(name)
+        found.append(table.filter(pa.array(np.isin(table["a"].to_numpy(), wanted))))
+    table = pa.concat_tables(found)
     columns = [table[name].to_numpy() for name in ("a", "b", "similarity", "mirrored")]
     order = np.lexsort((columns[1], columns[0]))
     return Pairs(*(column[order] for column in columns))
