@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.encoders import View, load_encoder, parse_spec
+from curation.ops.retrieval import num_probes
 
 # Reading, hashing and decoding one JPEG: 2.9 ms at 500 x 375, 0.75 ms at 128 x 96; resizing to a view costs the same
 # for each pixel of the view.
@@ -37,7 +38,6 @@ PLANNED_NPROBE = 128  # of 4,096 cells: recall 0.99 on a million hard vectors; t
 EXACT_ROWS = 2**14  # pools below this are compared pair by pair
 NEAR_MISS_PRODUCTS = 2e9
 CERTIFY_QUERIES = 1024
-RETRIEVE_NPROBE = 64
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def certify_work(num_rows: float, dim: int) -> Work:
 
 
 def retrieve_work(num_seeds: float, num_rows: float, num_clusters: int, dim: int) -> Work:
-    flop = 2.0 * num_seeds * num_rows * min(1.0, RETRIEVE_NPROBE / num_clusters) * dim
+    flop = 2.0 * num_seeds * num_rows * num_probes(num_rows, num_clusters) / num_clusters * dim
     return Work(flop, flop / RETRIEVE_FLOPS) + product_work(num_seeds, num_clusters, dim)
 
 

@@ -7,7 +7,6 @@ import posixpath
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -92,11 +91,8 @@ class Folder:
         found = self._fs[0].find(self.path())
         return sorted(path.removeprefix(root) for path in found if not path.endswith(".tmp"))
 
-    def clear(self, keep: Any = ()) -> None:
-        """Delete every file below, temporary ones included, but those named in `keep`."""
-        if not self.exists():
-            return
-        root = self.path().rstrip("/") + "/"
-        for path in self._fs[0].find(self.path()):
-            if path.removeprefix(root) not in keep:
+    def clear(self) -> None:
+        """Delete every file below, temporary ones included."""
+        if self.exists():
+            for path in self._fs[0].find(self.path()):
                 self._fs[0].rm_file(path)

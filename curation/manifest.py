@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,7 +56,3 @@ def stage_key(stage: str, version: int, settings: Mapping[str, Any], inputs: Map
     """The identity of a stage's output: 32 hex digits over everything that can change it."""
     content = json.dumps([stage, version, dict(settings), dict(inputs)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def total_rows(files: Sequence[File]) -> int:
-    return sum(file.rows for file in files)

@@ -74,6 +74,10 @@ def start_ray(execution: ExecutionConfig) -> None:
         raise ValueError(f"RAY_ADDRESS={address!r} does not answer: {error}. Start the cluster or unset it.") from None
 
 
+class WorkerLost(RuntimeError):
+    """A Ray worker died under a task, and did so again when the task was tried again."""
+
+
 def num_workers(execution: ExecutionConfig) -> int:
     return execution.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
@@ -153,4 +157,4 @@ def unwrapped(reference: Any) -> Any:
             cause = cause.cause
         raise cause from None
     except RayError as error:
-        raise RuntimeError(f"a Ray worker was lost: {str(error).splitlines()[0]}") from None
+        raise WorkerLost(f"a Ray worker was lost: {str(error).splitlines()[0]}") from None

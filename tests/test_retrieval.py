@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from curation.ops.retrieval import resolve_collisions
+from curation.ops.retrieval import num_probes, resolve_collisions
 
 GIDS = np.array([[1, 2, 3], [1, 4, 5], [1, 2, 6]])
 SIMILARITY = np.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.6], [0.95, 0.3, 0.2]], np.float32)
@@ -39,3 +39,11 @@ def test_no_image_is_drawn_twice_and_query_order_does_not_matter(rule):
     pairs = set(zip(query.tolist(), drawn.tolist(), strict=True))
     again = gids[order][again_query, again_rank]
     assert pairs == set(zip(order[again_query].tolist(), again.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_clusters", "expected"),
+    [(9_400, 1_848, 1_848), (10**6, 250_000, 16_384), (744 * 10**6, 100_000, 64), (200_000, 30, 30)],
+)
+def test_a_seed_image_looks_into_enough_clusters(num_rows, num_clusters, expected):
+    assert num_probes(num_rows, num_clusters) == expected

@@ -1,6 +1,10 @@
-"""Top-k lists of seed images -> draws, under a rule for the pool images that several seed images want."""
+"""Which clusters a seed image looks into, and what of its top-k counts where several seed images want one image."""
 
 import numpy as np
+
+_EXACT_ROWS = 2**17  # up to this many survivors are all compared with each seed image
+_PROBED_ROWS = 2**16  # beyond, those of its nearest clusters, as many clusters as hold about this many images
+_LEAST_PROBES = 64
 
 
 def resolve_collisions(
@@ -43,3 +47,10 @@ def resolve_collisions(
             kept_list.append(position)
     kept = np.sort(np.array(kept_list, np.int64))
     return query[kept], rank[kept]
+
+
+def num_probes(num_rows: int, num_clusters: int) -> int:
+    """How many clusters a seed image looks into: all of a small pool, else enough for the nearest to be among them."""
+    if num_rows <= _EXACT_ROWS:
+        return num_clusters
+    return min(num_clusters, max(_LEAST_PROBES, -(-_PROBED_ROWS * num_clusters // num_rows)))

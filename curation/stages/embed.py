@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayTaskError
 
 from curation.encoders import Encoder, View, load_encoder
 from curation.filters import Filter, Pixels
@@ -20,7 +19,7 @@ from curation.manifest import File
 from curation.ops.hashes import perceptual_hash
 from curation.sources import Part, Sample, read_samples
 from curation.store import INDEX_SCHEMA, encoder_folder
-from curation.workers import ExecutionConfig, drive, num_gpus, num_workers, unwrapped
+from curation.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 
 VERSION = 1
 _DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
@@ -152,9 +151,7 @@ class _EmbedWorker:
     def embed_part(self, part: Part) -> None:
         try:
             rows, vectors = self._collect(part, isolated=False)
-        except (RayTaskError, ValueError):
-            raise
-        except Exception:  # the decoder process died: some image crashes native code; find it one by one
+        except WorkerLost:  # some image crashes native code or takes all memory; find it one by one
             rows, vectors = self._collect(part, isolated=True)
         write_part(self.folder, part, rows, vectors)
 

@@ -127,6 +127,3 @@ def largest_groups(duplicates: Duplicates) -> list[dict[str, Any]]:
         least = float(values.min()) if len(values) else None
         result.append({"component": label, "size": int(sizes[label]), "least similarity": least})
     return result
-
-
-__all__ = ["VERSION", "write_report"]

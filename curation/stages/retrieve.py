@@ -10,14 +10,14 @@ from curation.manifest import File
 from curation.ops.cells import Cells
 from curation.ops.join import nearest
 from curation.ops.kmeans import assign
-from curation.ops.retrieval import resolve_collisions
+from curation.ops.retrieval import num_probes, resolve_collisions
 from curation.ops.sampling import sample_per_cluster
 from curation.seeds import RetrievalRule
 from curation.stages.kmeans import unit_rows
 from curation.store import ImageSet
 from curation.workers import ExecutionConfig, run_tasks
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = pa.schema(
     [
         ("gid", pa.int64()),  # the pool image
@@ -29,7 +29,6 @@ _SCHEMA = pa.schema(
 )
 _QUERIES_PER_TASK = 4096
 _DEPTH = 8  # next_neighbor looks this many times deeper than k
-_NPROBE = 64  # of clusters that hold a few hundred images: near-exact top-k at a small share of the pool
 
 
 def retrieve_set(
@@ -106,7 +105,7 @@ def _nearest_of(
     chunk: np.ndarray, seeds: ImageSet, encoder: str, cells: Cells, depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
     queries = unit_rows(seeds.take_embeddings(encoder, chunk))
-    return nearest(queries, cells, depth, min(_NPROBE, cells.num_cells))
+    return nearest(queries, cells, depth, num_probes(cells.num_rows, cells.num_cells), num_threads=1)
 
 
 def _by_cluster(
