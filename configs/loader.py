@@ -1,7 +1,9 @@
 """YAML files and key=value overrides -> frozen dataclasses, with errors in the config's own names."""
 
+import copy
 import difflib
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,10 +78,23 @@ def load_config(schema: type[T], group: str, name_or_path: str, overrides: Seque
     return OmegaConf.to_object(merged)  # type: ignore[return-value]  # OmegaConf returns the schema's type
 
 
+def merge_config(config: T, differences: dict[str, Any], origin: str) -> T:
+    """A built config with some of its keys changed; `origin` names the place of the change in errors.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    merged = OmegaConf.structured(config)
+    OmegaConf.set_readonly(merged, False)
+    _writable(merged)
+    return OmegaConf.to_object(_merge(merged, differences, origin))  # type: ignore[return-value]
+
+
 def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
     _check_keys(base, change, origin, prefix="")
     try:
-        return OmegaConf.merge(base, change)
+        base = copy.deepcopy(base)
+        return OmegaConf.merge(base, _set_elements(base, change))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or ""
         raise ValueError(f"{origin}: {key}: {_first_line(error)}") from None
@@ -101,12 +116,42 @@ def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> 
             _check_keys(child, value, origin, f"{prefix}{key}.")
 
 
+def _set_elements(base: Any, change: dict[str, Any]) -> dict[str, Any]:
+    """Set the entries of typed dicts and lists in `base`; returns what is left of `change`.
+
+    OmegaConf makes such entries read-only, as frozen dataclasses are, and then refuses to fill them itself.
+    """
+    left: dict[str, Any] = {}
+    for key, value in change.items():
+        child = base._get_node(key)
+        kind = OmegaConf.get_type(child) if OmegaConf.is_config(child) else None
+        element = child._metadata.element_type if kind in (dict, list) else None
+        if is_dataclass(element) and isinstance(value, dict) and kind is dict:
+            for name, entry in value.items():
+                child[name] = _element(element, child._get_node(name), entry)
+        elif is_dataclass(element) and isinstance(value, list) and kind is list:
+            base[key] = [_element(element, None, entry) for entry in value]
+        elif is_dataclass(kind) and isinstance(value, dict):
+            left[key] = _set_elements(child, value)
+        else:
+            left[key] = value
+    return left
+
+
+def _element(schema: Any, present: Any, change: Any) -> Any:
+    node = OmegaConf.structured(schema) if present is None else copy.deepcopy(present)
+    OmegaConf.set_readonly(node, False)
+    _writable(node)
+    return OmegaConf.merge(node, change)
+
+
 def _writable(config: Any) -> None:
     """Frozen dataclasses become read-only nodes, which OmegaConf will not merge into."""
     for key in config:
         child = config._get_node(key)
-        if OmegaConf.is_dict(child):
+        if OmegaConf.is_config(child):
             OmegaConf.set_readonly(child, False)
+        if OmegaConf.is_dict(child):
             _writable(child)
 
 

@@ -1,0 +1,143 @@
+"""One step's images on one rank, as tensors, and what the device makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pretrain.data.crops import Crops, CropSizes
+from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric, normalize, photometric
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A damaged image, and why another stands in its place."""
+
+    dataset: str
+    image: str
+    """shard:member"""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images of one rank. Crops are uint8 and undistorted; `prepare` distorts them on the device."""
+
+    step: int
+    sizes: CropSizes
+    global_crops: Tensor
+    """uint8 [V, B, 3, H, W]"""
+    local_crops: Tensor
+    """uint8 [L, B, 3, h, w]"""
+    gram_crops: Tensor | None
+    """uint8 [V, B, 3, G, G]"""
+    global_photometric: Photometric
+    """[V, B] each, on the host"""
+    local_photometric: Photometric
+    """[L, B] each, on the host"""
+    masks: Tensor | None
+    """bool [V, B, N], row-major patches of the global crops"""
+    positions: Tensor
+    """int64 [B]: place in the global batch"""
+    datasets: Tensor
+    """int64 [B]: number of the dataset, in the config's order"""
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def micro_batches(self, count: int) -> list["Batch"]:
+        """`count` equal slices over B; what was skipped stays with the first.
+
+        Raises:
+            ValueError: B does not split so.
+        """
+        if count < 1 or len(self) % count:
+            raise ValueError(f"a batch of {len(self)} images does not split into {count} equal micro-batches.")
+        size = len(self) // count
+        return [self._slice(slice(i * size, (i + 1) * size), () if i else self.skipped) for i in range(count)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Crops and masks to the device, without waiting where memory is pinned. Parameters stay on the host."""
+        return self._map_large(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Into page-locked memory; the data loader calls it."""
+        return self._map_large(lambda tensor: tensor.pin_memory())
+
+    def _map_large(self, change) -> "Batch":
+        return replace(
+            self,
+            global_crops=change(self.global_crops),
+            local_crops=change(self.local_crops),
+            gram_crops=None if self.gram_crops is None else change(self.gram_crops),
+            masks=None if self.masks is None else change(self.masks),
+        )
+
+    def _slice(self, some: slice, skipped: tuple[Skipped, ...]) -> "Batch":
+        return replace(
+            self,
+            global_crops=self.global_crops[:, some],
+            local_crops=self.local_crops[:, some],
+            gram_crops=None if self.gram_crops is None else self.gram_crops[:, some],
+            global_photometric=self.global_photometric[:, some],
+            local_photometric=self.local_photometric[:, some],
+            masks=None if self.masks is None else self.masks[:, some],
+            positions=self.positions[some],
+            datasets=self.datasets[some],
+            skipped=skipped,
+        )
+
+
+def collate(
+    crops: Sequence[Crops],
+    *,
+    step: int,
+    sizes: CropSizes,
+    masks: Tensor | None,
+    positions: Tensor,
+    datasets: Tensor,
+    skipped: Sequence[Skipped],
+) -> Batch:
+    """Stack B images' crops, crop-major."""
+    gram = [image.gram_crops for image in crops]
+    return Batch(
+        step=step,
+        sizes=sizes,
+        global_crops=torch.stack([image.global_crops for image in crops], dim=1),
+        local_crops=torch.stack([image.local_crops for image in crops], dim=1),
+        gram_crops=torch.stack([g for g in gram if g is not None], dim=1) if sizes.gram_px else None,
+        global_photometric=Photometric.stack([image.global_photometric for image in crops], dim=1),
+        local_photometric=Photometric.stack([image.local_photometric for image in crops], dim=1),
+        masks=masks,
+        positions=positions,
+        datasets=datasets,
+        skipped=tuple(skipped),
+    )
+
+
+def prepare(
+    batch: Batch,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Crops that the models take: global [V * B, 3, H, W], local [L * B, 3, h, w], Gram [V * B, 3, G, G] or None.
+
+    Rows are crop-major, v * B + b; colours distorted (not Gram's) and normalised, computed in float32.
+    """
+    batch = batch.to(device)
+
+    def distorted(crops: Tensor, parameters: Photometric) -> Tensor:
+        return normalize(photometric(crops.flatten(0, 1), parameters.flatten()), mean, std).to(dtype)
+
+    gram = None
+    if batch.gram_crops is not None:
+        gram = normalize(batch.gram_crops.flatten(0, 1).float().div_(255), mean, std).to(dtype)
+    return (
+        distorted(batch.global_crops, batch.global_photometric),
+        distorted(batch.local_crops, batch.local_photometric),
+        gram,
+    )

@@ -1,0 +1,285 @@
+"""Batches for one rank, step by step: order -> bytes -> crops -> masks. Any number of workers gives the same bytes.
+
+A worker makes whole batches: `Steps[step]` is a pure function of the settings and the step, so resuming is starting at
+another step, and nothing of the loader goes into a checkpoint.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.collate import Batch, Skipped, collate
+from pretrain.data.crops import NUM_GLOBAL_CROPS, Crops, CropsConfig, CropSizes, multi_crop, step_sizes
+from pretrain.data.decode import Damaged, ImageLimits, open_image
+from pretrain.data.masks import MaskConfig, step_masks
+from pretrain.data.order import Mixture, SampleOrder
+from pretrain.data.randomness import Stream, generator
+from pretrain.data.shards import ImageTable, ShardReader, read_table
+
+MAX_REDRAWS = 100
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One curated dataset."""
+
+    shards: str
+    """a tar, a glob or {0000..0009} braces of tars, a folder of tars, or a run folder of curation; local or a URL"""
+    weight: float = 1.0
+    """share of the heterogeneous batches, relative to the other datasets; 0 only for the homogeneous one"""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"data.datasets: weight={self.weight} must be at least 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from, and how datasets are mixed."""
+
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    """by name"""
+    homogeneous: str = ""
+    """the dataset that some batches are made of alone (DINOv3: ImageNet-1k); empty for none"""
+    homogeneous_share: float = 0.0
+    """share of steps with such a batch (DINOv3: 0.1), exact in every hundred steps"""
+    shuffle_shards: int = 64
+    """shards whose images are mixed with each other within an epoch; 0 for all (8 bytes an image in each worker)"""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.homogeneous_share <= 1:
+            raise ValueError(f"data.homogeneous_share={self.homogeneous_share} must lie in 0..1.")
+        if self.shuffle_shards < 0:
+            raise ValueError(f"data.shuffle_shards={self.shuffle_shards} must be at least 0.")
+        if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
+            raise ValueError(
+                f"data.homogeneous={self.homogeneous!r} is none of data.datasets: {', '.join(self.datasets)}."
+            )
+        if bool(self.homogeneous) != (self.homogeneous_share > 0):
+            raise ValueError("data.homogeneous and data.homogeneous_share: give both or neither.")
+        if self.datasets and self.homogeneous_share < 1 and not sum(d.weight for d in self.datasets.values()) > 0:
+            raise ValueError("data.datasets: the weights are all 0.")
+        for name, dataset in self.datasets.items():
+            if dataset.weight == 0 and name != self.homogeneous:
+                raise ValueError(f"data.datasets.{name}.weight=0 never draws from it: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How batches are made; none of it changes them."""
+
+    num_workers: int = 2
+    """processes on each rank that decode and crop; 0: in the training process itself"""
+    prefetch: int = 4
+    """batches that each worker makes ahead"""
+    timeout_s: float = 600.0
+    """to wait for a batch before giving up; 0 for ever"""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0 or self.prefetch < 1 or self.timeout_s < 0:
+            raise ValueError("execution.loader: num_workers and timeout_s must be at least 0, prefetch at least 1.")
+
+
+class Steps(Dataset[Batch]):
+    """step -> this rank's batch of that step."""
+
+    def __init__(
+        self,
+        tables: dict[str, ImageTable],
+        order: SampleOrder,
+        crops: CropsConfig,
+        masks: MaskConfig,
+        limits: ImageLimits,
+        patch_size: int,
+        images: range,
+    ) -> None:
+        self.names = list(tables)
+        self.readers = [ShardReader(table) for table in tables.values()]
+        self.order, self.crops, self.masks, self.limits = order, crops, masks, limits
+        self.patch_size, self.images = patch_size, images
+
+    def __getitem__(self, step: int) -> Batch:
+        # Hundreds of small resizes: threads cost more than they bring. Worker processes have one anyway.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._batch(step)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _batch(self, step: int) -> Batch:
+        seed, phase = self.order.seed, self.order.phase
+        datasets, rows = self.order.batch(step)
+        sizes = step_sizes(self.crops, seed, phase, step)
+        skipped: list[Skipped] = []
+        crops = [
+            self._crops(step, position, int(datasets[position]), int(rows[position]), sizes, skipped)
+            for position in self.images
+        ]
+        positions = np.array(self.images)
+        return collate(
+            crops,
+            step=step,
+            sizes=sizes,
+            masks=self._masks(step, positions, sizes) if self.masks.probability > 0 else None,
+            positions=torch.from_numpy(positions),
+            datasets=torch.from_numpy(datasets[positions]),
+            skipped=skipped,
+        )
+
+    def _crops(
+        self, step: int, position: int, dataset: int, row: int, sizes: CropSizes, skipped: list[Skipped]
+    ) -> Crops:
+        """Crops of the image at a position, or of the first sound one that is drawn instead."""
+        reader, reason = self.readers[dataset], ""
+        for attempt in range(1 + MAX_REDRAWS):
+            if attempt:
+                row = self.order.redraw(step, position, dataset, attempt)
+            rng = generator(self.order.seed, self.order.phase, Stream.CROPS, step, position, attempt)
+            try:
+                return multi_crop(open_image(reader.read(row), self.limits), self.crops, rng, sizes)
+            except Damaged as damage:
+                reason = damage.reason
+                skipped.append(Skipped(self.names[dataset], reader.name(row), reason))
+        raise ValueError(
+            f"data.datasets.{self.names[dataset]}: {1 + MAX_REDRAWS} images drawn one after another are all damaged "
+            f"(the last: {skipped[-1].image}, {reason}); look at the shards, or take the dataset out."
+        )
+
+    def _masks(self, step: int, positions: np.ndarray, sizes: CropSizes) -> torch.Tensor:
+        """bool [V, B, N]"""
+        side = sizes.global_px // self.patch_size
+        size = self.order.batch_size
+        crops = np.concatenate([positions + view * size for view in range(NUM_GLOBAL_CROPS)])
+        masks = step_masks(
+            self.masks, (side, side), crops, NUM_GLOBAL_CROPS * size, self.order.seed, self.order.phase, step
+        )
+        return torch.from_numpy(masks).view(NUM_GLOBAL_CROPS, len(positions), -1)
+
+
+class Loader:
+    """One batch a step, from start_step on; iterate it once or again. `tables` says what was found."""
+
+    def __init__(self, steps: Steps, tables: dict[str, ImageTable], numbers: range, execution: LoaderConfig) -> None:
+        self.steps, self.tables, self.numbers, self.execution = steps, tables, numbers, execution
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        workers = self.execution.num_workers
+        return iter(
+            DataLoader(
+                self.steps,
+                batch_size=None,
+                sampler=self.numbers,
+                num_workers=workers,
+                prefetch_factor=self.execution.prefetch if workers else None,
+                timeout=self.execution.timeout_s if workers else 0,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else it draws a number from the global one
+            )
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """What each dataset was, for a checkpoint: equal ones give the same order."""
+        return {name: table.fingerprint() for name, table in self.tables.items()}
+
+
+def build_loader(
+    config: DataConfig,
+    crops: CropsConfig,
+    masks: MaskConfig,
+    *,
+    patch_size: int,
+    seed: int,
+    phase: int,
+    start_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    execution: LoaderConfig,
+    tables: dict[str, ImageTable] | None = None,
+) -> Loader:
+    """Batches of steps start_step .. start_step + num_steps - 1 of a phase, for one rank.
+
+    Rank r has images r * B / ranks onwards of each global batch of B, so ranks together have what one rank would.
+
+    Args:
+        tables: those of a former phase's loader, to spare listing the shards again.
+
+    Raises:
+        ValueError: no dataset, no shards, an empty dataset, fewer images than a global batch, a batch that does not
+            split over the ranks, a crop that the patch does not divide.
+    """
+    check_sizes(crops, patch_size)
+    if global_batch_size < 1 or global_batch_size % world_size:
+        below = global_batch_size // world_size * world_size
+        raise ValueError(
+            f"global_batch_size={global_batch_size} does not split over {world_size} ranks; the nearest that do are "
+            f"{' and '.join(str(n) for n in (below, below + world_size) if n)}."
+        )
+    if not config.datasets:
+        raise ValueError("data.datasets is empty: name one, for example data.datasets.web.shards=out/shards.")
+    if tables is None:
+        tables = read_tables(config)
+    for name, table in tables.items():
+        if len(table) < global_batch_size:
+            raise ValueError(
+                f"data.datasets.{name} has {len(table)} images, fewer than global_batch_size={global_batch_size}: "
+                "lower the batch, or name more shards."
+            )
+    names = list(config.datasets)
+    mixture = Mixture(
+        starts=[tables[name].starts for name in names],
+        weights=[config.datasets[name].weight for name in names],
+        homogeneous=names.index(config.homogeneous) if config.homogeneous else -1,
+        homogeneous_share=config.homogeneous_share,
+        shuffle_shards=config.shuffle_shards,
+    )
+    per_rank = global_batch_size // world_size
+    order = SampleOrder(mixture, global_batch_size, seed, phase)
+    images = range(rank * per_rank, (rank + 1) * per_rank)
+    steps = Steps({name: tables[name] for name in names}, order, crops, masks, config.limits, patch_size, images)
+    return Loader(steps, tables, range(start_step, start_step + num_steps), execution)
+
+
+def read_tables(config: DataConfig) -> dict[str, ImageTable]:
+    """What each dataset holds.
+
+    Raises:
+        ValueError: a dataset without shards or images, with its name.
+    """
+    tables = {}
+    for name, dataset in config.datasets.items():
+        try:
+            tables[name] = read_table(dataset.shards, config.limits)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.datasets.{name}.shards: {error}") from error
+        _logger.info("%s: %d images in %d shards", name, len(tables[name]), len(tables[name].shards))
+    return tables
+
+
+def check_sizes(crops: CropsConfig, patch_size: int) -> None:
+    """Every side is a multiple of the patch.
+
+    Raises:
+        ValueError: one is not; the nearest that are.
+    """
+    for sizes in crops.all_sizes():
+        sides = {"global_px": sizes.global_px, "local_px": sizes.local_px, "gram_px": sizes.gram_px}
+        for name, side in sides.items():
+            if side % patch_size:
+                below = side // patch_size * patch_size
+                near: Sequence[int] = [n for n in (below, below + patch_size) if n]
+                raise ValueError(
+                    f"crops.{name}={side} is not a multiple of the patch size {patch_size}; the nearest that are: "
+                    f"{' and '.join(map(str, near))}."
+                )

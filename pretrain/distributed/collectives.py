@@ -1,0 +1,151 @@
+"""One process or many: starting them, and what they say to each other. Without a process group each is a no-op."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # the first step compiles, and a rank may wait for another's slow disk
+
+
+def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
+    """Join the process group that torchrun (or pretrain.launch) describes in the environment, if it does.
+
+    Args:
+        device: auto (a GPU if there is one), cpu or cuda.
+
+    Returns:
+        This rank's device, made the current one.
+
+    Raises:
+        ValueError: cuda asked for and not there, more local ranks than GPUs, or Slurm tasks unknown to each other.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r} must be one of auto, cpu, cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu or check the driver.")
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ValueError(
+            "Slurm started several tasks that do not know each other: each would train alone, into the same folder. "
+            "Use python -m pretrain.launch, or srun one torchrun on each node."
+        )
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    here = torch.device("cpu")
+    if on_gpu:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= (num_gpus := torch.cuda.device_count()):
+            raise ValueError(f"local rank {local_rank} has no GPU: this machine has {num_gpus}. Start fewer processes.")
+        here = torch.device("cuda", local_rank)
+        torch.cuda.set_device(here)
+    if launched:
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=here if on_gpu else None)
+    return here
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum in place over all ranks; returns x."""
+    if is_distributed():
+        dist.all_reduce(x)
+    return x
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean in place over all ranks, each counting the same; returns x."""
+    return sum_over_ranks(x).div_(world_size())
+
+
+def any_over_ranks(flag: bool) -> bool:
+    """Whether the flag is up on any rank (a signal to stop, an error); the host waits."""
+    if not is_distributed():
+        return flag
+    device = torch.device("cuda") if "nccl" in dist.get_backend() else torch.device("cpu")
+    raised = torch.tensor(flag, dtype=torch.int32, device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; an error there is raised everywhere, instead of a hang."""
+    if not is_distributed():
+        return make()
+    message: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            message[0] = make()
+        except Exception as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        size = dist.get_world_size(ctx.group)
+        ours = gradient.new_empty(gradient.shape[0] // size, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(ours, gradient.contiguous(), group=ctx.group)
+        return ours, None
+
+
+def gather_with_grad(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rows of all ranks of the group (all ranks by default), in rank order: [B, D] -> [ranks * B, D].
+
+    Every rank must give the same number of rows. The gradient of a row is the *sum* over ranks of what their losses ask
+    of it. Parameters whose gradients are then *averaged* over ranks (DDP, FSDP) get the gradient of the mean of the
+    ranks' losses: no further factor, whether a rank's loss is about its own rows or about all of them.
+    """
+    return _Gather.apply(x, group) if is_distributed() else x  # pyright: ignore[reportReturnType]
+
+
+def consecutive_ranks(ranks_per_group: int) -> dist.ProcessGroup | None:
+    """The group of this many neighbouring ranks that this rank belongs to; None (all ranks) when that is everyone.
+
+    Every rank must call it. Raises ValueError when the ranks do not split evenly.
+    """
+    if world_size() % ranks_per_group:
+        raise ValueError(f"groups of {ranks_per_group} ranks do not divide {world_size()} ranks.")
+    if ranks_per_group == world_size():
+        return None
+    ranks = [range(first, first + ranks_per_group) for first in range(0, world_size(), ranks_per_group)]
+    mine, _ = dist.new_subgroups_by_enumeration([list(r) for r in ranks])
+    assert isinstance(mine, dist.ProcessGroup)  # every rank is in one of them
+    return mine

@@ -1,0 +1,86 @@
+"""The evaluation during training; the trainer calls `run` by name (pretrain.watch.evaluation).
+
+One folder an evaluation: `evaluation/step-00001000/` with result.json (k-NN) and pca.png; `evaluation/baselines.json`
+holds what raw pixels and an untrained backbone reach on the same sets, computed once; `evaluation/pca.png` the pictures
+over time.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
+from pretrain.downstream.evals.labelled import eval_crop, samples
+from pretrain.downstream.pca import write_pictures
+
+
+def run(backbone: nn.Module, config: Mapping[str, Any], folder: Path, step: int) -> dict[str, float]:
+    """Evaluate one backbone.
+
+    Args:
+        backbone: VisionTransformer in eval mode, whole on this rank.
+        config: the fields of EvaluationConfig, and `mean` and `std` of pixel values from 0 to 1.
+        folder: the run folder.
+
+    Returns:
+        `knn` (accuracy at the first k), `knn/<k>`, `pca_explained`; and `knn_pixels`, `knn_random`.
+
+    Raises:
+        ValueError: sets that cannot be read or compared; see knn.py.
+    """
+    target = folder / "evaluation" / f"step-{step:08d}"
+    target.mkdir(parents=True, exist_ok=True)
+    device = next(backbone.parameters()).device
+    figures: dict[str, float] = {}
+    if config["train"]:
+        names = {field.name for field in fields(KnnConfig)}
+        knn = KnnConfig(**{name: value for name, value in config.items() if name in names})
+        features = backbone_features(backbone, config["mean"], config["std"], knn.bfloat16)
+        result = evaluate(features, knn, device)
+        _write(target / "result.json", {"eval": "knn", "step": step, **result})
+        figures["knn"] = result["accuracy"]
+        figures |= {f"knn/{k}": value for k, value in result["by_k"].items()}
+        figures |= _baselines(backbone, config, knn, folder / "evaluation", device)
+    if config["pca_images"]:
+        images = first_images(config).to(device)
+        figures["pca_explained"] = write_pictures(
+            backbone, images, folder / "evaluation", step, config["mean"], config["std"], config["pca_grid"]
+        )
+    return figures
+
+
+def _baselines(
+    backbone: nn.Module, config: Mapping[str, Any], knn: KnnConfig, folder: Path, device: torch.device
+) -> dict[str, float]:
+    """Accuracy of pixels and of an untrained backbone: computed when asked for first, then read."""
+    path = folder / "baselines.json"
+    if not path.exists():
+        fresh = random_like(backbone)
+        untrained = backbone_features(fresh, config["mean"], config["std"], knn.bfloat16)
+        found = {
+            "knn_pixels": evaluate(pixel_features, knn, device)["accuracy"],
+            "knn_random": evaluate(untrained, knn, device)["accuracy"],
+        }
+        _write(path, found)
+    return json.loads(path.read_text())
+
+
+def first_images(config: Mapping[str, Any]) -> Tensor:
+    """uint8 [I, 3, px, px]: the first images of the validation set."""
+    px, resize_px = config["px"], config["resize_px"] or round(config["px"] * 256 / 224)
+    found = itertools.islice(samples(config["val"]), config["pca_images"])
+    images = [torch.from_numpy(eval_crop(sample.content, px, resize_px).copy()) for sample in found]
+    return torch.stack(images).permute(0, 3, 1, 2)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Under a temporary name first: a killed run leaves no half file that a later one would believe."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,29 @@
+"""A backbone and its heads as one teacher folder of our own names: teacher.safetensors and config.json."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.downstream.backbone import CONFIG_FILE, TEACHER_FILE, Backbone, load_backbone
+from pretrain.downstream.export.huggingface import described, write_json
+
+
+def write_teacher_folder(backbone: Backbone, heads: dict[str, Tensor], folder: Path) -> str:
+    """Write both files, load them back and compare every tensor.
+
+    Returns:
+        A line that says how many tensors are equal.
+
+    Raises:
+        ValueError: a tensor that did not come back as it was.
+    """
+    state = {f"backbone.{name}": value.contiguous() for name, value in backbone.model.state_dict().items()}
+    save_file(state | heads, folder / TEACHER_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, described(backbone, backbone.settings))
+    again = load_backbone(folder).model.state_dict()
+    differing = [name for name, value in backbone.model.state_dict().items() if not torch.equal(value, again[name])]
+    if differing:
+        raise ValueError(f"{len(differing)} tensors of {folder} do not come back as written, {differing[0]} first.")
+    return f"all {len(again)} tensors of the backbone equal those of {backbone.source}"

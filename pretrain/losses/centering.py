@@ -1,0 +1,142 @@
+"""What keeps teacher assignments from collapsing onto few prototypes: Sinkhorn-Knopp, or softmax with a moving centre.
+
+Sources: Sinkhorn-Knopp as in SwAV, arXiv:2006.09882, 3 iterations in DINOv2, arXiv:2304.07193; the centre of
+DINO, arXiv:2104.14294.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.losses.prototypes import LOG2_E, Targets, block_bytes, blocks, log2_sum_exp2
+
+# Natural logarithms that float64 can exponentiate, with room for a sum over ranks.
+LARGEST_LOG = 690.0
+
+
+def nothing_to_reduce(tensor: Tensor) -> Tensor:
+    """The reduction over ranks where there is one rank."""
+    return tensor
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Sequence[Tensor],
+    temperature: float,
+    num_iterations: int = 3,
+    sum_over_ranks: Callable[[Tensor], Tensor] = nothing_to_reduce,
+) -> list[Targets]:
+    """Assignments in which, over all samples of all ranks, every prototype gets an (almost) equal share.
+
+    Alternates between scaling prototypes and samples of exp(logits / temperature) to equal sums, samples last. Only
+    the two scale vectors are kept, as logarithms: the counts of samples and prototypes and the overall sum of the usual
+    formulation cancel. Finite for any finite logits (exact while |logits / temperature| is below 690 for the largest
+    logit of every prototype).
+
+    Args:
+        logits: one [T_i, K_i] per head, this rank's samples (T_i may be 0 here, and differ between ranks).
+        temperature: of the teacher, > 0.
+        num_iterations: >= 1.
+        sum_over_ranks: returns the sum over ranks of a float64 [sum of K_i]; called once an iteration by every rank.
+
+    Memory beyond the logits and vectors: a few BLOCK_BYTES. Passes over the logits: num_iterations + 2.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"Sinkhorn-Knopp needs num_iterations of at least 1, got {num_iterations}.")
+    sizes = [head.shape[1] for head in logits]
+    # The first scaling of prototypes, from the logits alone.
+    sums = [_log_sum_over_samples(head, temperature).double().clamp(max=LARGEST_LOG).exp() for head in logits]
+    log_prototype = [-_log(total) for total in sum_over_ranks(torch.cat(sums)).split(sizes)]
+    for _ in range(num_iterations - 1):
+        # Scaling the samples and summing the result over prototypes is one pass. No share is lost to underflow: after
+        # scaling its prototypes a sample sums to at most K, so scaling samples leaves each prototype at least 1 / K.
+        shares = [
+            _shares(head, temperature, log.to(_accumulator(head)))
+            for head, log in zip(logits, log_prototype, strict=True)
+        ]
+        shares = sum_over_ranks(torch.cat(shares)).split(sizes)
+        log_prototype = [log - _log(share) for log, share in zip(log_prototype, shares, strict=True)]
+    return [
+        _normalized(head, temperature, log.to(_accumulator(head)))
+        for head, log in zip(logits, log_prototype, strict=True)
+    ]
+
+
+class SoftmaxCentering(nn.Module):
+    """Assignments softmax((logits - center) / temperature); the centre is a moving average of teacher logits.
+
+    The centre that `forward` uses holds the batches before this one: call `update` after it. The batch mean is over all
+    samples of all ranks (DINOv2 averages the ranks' means, which weighs a masked patch by its rank's number of them and
+    has no answer for a rank without; the two agree for equal counts).
+    """
+
+    center: Tensor
+    # [K] float32
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+
+    def forward(self, logits: Tensor, temperature: float) -> Targets:
+        """logits [T, K] -> Targets of T rows. Temperature of the teacher, > 0."""
+        with torch.no_grad():
+            return _normalized(logits, temperature, -self.center.to(_accumulator(logits)) / temperature)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] = nothing_to_reduce) -> None:
+        """Move the centre towards the mean of logits [T, K] over all ranks; called once by every rank (T may be 0)."""
+        count = logits.new_full((1,), len(logits), dtype=torch.float64)
+        total = sum_over_ranks(torch.cat([logits.sum(dim=0, dtype=_accumulator(logits)).double(), count]))
+        mean = (total[:-1] / total[-1].clamp(min=1)).to(self.center.dtype)
+        weight = torch.where(total[-1] > 0, 1 - self.momentum, 0.0).to(self.center.dtype)
+        self.center.lerp_(mean, weight)
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _log(positive: Tensor) -> Tensor:
+    """Logarithm of float64 sums; those that underflowed count as the smallest, not as nothing."""
+    return positive.clamp(min=torch.finfo(torch.float64).tiny).log()
+
+
+def _row_blocks(logits: Tensor):
+    return blocks(len(logits), block_bytes(logits.device) // (max(logits.shape[1], 1) * _accumulator(logits).itemsize))
+
+
+def _log_sum_over_samples(logits: Tensor, temperature: float) -> Tensor:
+    """[T, K] -> [K]: logsumexp over rows of logits / temperature; -inf where there are none."""
+    if len(logits) == 0:
+        return logits.new_full((logits.shape[1],), -torch.inf, dtype=_accumulator(logits))
+    largest = logits.amax(dim=0).to(_accumulator(logits)) * (LOG2_E / temperature)
+    total = torch.zeros_like(largest)
+    for rows in _row_blocks(logits):
+        total += _exponents(logits[rows], temperature).sub_(largest).exp2_().sum(dim=0)
+    return (largest + total.log2()) / LOG2_E
+
+
+def _shares(logits: Tensor, temperature: float, log_prototype: Tensor) -> Tensor:
+    """[T, K] -> [K] float64: what each prototype gets when every sample, scaled by prototype, is made to sum to one."""
+    shares = torch.zeros_like(log_prototype)
+    for rows in _row_blocks(logits):
+        exponents = _exponents(logits[rows], temperature).add_(log_prototype * LOG2_E)
+        scaled = exponents.sub_(exponents.amax(dim=1, keepdim=True)).exp2_()
+        shares += scaled.sum(dim=1).reciprocal_() @ scaled
+    return shares.double()
+
+
+def _normalized(logits: Tensor, temperature: float, log_prototype: Tensor) -> Targets:
+    """Targets whose rows sum to one, given what is added to each prototype."""
+    log_sample = logits.new_empty(len(logits), dtype=log_prototype.dtype)
+    for rows in _row_blocks(logits):
+        exponents = _exponents(logits[rows], temperature).add_(log_prototype * LOG2_E)
+        log_sample[rows] = log2_sum_exp2(exponents).squeeze(1).div_(-LOG2_E)
+    return Targets(logits=logits, temperature=temperature, log_prototype=log_prototype, log_sample=log_sample)
+
+
+def _exponents(logits: Tensor, temperature: float) -> Tensor:
+    """Logits as powers of two, a new tensor."""
+    return logits.to(_accumulator(logits)) * (LOG2_E / temperature)

@@ -1,0 +1,32 @@
+"""iBOT: the student's token of a masked patch predicts the teacher's assignment of the patch itself."""
+
+from torch import Tensor
+
+from pretrain.losses.prototypes import Targets, prototype_cross_entropy
+
+
+def ibot_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Targets,
+    mask_weights: Tensor,
+    num_images: int,
+    temperature: float = 0.1,
+) -> Tensor:
+    """Cross-entropy per masked patch, averaged within an image, then over images: a scalar, in nats.
+
+    An image without masked patches counts in `num_images` and adds nothing, so with half of the images masked the loss
+    starts near ln(K) / 2.
+
+    Args:
+        features: [M, d], the head's unit-norm output for the masked patches; M may be 0.
+        prototypes: [K, d] of the student's head.
+        targets: M rows.
+        mask_weights: [M], 1 / (number of masked patches in that image); 0 for padding.
+        num_images: global crops on this rank, masked or not.
+        temperature: of the student.
+
+    Source: arXiv:2111.07832, weighted as released with DINOv2, arXiv:2304.07193.
+    """
+    loss, _ = prototype_cross_entropy(features, prototypes, targets, mask_weights / num_images, temperature)
+    return loss

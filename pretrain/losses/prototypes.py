@@ -1,0 +1,226 @@
+"""Soft assignments over prototypes, and the cross-entropy against them that never holds all student logits.
+
+Since a target row sums to one, CE(q, z / T) = logsumexp(z / T) - q . z / T, and its gradient by z is
+(softmax(z / T) - q) / T. So loss and gradients come out of one streamed pass: a band of rows at a time (its logits
+in the compute dtype), and inside the band a block of prototypes at a time (float32). What the published code keeps,
+teacher assignments, student logits, their log-softmax, the product and a gradient, each tokens x prototypes, is never
+there. The gradients by features and prototypes are complete when the forward ends; the backward scales them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Bytes of one float32 block of rows x prototypes, per kind of device. On a processor the passes over a block should
+# stay in its caches; a GPU wants few large kernels. Larger bands read and write the prototypes less often.
+BLOCK_BYTES = {"cpu": 1 << 20}
+BLOCK_BYTES_ELSEWHERE = 256 << 20
+# Bytes of the student logits of one band of rows (compute dtype).
+BAND_BYTES = {"cpu": 32 << 20}
+BAND_BYTES_ELSEWHERE = 256 << 20
+
+
+# exp2 is several times as fast as exp on a processor, and no less exact: exponents are kept in base 2 inside.
+LOG2_E = math.log2(math.e)
+
+
+def block_bytes(device: torch.device) -> int:
+    return BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE)
+
+
+def blocks(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(length); none if it is empty."""
+    for start in range(0, length, max(size, 1)):
+        yield slice(start, min(start + max(size, 1), length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Teacher assignments q = exp(logits / temperature + log_prototype + log_sample), formed only where asked for."""
+
+    logits: Tensor
+    # [T, K], in the dtype that they were computed in
+    temperature: float
+    # of the teacher, > 0
+    log_prototype: Tensor
+    # [K] float32: what centring adds to a prototype
+    log_sample: Tensor
+    # [T] float32: what makes a row sum to one
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Assignments of rows start..stop, [n, K] float32; each row sums to one."""
+        rows = slice(start, stop)
+        return self._assign(self.logits[rows], self.log_prototype, self.log_sample[rows, None])
+
+    def entropy(self) -> Tensor:
+        """Entropy of each row, in nats, [T] float32; streamed, for the metrics."""
+        entropy = torch.zeros_like(self.log_sample)
+        for rows in blocks(len(self), block_bytes(self.logits.device) // (4 * max(self.logits.shape[1], 1))):
+            log2_q = self._log2_assign(self.logits[rows], self.log_prototype, self.log_sample[rows, None])
+            entropy[rows] = (log2_q.exp2() * log2_q).sum(dim=1) / -LOG2_E
+        return entropy
+
+    def views(self, num_views: int, rows: slice, prototypes: slice) -> Tensor:
+        """Assignments of one block, [V, n, k] float32, where the T rows are V views of T / V images, view-major."""
+        logits = self.logits.unflatten(0, (num_views, len(self) // num_views))[:, rows, prototypes]
+        log_sample = self.log_sample.unflatten(0, (num_views, len(self) // num_views))[:, rows, None]
+        return self._assign(logits, self.log_prototype[prototypes], log_sample)
+
+    def _log2_assign(self, logits: Tensor, log_prototype: Tensor, log_sample: Tensor) -> Tensor:
+        scaled = logits.to(log_sample.dtype) * (LOG2_E / self.temperature)
+        return scaled.add_(log_prototype * LOG2_E).add_(log_sample * LOG2_E)
+
+    def _assign(self, logits: Tensor, log_prototype: Tensor, log_sample: Tensor) -> Tensor:
+        return self._log2_assign(logits, log_prototype, log_sample).exp2_()
+
+
+def log2_sum_exp2(exponents: Tensor) -> Tensor:
+    """log2 of the sum over the last dimension of 2 ** exponents, which is kept; the argument is overwritten."""
+    largest = exponents.amax(dim=-1, keepdim=True)
+    return largest + exponents.sub_(largest).exp2_().sum(dim=-1, keepdim=True).log2_()
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Targets,
+    weights: Tensor,
+    temperature: float,
+    pairing: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum over student rows of the cross-entropy to teacher assignments, in nats.
+
+    Student logits are features @ prototypes.T / temperature, computed in the autocast dtype if autocast is on, else in
+    the dtype of the two; all else is float32 (float64 for float64 inputs).
+
+    Args:
+        features: [N, d]; N = G * R, G views of R images, view-major.
+        prototypes: [K, d].
+        targets: V * R rows, V views of the same R images, view-major; no gradient flows there.
+        weights: [N], float32; no gradient.
+        temperature: of the student, > 0.
+        pairing: [G, V], rows sum to one: the target of student view g is the sum over v of pairing[g, v] * q[v] (a mean
+            of cross-entropies is the cross-entropy to the mean). None: row i is the target of row i (G = V = 1).
+
+    Returns: sum_i weights[i] * CE_i, a scalar with gradients by features and prototypes; and CE [N], without.
+
+    Memory beyond inputs and gradients: BAND_BYTES and a few BLOCK_BYTES.
+    """
+    num_student, num_teacher = pairing.shape if pairing is not None else (1, 1)
+    assert len(features) * num_teacher == len(targets) * num_student, (features.shape, len(targets), pairing.shape)
+    assert len(weights) == len(features), (features.shape, weights.shape)
+    assert targets.logits.shape[1] == len(prototypes), (targets.logits.shape, prototypes.shape)
+    kind = features.device.type
+    if torch.is_autocast_enabled(kind):
+        compute_dtype = torch.get_autocast_dtype(kind)
+        # Autocast leaves float64 alone.
+        compute_dtype = torch.float64 if features.dtype == torch.float64 else compute_dtype
+    else:
+        compute_dtype = torch.promote_types(features.dtype, prototypes.dtype)
+    with torch.autocast(kind, enabled=False):
+        return _PrototypeCrossEntropy.apply(
+            features, prototypes, targets, weights, temperature, pairing, compute_dtype, torch.is_grad_enabled()
+        )  # type: ignore[return-value]
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, features, prototypes, targets, weights, temperature, pairing, compute_dtype, with_gradients
+    ) -> tuple[Tensor, Tensor]:
+        cross_entropies, features_gradient, prototypes_gradient = _stream(
+            features,
+            prototypes,
+            targets,
+            weights,
+            temperature,
+            pairing,
+            compute_dtype,
+            with_gradients and ctx.needs_input_grad[0],
+            with_gradients and ctx.needs_input_grad[1],
+        )
+        ctx.save_for_backward(features_gradient, prototypes_gradient)
+        ctx.mark_non_differentiable(cross_entropies)
+        return (weights * cross_entropies).sum(), cross_entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):  # type: ignore[override]
+        scaled = [None if gradient is None else gradient * grad_loss for gradient in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None, None
+
+
+def _stream(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Targets,
+    weights: Tensor,
+    temperature: float,
+    pairing: Tensor | None,
+    compute_dtype: torch.dtype,
+    wants_features: bool,
+    wants_prototypes: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross-entropies [N], and the gradients of their weighted sum by features and by prototypes where wanted."""
+    num_student, num_teacher = pairing.shape if pairing is not None else (1, 1)
+    num_prototypes, width = prototypes.shape
+    num_images = len(features) // num_student
+    dtype = torch.promote_types(compute_dtype, torch.float32)
+    pairing = pairing.to(dtype) if pairing is not None else None
+    to_log2 = LOG2_E / temperature
+    cross_entropies = features.new_empty(num_student, num_images, dtype=dtype)
+    features_gradient = features.new_zeros(num_student, num_images, width, dtype=dtype) if wants_features else None
+    prototypes_gradient = prototypes.new_zeros(prototypes.shape, dtype=dtype) if wants_prototypes else None
+    features = features.reshape(num_student, num_images, width)
+    weights = weights.reshape(num_student, num_images)
+
+    band_bytes = BAND_BYTES.get(features.device.type, BAND_BYTES_ELSEWHERE)
+    for images in blocks(num_images, band_bytes // (num_student * num_prototypes * compute_dtype.itemsize)):
+        num_rows = num_student * (images.stop - images.start)
+        band = features[:, images].reshape(num_rows, width).to(compute_dtype)
+        # Multiples of 64 columns: matrix products are slow on ragged ones.
+        num_columns = block_bytes(features.device) // (num_rows * dtype.itemsize) // 64 * 64
+        columns = list(blocks(num_prototypes, max(num_columns, 64)))
+        logits, log2_sum = [], features.new_full((num_rows, 1), -torch.inf, dtype=dtype)
+        for k in columns:
+            logits.append(band @ prototypes[k].to(compute_dtype).T)
+            log2_sum = torch.logaddexp2(log2_sum, log2_sum_exp2(logits[-1].to(dtype) * to_log2))
+        scale = (weights[:, images].reshape(num_rows, 1) / temperature).to(dtype)
+        band_gradient = features.new_zeros(num_rows, width, dtype=dtype) if wants_features else None
+        expected = torch.zeros_like(log2_sum)
+        for index, k in enumerate(columns):
+            exponents = logits[index].to(dtype) * to_log2
+            logits[index] = None
+            target = targets.views(num_teacher, images, k)
+            if pairing is not None:
+                target = pairing @ target.flatten(1)
+            target = target.view(num_rows, -1)
+            expected += (exponents * target).sum(dim=1, keepdim=True)
+            gradient = exponents.sub_(log2_sum).exp2_().sub_(target).mul_(scale).to(compute_dtype)
+            if band_gradient is not None:
+                _add_product(band_gradient, gradient, prototypes[k].to(compute_dtype))
+            if prototypes_gradient is not None:
+                _add_product(prototypes_gradient[k], gradient.T, band)
+        cross_entropies[:, images] = (log2_sum - expected).div_(LOG2_E).view(num_student, -1)
+        if features_gradient is not None and band_gradient is not None:
+            features_gradient[:, images] = band_gradient.view(num_student, -1, width)
+    if features_gradient is not None:
+        features_gradient = features_gradient.flatten(0, 1).to(features.dtype)
+    if prototypes_gradient is not None:
+        prototypes_gradient = prototypes_gradient.to(prototypes.dtype)
+    return cross_entropies.flatten(), features_gradient, prototypes_gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where total may be of a wider dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

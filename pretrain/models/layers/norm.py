@@ -1,0 +1,32 @@
+"""Layer norm and LayerScale, with the released parameter names."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that takes its precision from the input.
+
+    Under FSDP the parameters arrive in bfloat16 while the residual stream stays float32, a mix that the stock kernel
+    refuses.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch, small at first. Source: CaiT, arXiv:2103.17239."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.gamma, self.initial)

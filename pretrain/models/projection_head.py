@@ -1,0 +1,84 @@
+"""The projection head of DINO and iBOT, up to but not including its logits."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """The last layer: K directions, plain (DINOv3) or weight-normed with a trainable length (DINOv2)."""
+
+    def __init__(self, dim: int, num_prototypes: int, weight_norm: bool) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight_norm = weight_norm
+        if weight_norm:
+            self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+            self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        else:
+            self.weight = nn.Parameter(torch.empty(num_prototypes, dim))
+
+    def forward(self) -> Tensor:
+        """The effective weight [K, dim]."""
+        if self.weight_norm:
+            return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        # Under FSDP a parameter is not to leave its module; its alias carries the gradient hooks.
+        return self.weight.view_as(self.weight)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        if self.weight_norm:
+            bound = self.dim**-0.5
+            nn.init.uniform_(self.weight_v, -bound, bound, generator=generator)
+            nn.init.ones_(self.weight_g)
+        else:
+            nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
+
+
+class ProjectionHead(nn.Module):
+    """MLP with GELU, L2 normalisation, prototypes.
+
+    The logits are `features @ prototypes.T`; they are the largest tensor of a step, and the losses stream over them.
+
+    Args:
+        num_layers: linear layers of the MLP, at least 1; the last has `bottleneck_dim` outputs.
+        weight_norm: the last layer of DINOv2, else that of DINOv3.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        num_layers: int = 3,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers}: a head has at least one linear layer.")
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for width, following in itertools.pairwise(widths):
+            layers += [nn.Linear(width, following), nn.GELU()]
+        # One layer alone has the released name `mlp.weight`, not `mlp.0.weight`.
+        self.mlp = nn.Sequential(*layers[:-1]) if num_layers > 1 else layers[0]
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, weight_norm)
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set every parameter anew, also one that `to_empty` left undefined."""
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        self.last_layer.init_weights(generator)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, D] to unit-norm features [N, bottleneck], float32 or wider, and prototypes [K, bottleneck]."""
+        x = self.mlp(x)
+        # In bfloat16 the norm of a row would be off by up to 0.4%, and the temperature multiplies that by 10 to 25.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.normalize(x, dim=-1), self.last_layer()

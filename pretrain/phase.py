@@ -1,0 +1,336 @@
+"""One phase of a run: its networks, optimizer and step; started afresh, from the phase before, or from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoint import Checkpoints, read_manifest
+from pretrain.config import TrainConfig
+from pretrain.data.collate import Batch
+from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
+from pretrain.distributed import collectives
+from pretrain.distributed.fsdp import Wrapped, full_tensors, plain_module, wrap
+from pretrain.optim.clip import FiniteWatch, clip_by_module
+from pretrain.optim.ema import paired_parameters, update_ema
+from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
+from pretrain.optim.schedules import StepValues, values_at
+from pretrain.student_teacher import (
+    Centering,
+    Crops,
+    Network,
+    TeacherOutputs,
+    TeacherTargets,
+    build_network,
+    gram_targets,
+    student_losses,
+    teacher_outputs,
+)
+from pretrain.watch.diagnostics import feature_std, target_diagnostics
+from pretrain.watch.flops import StepCost, backbone_cost, matrix_weights, step_flops
+from pretrain.weights import load_network, load_teacher
+
+# Streams of randomness, so that no two uses of (seed, phase, step) draw the same numbers.
+_WEIGHTS, _STEP = 1, 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: so many steps of this phase, and of all phases, are done."""
+
+    phase: int = 0
+    step: int = 0
+    global_step: int = 0
+
+    def next_step(self) -> "Position":
+        return Position(self.phase, self.step + 1, self.global_step + 1)
+
+    def next_phase(self) -> "Position":
+        return Position(self.phase + 1, 0, self.global_step)
+
+
+class Phase:
+    """The networks and optimizer of one phase on one rank.
+
+    Args:
+        config: of this phase (`TrainConfig.phase`).
+        index: of the phase in the run.
+        student, teacher: on the training device, float32, equal on all ranks.
+        frozen: a teacher to distil from; None: the EMA teacher gives the targets.
+    """
+
+    def __init__(
+        self, config: TrainConfig, index: int, student: Network, teacher: Network, frozen: Network | None = None
+    ) -> None:
+        self.config, self.index = config, index
+        execution = config.execution
+        self.device = next(student.parameters()).device
+        self.patch_size = student.backbone.patch_size
+        depth = len(student.backbone.blocks)
+        self.wrapped: Wrapped = wrap(
+            student,
+            teacher,
+            execution.parallel,
+            config.precision,
+            checkpoint_blocks=execution.activation_checkpointing,
+            compile_blocks=execution.compile,
+        )
+        self.student, self.teacher, self.frozen = self.wrapped.student, self.wrapped.teacher, frozen
+        self.pairs = paired_parameters(self.teacher, self.student)
+        groups = param_groups(
+            self.student.named_parameters(),
+            depth,
+            config.optim.layerwise_decay,
+            config.optim.patch_embed_lr_multiplier,
+        )
+        self.optimizer = adamw(groups, config.optim)
+        plain = plain_module(self.student)
+        self.modules = {name: list(child.parameters()) for name, child in plain.named_children()}
+        self.cost = step_cost(config, student, teacher if frozen is None else frozen)
+        self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
+        self.gram: Network | None = None
+        self.finite = FiniteWatch()
+        self.student.train()
+
+    def flops(self, sizes: CropSizes) -> float:
+        """Operations that one image of a step of these crop sizes needs."""
+        return step_flops(self.cost, sizes.global_px, sizes.local_px, sizes.gram_px)
+
+    def values(self, step: int) -> StepValues:
+        return values_at(self.config.optim, step, self.config.steps, self.config.global_batch_size)
+
+    def step(self, batch: Batch, step: int, *, diagnose: bool) -> dict[str, Tensor]:
+        """One optimizer step on this rank's images; returns what there is to watch, unread.
+
+        Args:
+            step: steps of this phase done before.
+            diagnose: also measure teacher entropy, prototype use and feature spread.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite, in this step or (on a GPU) the one before.
+        """
+        config, values = self.config, self.values(step)
+        apply_schedule(self.optimizer, values)
+        parts = [
+            Crops.from_batch(part, self.device) for part in batch.micro_batches(config.execution.accumulation_steps)
+        ]
+        self._refresh_gram(step)
+        with torch.no_grad(), self.wrapped.autocast():
+            target_network = self.teacher if self.frozen is None else self.frozen
+            outputs = [target_network(partial(teacher_outputs, crops=crops)) for crops in parts]
+            targets = self.centering(outputs, values.teacher_temperature)
+        watched: dict[str, Tensor] = {}
+        for i, (crops, target) in enumerate(zip(parts, targets, strict=True)):
+            with self.wrapped.synchronize(last=i == len(parts) - 1):
+                terms, details = self._student_losses(crops, target, step, i)
+                loss = torch.stack(list(terms.values())).sum()
+                (loss / len(parts)).backward()
+            for name, value in {"loss": loss, **{f"loss/{k}": v for k, v in (terms | details).items()}}.items():
+                watched[name] = watched.get(name, 0) + value.detach() / len(parts)
+        norms = clip_by_module(self.modules, config.optim.clip_norm)
+        watched |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        step_unless(self.optimizer, self.finite.watch(step, watched))
+        self.finite.check()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.pairs, values.teacher_momentum)
+        if diagnose:
+            watched |= self._diagnostics(outputs, targets, watched)
+        return watched
+
+    def _student_losses(
+        self, crops: Crops, targets: TeacherTargets, step: int, part: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        # The same on every rank: two ranks draw the noise of one.
+        generator = seeded(self.config.seed, _STEP, self.index, step, part)
+        with self.wrapped.autocast():
+            gram_patches = None
+            if self.gram is not None:
+                with torch.no_grad():
+                    gram_patches = gram_targets(self.gram.backbone, crops, self.patch_size)
+            compute = partial(
+                student_losses,
+                crops=crops,
+                targets=targets,
+                config=self.config,
+                generator=generator,
+                gram_patches=gram_patches,
+                gather=collectives.gather_with_grad,
+                rank=collectives.rank(),
+            )
+            return self.student(compute)
+
+    def _diagnostics(
+        self, outputs: Sequence[TeacherOutputs], targets: Sequence[TeacherTargets], watched: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        dino, ibot = targets[0].dino, targets[0].ibot
+        figures = {"feature_std": feature_std(outputs[0].features)}
+        figures |= target_diagnostics("dino", dino.rows, len(dino), watched["loss/dino_global"])
+        return figures | target_diagnostics("ibot", ibot.rows, len(ibot))
+
+    def start_gram(self, network: Network) -> None:
+        """Make `network`, whole and frozen, the Gram teacher."""
+        self.gram = network.requires_grad_(False).eval()
+
+    def _refresh_gram(self, step: int) -> None:
+        """The EMA teacher becomes the Gram teacher, every so many steps, a few times."""
+        every = self.config.gram.refresh_every_steps
+        if (
+            self.gram is not None
+            and every
+            and step
+            and step % every == 0
+            and step // every <= self.config.gram.max_refreshes
+        ):
+            copy_whole(self.teacher, self.gram)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        state: dict[str, Any] = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "optimizer": self.optimizer,
+            "centering": self.centering,
+        }
+        if self.gram is not None:
+            state["gram"] = self.gram
+        return state
+
+
+# What may differ between the parts of one run: how it is computed and watched, not what is computed.
+_FREE = ("execution", "checkpoint", "evaluation", "watch")
+
+
+def start_position(config: TrainConfig, data: Mapping[str, str], checkpoints: Checkpoints) -> Position:
+    """Where the run folder's last checkpoint stands; the start, without one.
+
+    Args:
+        data: fingerprints of the datasets.
+
+    Raises:
+        ValueError: that checkpoint was trained with other settings, or on other shards.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return Position()
+    meta = read_manifest(latest)["meta"]
+    asked, found = flat(asdict(config)), flat(meta["config"])
+    for key in sorted(asked.keys() | found.keys()):
+        if key.split(".")[0] not in _FREE and asked.get(key) != found.get(key):
+            raise ValueError(
+                f"{latest} was trained with {key}={found.get(key)}, and now {key}={asked.get(key)} is asked for: give "
+                f"another --out (and init_from={latest} to start from its teacher), or the former setting."
+            )
+    if dict(data) != meta["data"]:
+        name = next(name for name in data if data[name] != meta["data"].get(name))
+        raise ValueError(f"{latest} was trained on other images: data.datasets.{name} has changed; give another --out.")
+    position = Position(**meta["position"])
+    finished = position.step == config.phase(meta["phase"]).steps
+    return position.next_phase() if finished else position
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"base_lr": 1}} -> {"optim.base_lr": 1}."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
+
+
+def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoints, device: torch.device) -> Phase:
+    """The phase that the run stands in, ready for its next step.
+
+    Its networks start at random (or from `init_from`), from the last checkpoint of the phase before it, whose position
+    table is resized where the new phase asks for another, or from a checkpoint of its own.
+    """
+    name = list(config.phases)[position.phase]
+    phase_config = config.phase(name)
+    latest = checkpoints.latest()
+    student, teacher = fresh_network(phase_config), fresh_network(phase_config)
+    if position.step == 0 and latest is not None:
+        load_network(student, latest, "student")
+        load_network(teacher, latest, "teacher")
+    elif position.step == 0 and phase_config.init_from:
+        load_network(student, phase_config.init_from)
+    if position.step == 0 and latest is None:
+        teacher.load_state_dict(student.state_dict())
+    frozen = None
+    if phase_config.distill_from:
+        dtype = torch.bfloat16 if phase_config.precision == "bfloat16" and device.type == "cuda" else torch.float32
+        frozen = load_teacher(phase_config.distill_from).to(device, dtype).requires_grad_(False).eval()
+        check_distillation(frozen, phase_config)
+    gram = None
+    if phase_config.gram.weight:
+        gram = fresh_network(phase_config)
+        if phase_config.gram.teacher == "ema":
+            gram.load_state_dict(teacher.state_dict())
+        else:
+            load_network(gram, phase_config.gram.teacher)
+    phase = Phase(phase_config, position.phase, student.to(device), teacher.to(device), frozen)
+    if gram is not None:
+        phase.start_gram(gram.to(device))
+    if position.step > 0:
+        assert latest is not None
+        checkpoints.load(latest, phase.state())
+    elif latest is not None and not phase_config.reset_optimizer:
+        checkpoints.load(latest, {"optimizer": phase.optimizer, "student": phase.student})
+    return phase
+
+
+def fresh_network(config: TrainConfig) -> Network:
+    """The network of a phase with random weights: the same on every rank, for equal seeds."""
+    with torch.device("meta"):
+        network = build_network(config)
+    network.to_empty(device="cpu")
+    network.init_weights(seeded(config.seed, _WEIGHTS))
+    return network
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator on the processor that depends on these numbers and nothing else."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCost:
+    """What the number of operations of a step depends on; networks may lie on `meta`."""
+
+    def head(network: Network, name: str) -> int:
+        return matrix_weights(getattr(network, name) or network.dino_head)
+
+    least, most = config.masks.ratio
+    return StepCost(
+        student=backbone_cost(student.backbone),
+        teacher=backbone_cost(teacher.backbone),
+        drop_path=config.model.drop_path,
+        num_global_crops=NUM_GLOBAL_CROPS,
+        num_local_crops=config.crops.num_local_crops,
+        student_dino_head=head(student, "dino_head"),
+        student_ibot_head=head(student, "ibot_head"),
+        teacher_dino_head=head(teacher, "dino_head"),
+        teacher_ibot_head=head(teacher, "ibot_head"),
+        masked_share=config.masks.probability * (least + most) / 2,
+        gram=backbone_cost(student.backbone) if config.gram.weight else None,
+    )
+
+
+def copy_whole(source: nn.Module, target: nn.Module) -> None:
+    """Copy a network, perhaps sharded, into one that is whole; every rank calls it."""
+    own = target.state_dict()
+    for name, tensor in full_tensors(source):
+        own[name].copy_(tensor)
+
+
+def check_distillation(frozen: Network, config: TrainConfig) -> None:
+    """Raises ValueError: the teacher's prototypes are not as many as the student's."""
+    for name in ("dino", "ibot"):
+        head = getattr(frozen, f"{name}_head") or frozen.dino_head
+        found, asked = head.last_layer.num_prototypes, getattr(config.heads, name).num_prototypes
+        if found != asked:
+            raise ValueError(
+                f"heads.{name}.num_prototypes={asked}, and the teacher of distill_from={config.distill_from} "
+                f"has {found}: set it to {found}."
+            )

@@ -1,0 +1,339 @@
+"""--dry-run: what a training would cost, by phase: parameters, memory, operations, time. Nothing is started or written.
+
+Models are built on `meta`, so the plan of a 7B model takes seconds on a laptop. Memory is reckoned, not measured: see
+`rank_memory` for what is counted; kernels' workspaces and fragmentation come on top. Operations are those of
+`watch.flops`; times are for the rates below.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pretrain.config import HeadConfig, TrainConfig, micro_batch_size
+from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
+from pretrain.data.loader import DataConfig, check_sizes, read_tables
+from pretrain.distributed.fsdp import DDP_LIMIT
+from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.optim.schedules import scaled_lr
+from pretrain.phase import step_cost
+from pretrain.student_teacher import Network, build_head, build_network
+from pretrain.watch.flops import StepCost, step_flops
+
+_WIDTH = 120
+_BYTES = ("B", "kB", "MB", "GB", "TB")
+_FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
+TEACHER_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one device gets out of its peak, training, all told."""
+
+    device: str
+    flops_per_s: float
+    source: str
+
+
+# Of our operations (watch.flops), from published images per second; a plan for other hardware scales with its peak.
+RATES = (
+    Rate("H100", 183e12, "published for DINOv3's ViT-L/16 on 32: 125,000 steps in 14 h, 18% of the peak"),
+    Rate("A100", 107e12, "published for DINOv2's ViT-L/16 on 32: 125,000 steps in a day, 34% of the peak"),
+    Rate("two cores", 0.20e12, "measured with DINOv3's public code, ViT-S/16 in float32 on an AMD EPYC"),
+)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """The numbers of one phase. `memory` is of one rank, by what it is for, in bytes."""
+
+    name: str
+    config: TrainConfig
+    network: Network
+    """on `meta`"""
+    flops_per_image: float
+    mode: str
+    memory: dict[str, float]
+
+    @property
+    def images(self) -> int:
+        return self.config.steps * self.config.global_batch_size
+
+    @property
+    def flops(self) -> float:
+        return self.images * self.flops_per_image
+
+
+def describe(config: TrainConfig, world_size: int = 1) -> str:
+    """The plan as text, 120 columns wide.
+
+    Args:
+        config: of the run; its datasets, where it names some, are listed to count epochs.
+        world_size: processes, one a GPU.
+
+    Raises:
+        ValueError: the settings do not fit each other, or a dataset cannot be read.
+    """
+    plans = plan_phases(config, world_size)
+    images = {name: len(table) for name, table in read_tables(config.data).items()}
+    lines = io.StringIO()
+    console = Console(file=lines, width=_WIDTH, no_color=True, highlight=False)
+    console.print(_parameters(plans[0]), _steps(plans, images), _memory(plans, world_size), _times(plans, world_size))
+    for note in _notes(plans, world_size):
+        console.print(note, soft_wrap=True)
+    return lines.getvalue().rstrip()
+
+
+def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
+    """The numbers of every phase; ValueError for settings that do not fit each other."""
+    config.check(world_size)
+    plans = []
+    for name in config.phases:
+        phase = config.phase(name)
+        check_sizes(phase.crops, phase.patch_size)
+        with torch.device("meta"):
+            network = build_network(phase)
+        frozen = _frozen_teacher(phase, network)
+        mode = parallel_mode(phase, network, world_size)
+        plans.append(
+            PhasePlan(
+                name=name,
+                config=phase,
+                network=network,
+                flops_per_image=flops_per_image(step_cost(phase, network, frozen), phase.crops.all_sizes()),
+                mode=mode,
+                memory=rank_memory(phase, network, frozen, world_size, mode),
+            )
+        )
+    return plans
+
+
+def masked_share(config: TrainConfig) -> float:
+    """Of all patches of the global crops, the share that iBOT masks."""
+    return config.masks.probability * sum(config.masks.ratio) / 2 if config.loss.ibot_weight else 0.0
+
+
+def flops_per_image(cost: StepCost, sizes: Sequence[CropSizes]) -> float:
+    """Averaged over the crop sizes that steps draw."""
+    total = sum(size.probability for size in sizes)
+    return sum(s.probability / total * step_flops(cost, s.global_px, s.local_px, s.gram_px) for s in sizes)
+
+
+def parallel_mode(config: TrainConfig, network: Network, world_size: int) -> str:
+    """What `execution.parallel` comes to."""
+    if config.execution.parallel != "auto":
+        return config.execution.parallel
+    if world_size == 1:
+        return "single"
+    return "ddp" if count(network) <= DDP_LIMIT else "fsdp"
+
+
+def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_size: int, mode: str) -> dict[str, float]:
+    """Bytes that one rank holds at the peak of a step, at the largest crop sizes, by what they are for.
+
+    Parameters, gradients, both AdamW moments and the EMA teacher are float32, divided by the ranks under FSDP, which
+    gathers two blocks and the heads in the compute precision. Autocast keeps a bfloat16 copy of the weights otherwise.
+    """
+    parameters = count(network)
+    share = 1 / world_size if mode == "fsdp" else 1.0
+    width = 2 if config.precision == "bfloat16" else 4
+    blocks = [count(block) for block in network.backbone.blocks]
+    gathered = parameters - sum(blocks) + 2 * blocks[0]
+    images = micro_batch_size(config, world_size)
+    sizes = max(config.crops.all_sizes(), key=lambda s: _student_tokens(config, network.backbone, s, 1))
+    memory = {"weights": 4 * parameters * share, "gradients": 4 * parameters * share}
+    memory |= {"AdamW": 8 * parameters * share, "EMA teacher": 4 * parameters * share}
+    if config.gram.weight:
+        memory["Gram teacher"] = 4 * parameters * share
+    if config.distill_from:
+        memory["frozen teacher"] = width * count(frozen) * share
+    if mode == "fsdp":
+        memory["gathered weights"] = gathered * (width + 4)  # and their gradients before they are reduced, float32
+    elif width == 2:
+        memory["bfloat16 copy"] = 2 * parameters
+    memory["activations"] = activation_bytes(config, network.backbone, sizes, images)
+    memory["teacher logits"] = width * images * _logits(config, network.backbone, sizes)
+    memory["crops"] = 5 * images * _pixels(config, sizes)  # uint8 and float32
+    return memory
+
+
+def activation_bytes(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> float:
+    """What the student's blocks keep for the backward of one micro-batch.
+
+    Per token and block: the inputs of both residual branches in float32; in the compute precision the inputs of the
+    matrix products, of attention, of GELU or SwiGLU, and of layer scale. Stochastic depth leaves its share of images
+    out. With activation checkpointing: the inputs of all blocks, and the inside of one.
+    """
+    width = 2 if config.precision == "bfloat16" else 4
+    weights = dict(backbone.blocks[0].named_parameters())
+    gated = "mlp.w3.weight" in weights
+    dim, hidden = weights["mlp.w3.weight" if gated else "mlp.fc2.weight"].shape
+    inside = 8 * dim + (4 if gated else 2) * hidden
+    tokens = _student_tokens(config, backbone, sizes, images)
+    one_block = tokens * (1 - config.model.drop_path) * (8 * dim + width * inside)
+    if config.execution.activation_checkpointing:
+        return tokens * 4 * dim * len(backbone.blocks) + one_block
+    return one_block * len(backbone.blocks)
+
+
+def epochs(data: DataConfig, images_drawn: int, images_of: Mapping[str, int]) -> dict[str, float]:
+    """How often each dataset is seen, by name, when so many images are drawn."""
+    weights = {name: dataset.weight for name, dataset in data.datasets.items()}
+    total = sum(weights.values())
+    shares = {name: (1 - data.homogeneous_share) * (w / total if total else 0) for name, w in weights.items()}
+    if data.homogeneous:
+        shares[data.homogeneous] += data.homogeneous_share
+    return {name: share * images_drawn / images_of[name] for name, share in shares.items()}
+
+
+def _frozen_teacher(config: TrainConfig, network: Network) -> Network:
+    """On `meta`: the teacher of a distillation, from its description; the student's like where it is not there yet."""
+    folder = Path(config.distill_from)
+    file = next((f / CONFIG_FILE for f in (folder, folder / "teacher") if (f / TEACHER_CONFIG).is_file()), None)
+    if not config.distill_from or file is None:
+        return network
+    description = json.loads(file.read_text(encoding="utf-8"))
+    heads = description["heads"]
+    with torch.device("meta"):
+        backbone = VisionTransformer(**description["model"])
+        dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
+        ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
+        return Network(backbone, dino_head, ibot_head)
+
+
+def _student_tokens(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> int:
+    """Of all crops of so many images, CLS and registers included."""
+    tokens = [(px // backbone.patch_size) ** 2 + backbone.num_prefix_tokens for px in (sizes.global_px, sizes.local_px)]
+    return images * (NUM_GLOBAL_CROPS * tokens[0] + config.crops.num_local_crops * tokens[1])
+
+
+def _logits(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
+    """Teacher logits of one image: its global crops and their masked patches."""
+    masked = NUM_GLOBAL_CROPS * (sizes.global_px // backbone.patch_size) ** 2 * masked_share(config)
+    return NUM_GLOBAL_CROPS * config.heads.dino.num_prototypes + masked * config.heads.ibot.num_prototypes
+
+
+def _pixels(config: TrainConfig, sizes: CropSizes) -> int:
+    """Values of one image's crops."""
+    return 3 * (
+        NUM_GLOBAL_CROPS * (sizes.global_px**2 + sizes.gram_px**2) + config.crops.num_local_crops * sizes.local_px**2
+    )
+
+
+def _parameters(plan: PhasePlan) -> Table:
+    table = _table("Parameters", "network", ">M", "what")
+    network, config, backbone = plan.network, plan.config, plan.network.backbone
+    shape = f"{backbone.embed_dim} wide, {len(backbone.blocks)} blocks, patch {backbone.patch_size} px"
+    table.add_row(
+        "backbone",
+        f"{count(backbone) / 1e6:,.2f}",
+        f"{config.model.architecture}: {shape}, {backbone.num_registers} registers",
+    )
+    heads = {"DINO head": (network.dino_head, config.heads.dino), "iBOT head": (network.ibot_head, config.heads.ibot)}
+    for name, (head, settings) in heads.items():
+        if head is None:
+            table.add_row(name, "", "the DINO head")
+        else:
+            sizes = (
+                f"{settings.num_layers} layers, {settings.hidden_dim:,} hidden, {settings.bottleneck_dim} bottleneck"
+            )
+            table.add_row(name, f"{count(head) / 1e6:,.2f}", f"{settings.num_prototypes:,} prototypes, {sizes}")
+    return table
+
+
+def _steps(plans: Sequence[PhasePlan], images_of: Mapping[str, int]) -> Table:
+    table = _table("Phases", "phase", ">steps", ">batch", ">images", "crops", ">an image", ">in all", "epochs")
+    for plan in plans:
+        config = plan.config
+        seen = epochs(config.data, plan.images, images_of)
+        table.add_row(
+            plan.name,
+            f"{config.steps:,}",
+            f"{config.global_batch_size:,}",
+            _scaled(plan.images, ("", "k", "M", "G")),
+            "; ".join(_crop_sizes(config, size) for size in config.crops.all_sizes()),
+            _scaled(plan.flops_per_image, _FLOP),
+            _scaled(plan.flops, _FLOP),
+            ", ".join(f"{name} {value:,.3g}" for name, value in seen.items()) or "-",
+        )
+    return table
+
+
+def _memory(plans: Sequence[PhasePlan], world_size: int) -> Table:
+    """One column a phase; one row for what memory is for."""
+    title = f"Memory of one rank of {world_size}, reckoned"
+    table = _table(title, "for", *(f">{plan.name}" for plan in plans))
+    for name in dict.fromkeys(name for plan in plans for name in plan.memory):
+        table.add_row(name, *(_scaled(plan.memory.get(name, 0), _BYTES) for plan in plans))
+    table.add_row("in all", *(_scaled(sum(plan.memory.values()), _BYTES) for plan in plans))
+    images = [micro_batch_size(plan.config, world_size) for plan in plans]
+    table.add_row("", *(f"{n} images, {plan.mode}" for n, plan in zip(images, plans, strict=True)))
+    return table
+
+
+def _times(plans: Sequence[PhasePlan], world_size: int) -> Table:
+    table = _table(f"Time on {world_size} such device(s)", "device", ">images/s", ">time", "rate")
+    total = sum(plan.flops for plan in plans)
+    images = sum(plan.images for plan in plans)
+    for rate in RATES:
+        seconds = total / (rate.flops_per_s * world_size)
+        speed = f"{_scaled(rate.flops_per_s, _FLOP)}/s: {rate.source}"
+        table.add_row(rate.device, f"{images / seconds:,.3g}", _duration(seconds), speed)
+    return table
+
+
+def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
+    steps, flops = sum(plan.config.steps for plan in plans), sum(plan.flops for plan in plans)
+    yield f"in all {steps:,} steps and {_scaled(flops, _FLOP)} on {world_size} rank(s)"
+    for plan in plans:
+        optim, batch = plan.config.optim, plan.config.global_batch_size
+        yield (
+            f"{plan.name}: learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
+            f"({optim.base_lr:g}, rule {optim.lr_rule}, batch {batch:,}), {optim.schedule} after {optim.warmup_steps:,} steps"
+        )
+    distilled = [plan for plan in plans if plan.config.distill_from]
+    for plan in distilled:
+        if not Path(plan.config.distill_from).exists():
+            yield f"{plan.name}: distill_from={plan.config.distill_from} is not there yet; counted as large as the student"
+    if not plans[0].config.data.datasets:
+        yield "no dataset is named, so epochs are not known: give --shards"
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _crop_sizes(config: TrainConfig, size: CropSizes) -> str:
+    gram = f" + {NUM_GLOBAL_CROPS} x {size.gram_px} Gram" if size.gram_px and config.gram.weight else ""
+    chance = f" ({size.probability:.0%})" if len(config.crops.all_sizes()) > 1 else ""
+    return f"{NUM_GLOBAL_CROPS} x {size.global_px} + {config.crops.num_local_crops} x {size.local_px}{gram}{chance}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, width=_WIDTH)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name[0] == ">" else "left", overflow="fold")
+    return table
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}".rstrip()
+        value /= 1000
+    return f"{value:,.3g} {units[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,255 @@
+"""The method: crops -> student and teacher -> weighted losses. One rank's arithmetic; the loop is in `train.py`.
+
+DINOv2 (arXiv:2304.07193, Sec. 4) and DINOv3 (arXiv:2508.10104, Sec. 3 to 5) differ in numbers and switches only: the
+teacher sees the global crops whole, the student sees them with patches masked, and the local crops beside them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import HeadConfig, TrainConfig
+from pretrain.data.collate import Batch, prepare
+from pretrain.losses.centering import SoftmaxCentering, sinkhorn_knopp
+from pretrain.losses.dino import dino_loss
+from pretrain.losses.gram import gram_loss, resize_grid
+from pretrain.losses.ibot import ibot_loss
+from pretrain.losses.koleo import koleo_loss
+from pretrain.losses.prototypes import Targets
+from pretrain.models import architectures
+from pretrain.models.projection_head import ProjectionHead
+from pretrain.models.vision_transformer import VisionTransformer
+
+T = TypeVar("T")
+
+
+class Network(nn.Module):
+    """A backbone and its heads: the student, its teacher, or a frozen teacher to distil from.
+
+    DDP and FSDP attach to `forward` only, so whatever is computed with the parameters goes through it:
+    `network(lambda network: student_losses(network, ...))`.
+    """
+
+    def __init__(
+        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+
+    def forward(self, compute: Callable[["Network"], T]) -> T:
+        return compute(self)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        self.backbone.init_weights(generator)
+        self.dino_head.init_weights(generator)
+        if self.ibot_head is not None:
+            self.ibot_head.init_weights(generator)
+
+
+def build_network(config: TrainConfig) -> Network:
+    """The network of one phase, on whatever device is the default: `with torch.device("meta")` costs nothing."""
+    backbone = VisionTransformer(**architectures.architecture(config.model.architecture, **config.model.changes()))
+    dino_head = build_head(backbone.embed_dim, config.heads.dino)
+    ibot_head = None if config.heads.tied else build_head(backbone.embed_dim, config.heads.ibot)
+    return Network(backbone, dino_head, ibot_head)
+
+
+def build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:
+    return ProjectionHead(
+        in_dim,
+        hidden_dim=config.hidden_dim,
+        bottleneck_dim=config.bottleneck_dim,
+        num_prototypes=config.num_prototypes,
+        num_layers=config.num_layers,
+        weight_norm=config.weight_norm,
+    )
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One micro-batch of one rank on its device. Rows are crop-major: row v * B + b is crop v of image b."""
+
+    global_crops: Tensor  # [V*B, 3, H, W]
+    local_crops: Tensor | None  # [L*B, 3, h, w]
+    gram_crops: Tensor | None  # [V*B, 3, H', W']
+    masks: Tensor | None  # bool [V*B, N]
+    masked: Tensor  # int64 [M]: flat positions of the masked patches in [V*B*N]
+    mask_weights: Tensor  # float32 [M]: 1 / masked patches of that crop
+    num_global: int
+    num_images: int
+
+    @staticmethod
+    def from_batch(batch: Batch, device: torch.device) -> "Crops":
+        """Uint8 crops to normalised floats; positions of the masks are found on the processor, where nothing waits."""
+        num_global, num_images = batch.global_crops.shape[:2]
+        masks, masked, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        if batch.masks is not None:
+            masks = batch.masks.flatten(0, 1)
+            masked = masks.flatten().nonzero().squeeze(1)
+            counts = masks.sum(dim=1)
+            weights = (1 / counts.clamp(min=1))[:, None].expand_as(masks).flatten()[masked]
+            masks = masks.to(device, non_blocking=True)
+        global_crops, local_crops, gram_crops = prepare(batch, device)
+        return Crops(
+            global_crops=global_crops,
+            local_crops=local_crops if len(local_crops) else None,
+            gram_crops=gram_crops,
+            masks=masks,
+            masked=masked.to(device, non_blocking=True),
+            mask_weights=weights.to(device, non_blocking=True),
+            num_global=num_global,
+            num_images=num_images,
+        )
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What the student of one micro-batch is asked to predict."""
+
+    dino: Targets  # V*B rows
+    ibot: Targets  # M rows
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """The teacher's answers for one micro-batch, before they are centred."""
+
+    features: Tensor  # [V*B, D], CLS tokens
+    dino_logits: Tensor  # [V*B, K]
+    ibot_logits: Tensor  # [M, K']
+
+
+def teacher_outputs(network: Network, crops: Crops) -> TeacherOutputs:
+    """CLS tokens of the whole global crops, and the patches that the student will not see, through the heads."""
+    (features,) = network.backbone([crops.global_crops])
+    patches = features.patches.flatten(0, 1)[crops.masked]
+    if network.ibot_head is None:
+        projected, prototypes = network.dino_head(torch.cat([features.cls, patches]))
+        dino_logits, ibot_logits = (projected @ prototypes.T).split([len(features.cls), len(patches)])
+    else:
+        projected, prototypes = network.dino_head(features.cls)
+        dino_logits = projected @ prototypes.T
+        projected, prototypes = network.ibot_head(patches)
+        ibot_logits = projected @ prototypes.T
+    return TeacherOutputs(features.cls.float(), dino_logits, ibot_logits)
+
+
+class Centering(nn.Module):
+    """Teacher logits to targets that cannot collapse: Sinkhorn-Knopp, or softmax with a moving centre.
+
+    The micro-batches of a step are centred together, so accumulation changes nothing.
+    """
+
+    def __init__(self, config: TrainConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss, self.sum_over_ranks = config.loss, sum_over_ranks
+        if config.loss.centering == "softmax":
+            momentum = config.loss.center_momentum
+            self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum)
+            self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum)
+
+    @torch.no_grad()
+    def forward(self, outputs: Sequence[TeacherOutputs], temperature: float) -> list[TeacherTargets]:
+        dino_logits = torch.cat([output.dino_logits for output in outputs])
+        ibot_logits = torch.cat([output.ibot_logits for output in outputs])
+        if self.loss.centering == "sinkhorn":
+            iterations = self.loss.sinkhorn_iterations
+            dino, ibot = sinkhorn_knopp(
+                [dino_logits, ibot_logits], temperature, num_iterations=iterations, sum_over_ranks=self.sum_over_ranks
+            )
+        else:
+            dino, ibot = self.dino(dino_logits, temperature), self.ibot(ibot_logits, temperature)
+            self.dino.update(dino_logits, self.sum_over_ranks)
+            self.ibot.update(ibot_logits, self.sum_over_ranks)
+        targets, cls_row, patch_row = [], 0, 0
+        for output in outputs:
+            cls_end, patch_end = cls_row + len(output.dino_logits), patch_row + len(output.ibot_logits)
+            targets.append(TeacherTargets(_part(dino, cls_row, cls_end), _part(ibot, patch_row, patch_end)))
+            cls_row, patch_row = cls_end, patch_end
+        return targets
+
+
+def _part(targets: Targets, start: int, end: int) -> Targets:
+    return replace(targets, logits=targets.logits[start:end], log_sample=targets.log_sample[start:end])
+
+
+def student_losses(
+    network: Network,
+    crops: Crops,
+    targets: TeacherTargets,
+    config: TrainConfig,
+    *,
+    generator: torch.Generator,
+    gram_patches: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    rank: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weighted terms of the loss of one micro-batch, whose sum is minimised; and parts of them to watch.
+
+    Args:
+        generator: draws the images that stochastic depth leaves out and the noise of RoPE.
+        gram_patches: [V*B, N, D'] of the Gram teacher, on the student's grid.
+        gather: all-gather with gradient, and this process's rank, for KoLeo across ranks.
+    """
+    loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
+    koleo_group = loss.koleo_group_size or None
+    gather = gather if loss.koleo_group_size > num_images else None
+    groups, masks, local = [crops.global_crops], [crops.masks], [False]
+    if crops.local_crops is not None:
+        groups, masks, local = [*groups, crops.local_crops], [*masks, None], [*local, True]
+    features = network.backbone(groups, masks, local, generator)
+    cls = torch.cat([f.cls for f in features])
+    patches = features[0].patches.flatten(0, 1)[crops.masked]
+    if network.ibot_head is None:
+        projected, prototypes = network.dino_head(torch.cat([cls, patches]))
+        (cls_projected, patches_projected), ibot_prototypes = projected.split([len(cls), len(patches)]), prototypes
+    else:
+        cls_projected, prototypes = network.dino_head(cls)
+        patches_projected, ibot_prototypes = network.ibot_head(patches)
+
+    views = cls_projected.unflatten(0, (-1, num_images))
+    dino = dino_loss(
+        views[:num_global],
+        views[num_global:] if crops.local_crops is not None else None,
+        prototypes,
+        targets.dino,
+        loss.student_temperature,
+        include_same_crop=loss.same_crop_pairs,
+        local_weight=loss.dino_local_weight,
+    )
+    terms = {"dino": loss.dino_weight * dino.total}
+    watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
+    if loss.ibot_weight:
+        ibot = ibot_loss(
+            patches_projected,
+            ibot_prototypes,
+            targets.ibot,
+            crops.mask_weights,
+            num_global * num_images,
+            loss.student_temperature,
+        )
+        terms["ibot"] = loss.ibot_weight * ibot
+    if loss.koleo_weight:
+        chosen = range(num_global if loss.koleo_crops == "all" else 1)
+        global_cls = features[0].cls.unflatten(0, (num_global, num_images))
+        koleo = [koleo_loss(global_cls[v], koleo_group, gather, rank) for v in chosen]
+        terms["koleo"] = loss.koleo_weight * torch.stack(koleo).sum()
+    if gram_patches is not None:
+        gram = gram_loss(
+            features[0].patches,
+            gram_patches,
+            negatives=config.gram.negatives,
+        )
+        terms["gram"] = config.gram.weight * gram
+    return terms, watched
+
+
+def gram_targets(backbone: VisionTransformer, crops: Crops, patch_size: int) -> Tensor:
+    """[V*B, N, D] patches of the Gram teacher on its larger, undistorted crops, resized to the student's grid."""
+    assert crops.gram_crops is not None, "the config check asks for crops.gram_px when gram.weight is set"
+    (features,) = backbone([crops.gram_crops])
+    grid = (crops.global_crops.shape[2] // patch_size, crops.global_crops.shape[3] // patch_size)
+    return resize_grid(features.patches.float(), features.grid, grid)

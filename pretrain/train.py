@@ -1,0 +1,252 @@
+"""Train a backbone on shards: torchrun -m pretrain.train --config NAME --shards PATH --out RUN [key=value ...]
+
+One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
+same losses to the last bit on the same ranks. SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit status 75).
+
+A run folder holds checkpoints/step-*, metrics.jsonl, evaluation/, config.yaml; in the end teacher/ and report.html.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+import yaml
+
+from configs.loader import config_names
+from pretrain import plan
+from pretrain.checkpoint import Checkpoints, write_teacher
+from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
+from pretrain.data.loader import Loader, build_loader, read_tables
+from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.distributed import collectives
+from pretrain.distributed.fsdp import full_tensors
+from pretrain.phase import Phase, fresh_network, start_phase, start_position
+from pretrain.watch import report
+from pretrain.watch.alarms import AlarmWatch
+from pretrain.watch.evaluation import run_evaluation
+from pretrain.watch.flops import peak_flops
+from pretrain.watch.lines import append_line, drop_after
+from pretrain.watch.metrics import Metrics
+from pretrain.watch.progress import TrainProgress
+from pretrain.weights import describe_teacher
+
+FINISHED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 2, 3, 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+log = logging.getLogger("pretrain")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0: finished, 75: stopped as asked, can continue; 2: a wrong input; 3: a value was not finite."""
+    asked = _parser().parse_intermixed_args(arguments)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        config = load_train_config(asked.config, asked.overrides, asked.shards)
+        if asked.dry_run:
+            print(plan.describe(config))
+            return FINISHED
+        if asked.out is None:
+            raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
+        return train(config, asked.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_FINITE
+
+
+def train(config: TrainConfig, out: Path) -> int:
+    """Run every phase from where the run folder stands; see `main` for what is returned.
+
+    Raises:
+        ValueError: settings, shards or checkpoints that do not fit, before any time is lost.
+        FloatingPointError: a value was not finite; the message names the step and the term.
+    """
+    device = collectives.start(config.execution.device)
+    try:
+        if config.execution.threads and device.type == "cpu":
+            torch.set_num_threads(config.execution.threads)
+        config.check(collectives.world_size())
+        with stop_signals() as asked_to_stop:
+            return Run(config, out, device, asked_to_stop).go()
+    finally:
+        collectives.stop()
+
+
+class Run:
+    """One process's part of a training run: the phases in order, and what watches them."""
+
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device, asked_to_stop: list[int]) -> None:
+        self.config, self.out, self.device, self.asked_to_stop = config, out, device, asked_to_stop
+        self.phases = {name: config.phase(name) for name in config.phases}
+        self.is_first = collectives.rank() == 0
+        # What is wrong with the shards or the run folder is found before a model is built.
+        self.tables = read_tables(config.data)
+        self.loaders = [self._loader(index) for index in range(len(self.phases))]
+        self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint)
+        self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+        if self.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            drop_after(out / "skipped.jsonl", self.position.global_step)
+            (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
+        self.metrics = Metrics(
+            out if self.is_first else None,
+            config.watch,
+            device,
+            collectives.mean_over_ranks,
+            start_step=self.position.global_step,
+            peak_flops=self.peak * collectives.world_size(),
+            run_config=asdict(config),
+        )
+        self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
+
+    def go(self) -> int:
+        with self.progress:
+            while self.position.phase < len(self.phases):
+                phase = start_phase(self.config, self.position, self.checkpoints, self.device)
+                if self.position.global_step == 0:
+                    self._evaluate(phase)
+                if not self._run_phase(phase):
+                    return STOPPED
+                if self.position.phase == len(self.phases) - 1:
+                    self._finish(phase)
+                self.position = self.position.next_phase()
+        return FINISHED
+
+    def _run_phase(self, phase: Phase) -> bool:
+        """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
+        config, name = phase.config, list(self.phases)[self.position.phase]
+        log.info("phase %s: step %d of %d", name, self.position.step, config.steps)
+        heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
+        alarms = AlarmWatch(heads, grace_steps=self.position.global_step + config.optim.warmup_steps)
+        batches = iter(self._loader(self.position.phase, self.position.step))
+        while self.position.step < config.steps:
+            with self.metrics.waiting():
+                batch = next(batches)
+            due = self.metrics.is_due(self.position.global_step + 1)
+            watched = phase.step(batch, self.position.step, diagnose=due)
+            values = phase.values(self.position.step)
+            self.position = self.position.next_step()
+            step = self.position.global_step
+            watched["skipped"] = float(len(batch.skipped))
+            self.metrics.update(watched, config.global_batch_size, phase.flops(batch.sizes) * config.global_batch_size)
+            for image in batch.skipped:
+                append_line(self.out / "skipped.jsonl", {"step": step, **asdict(image)})
+            if due:
+                facts = {"phase": name, "images": step * config.global_batch_size, **asdict(values)}
+                line = self.metrics.flush(step, facts)
+                self.progress.metrics(line)
+                for alarm in alarms.look(line):
+                    self.metrics.alarm(step, alarm.name, alarm.message)
+                    self.progress.message(f"alarm at step {step}: {alarm.message}")
+            self.progress.advance(step, name)
+            stop = collectives.any_over_ranks(bool(self.asked_to_stop))
+            if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
+                self._save(phase)
+            if self.config.evaluation.is_due(step, total_steps(self.config)):
+                self._evaluate(phase)
+            if stop and self.position.step < config.steps:
+                self.checkpoints.wait()
+                self.progress.message(f"stopped as asked at step {step}; the same command continues.")
+                return False
+        self.checkpoints.wait()
+        return True
+
+    def _loader(self, phase: int, start_step: int = 0) -> Loader:
+        config = list(self.phases.values())[phase]
+        return build_loader(
+            config.data,
+            config.crops,
+            config.masks,
+            patch_size=config.patch_size,
+            seed=config.seed,
+            phase=phase,
+            start_step=start_step,
+            num_steps=config.steps - start_step,
+            global_batch_size=config.global_batch_size,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            execution=config.execution.loader,
+            tables=self.tables,
+        )
+
+    def _save(self, phase: Phase) -> None:
+        phase.finite.check(wait=True)
+        meta = {
+            "position": asdict(self.position),
+            "phase": list(self.phases)[self.position.phase],
+            "config": asdict(self.config),
+            "data": self.loaders[0].fingerprints(),
+            "teacher": self._description(phase),
+        }
+        self.checkpoints.save(phase.state(), self.position.global_step, meta)
+
+    def _description(self, phase: Phase) -> dict:
+        name = list(self.phases)[self.position.phase]
+        return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name})
+
+    def _evaluate(self, phase: Phase) -> None:
+        """k-NN and pictures of the teacher as it is, on the first rank; the others wait."""
+        if not self.config.evaluation.every_steps:
+            return
+        with self.metrics.untimed():
+            teacher = fresh_network(phase.config)
+            teacher.load_state_dict(dict(full_tensors(phase.teacher)))
+            step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
+
+            def evaluate() -> dict[str, float]:
+                return run_evaluation(backbone, self.config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
+
+            figures = collectives.from_rank_zero(evaluate)
+        self.metrics.evaluation(step, figures)
+        self.progress.evaluation(figures)
+
+    def _finish(self, phase: Phase) -> None:
+        state = dict(full_tensors(phase.teacher))
+        self.metrics.close()
+        if self.is_first:
+            write_teacher(self.out / "teacher", state, self._description(phase))
+            report.write(self.out)
+            self.progress.message(f"the teacher: {self.out / 'teacher'}; the report: {self.out / 'report.html'}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills with the signals that ask this process to save and end."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", required=True, help=f"a YAML file, or one of {', '.join(config_names(GROUP))}")
+    parser.add_argument(
+        "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
+    )
+    parser.add_argument("--out", type=Path, help="the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=1000 optim.base_lr=0.002")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the trainer measures of the teacher as it trains; the work itself is called by name in pretrain.downstream."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+ONLINE = "pretrain.downstream.evals.online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """k-NN accuracy on a labelled set, and PCA pictures of a few of its images; changes nothing in the training."""
+
+    every_steps: int = 0
+    """steps between two evaluations, each also at the first and last step; 0: none"""
+    train: str = ""
+    """labelled tars that vote: path, glob or folder; empty: no k-NN"""
+    val: str = ""
+    """labelled tars to classify; the pictures are of its first images"""
+    train_labels: str = ""
+    """csv with columns key and label; empty: the label in each sample's json"""
+    val_labels: str = ""
+    px: int = 224
+    """side of the centre crop, in pixels"""
+    resize_px: int = 0
+    """shorter side before the crop; 0: px x 256 / 224"""
+    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    """numbers of neighbours; the first gives the headline figure"""
+    temperature: float = 0.07
+    """of the votes"""
+    max_train_images: int = 0
+    """first images only, to bound the cost; 0: all"""
+    max_val_images: int = 0
+    batch_size: int = 128
+    """images through the backbone at once"""
+    bfloat16: bool = False
+    """bfloat16 autocast for the backbone"""
+    pca_images: int = 8
+    """how many images get a PCA picture; 0: none"""
+    pca_grid: int = 16
+    """least side of the grid of patches in a picture: smaller images are scaled up to it"""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.pca_images < 0:
+            raise ValueError("evaluation.every_steps and evaluation.pca_images must be 0 (none) or more.")
+        if self.every_steps and not self.val:
+            raise ValueError(
+                f"evaluation.every_steps={self.every_steps} needs labelled tars: give evaluation.val and, for k-NN, "
+                "evaluation.train, or set evaluation.every_steps=0."
+            )
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"evaluation.k={self.k} must be one or more numbers of at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"evaluation.temperature={self.temperature} must be above 0.")
+        if 0 < self.resize_px < self.px:
+            raise ValueError(f"evaluation.resize_px={self.resize_px} is smaller than evaluation.px={self.px}.")
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Whether to evaluate when `step` steps are done; 0 gives the starting point."""
+        return bool(self.every_steps) and (step % self.every_steps == 0 or step == last_step)
+
+
+def run_evaluation(
+    backbone: nn.Module,
+    config: EvaluationConfig,
+    folder: Path,
+    step: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, float]:
+    """Evaluate a backbone in eval mode; pictures and result.json go to `<folder>/evaluation`.
+
+    Args:
+        backbone: VisionTransformer, whole on this rank.
+        folder: the run folder.
+        mean, std: per channel, of pixel values from 0 to 1, as in training.
+
+    Returns:
+        figures for Metrics.evaluation: `knn`, `knn/<k>`, and of the first evaluation `knn_pixels`, `knn_random`.
+    """
+    online = importlib.import_module(ONLINE)
+    return online.run(backbone, {**asdict(config), "mean": list(mean), "std": list(std)}, folder, step)

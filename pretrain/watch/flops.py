@@ -1,0 +1,137 @@
+"""How many floating point operations training needs, and what share of the device's peak that is (MFU).
+
+The model, with 2 operations per multiply-add, and matrix products only (norms, softmax, GELU, RoPE are left out, as is
+usual):
+
+- Forward of a ViT on an image of N patches and T = N + prefix tokens: 2 N P for the patch embedding of P weights, 2 T W
+  for the W weights of the blocks' linear layers, and 4 T^2 D for attention in each of the blocks.
+- A head of W weights, prototypes among them: 2 W for a row.
+- A training step, for one image: the teacher's forward on V global crops (x 1); the student's forward and backward
+  (x 3) on V global and L local crops, its blocks times (1 - drop path), since stochastic depth over the batch leaves
+  those samples out; heads on every CLS token and every masked patch, x 1 for the teacher and x 3 for the student; the
+  Gram teacher's forward on V crops where there is one.
+
+These are operations that the method needs. What an implementation repeats (activation checkpointing, streamed
+prototypes) or saves (a packed attention kernel) does not count, so that MFU compares implementations.
+
+Sources: the accounting of PaLM, arXiv:2204.02311, appendix B, with the encoder's full (not causal) attention.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by a part of torch.cuda.get_device_name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneCost:
+    """What the number of operations of a ViT depends on."""
+
+    embedding_weights: int
+    """of the patch embedding"""
+    block_weights: int
+    """of the linear layers of all blocks; each multiplies every token"""
+    depth: int
+    embed_dim: int
+    patch_size: int
+    num_prefix_tokens: int
+    """CLS and registers"""
+
+
+def backbone_cost(backbone: nn.Module) -> BackboneCost:
+    """Read it off a VisionTransformer; weights may be on `meta`, or sharded."""
+    return BackboneCost(
+        embedding_weights=matrix_weights(backbone.patch_embed),
+        block_weights=sum(matrix_weights(block) for block in backbone.blocks),
+        depth=len(backbone.blocks),
+        embed_dim=backbone.embed_dim,
+        patch_size=backbone.patch_size,
+        num_prefix_tokens=backbone.num_prefix_tokens,
+    )
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Number of weights in linear and convolution layers: parameters of two dimensions or more."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+
+
+def forward_flops(cost: BackboneCost, height_px: int, width_px: int, drop_path: float = 0.0) -> float:
+    """Operations of one image's forward.
+
+    Args:
+        drop_path: share of the blocks' work that stochastic depth leaves out, from 0 to 1.
+    """
+    patches = (height_px // cost.patch_size) * (width_px // cost.patch_size)
+    tokens = patches + cost.num_prefix_tokens
+    attention = 4 * tokens**2 * cost.embed_dim * cost.depth
+    blocks = (2 * tokens * cost.block_weights + attention) * (1 - drop_path)
+    return 2 * patches * cost.embedding_weights + blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """One training step of one image, in crops and heads."""
+
+    student: BackboneCost
+    teacher: BackboneCost
+    """the same as the student's, but in distillation"""
+    drop_path: float
+    """of the student, from 0 to 1"""
+    num_global_crops: int
+    num_local_crops: int
+    student_dino_head: int
+    """weights of its linear layers and prototypes (matrix_weights); 0 for none"""
+    student_ibot_head: int
+    teacher_dino_head: int
+    teacher_ibot_head: int
+    masked_share: float
+    """of all global patches, the share that is masked: probability x mean ratio, 0.15 as published"""
+    gram: BackboneCost | None = None
+
+
+def step_flops(cost: StepCost, global_px: int, local_px: int, gram_px: int = 0) -> float:
+    """Operations that training on one image needs, with crops of these sides in pixels."""
+    teacher = cost.num_global_crops * forward_flops(cost.teacher, global_px, global_px)
+    student = cost.num_global_crops * forward_flops(cost.student, global_px, global_px, cost.drop_path)
+    if cost.num_local_crops:
+        student += cost.num_local_crops * forward_flops(cost.student, local_px, local_px, cost.drop_path)
+    masked = cost.num_global_crops * (global_px // cost.student.patch_size) ** 2 * cost.masked_share
+    student_rows = cost.num_global_crops + cost.num_local_crops
+    student += 2 * (student_rows * cost.student_dino_head + masked * cost.student_ibot_head)
+    teacher += 2 * (cost.num_global_crops * cost.teacher_dino_head + masked * cost.teacher_ibot_head)
+    gram = cost.num_global_crops * forward_flops(cost.gram, gram_px, gram_px) if cost.gram and gram_px else 0.0
+    return teacher + 3 * student + gram
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 peak of one device from the table, in FLOP/s; 0 where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, budget_s: float = 0.5) -> float:
+    """The best rate of a square matrix product on this machine, in FLOP/s: a peak where no data sheet gives one.
+
+    Args:
+        size: side of the matrices.
+        budget_s: seconds to spend after one product to warm up.
+    """
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    torch.mm(a, b)
+    end = time.perf_counter() + budget_s
+    while time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
