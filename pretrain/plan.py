@@ -196,7 +196,7 @@ def epochs(data: DataConfig, images_drawn: int, images_of: Mapping[str, int]) ->
 def _frozen_teacher(config: TrainConfig, network: Network) -> Network:
     """On `meta`: the teacher of a distillation, from its description; the student's like where it is not there yet."""
     folder = Path(config.distill_from)
-    file = next((f / CONFIG_FILE for f in (folder, folder / "teacher") if (f / TEACHER_CONFIG).is_file()), None)
+    file = next((f / TEACHER_CONFIG for f in (folder, folder / "teacher") if (f / TEACHER_CONFIG).is_file()), None)
     if not config.distill_from or file is None:
         return network
     description = json.loads(file.read_text(encoding="utf-8"))
@@ -285,7 +285,9 @@ def _times(plans: Sequence[PhasePlan], world_size: int) -> Table:
     for rate in RATES:
         seconds = total / (rate.flops_per_s * world_size)
         speed = f"{_scaled(rate.flops_per_s, _FLOP)}/s: {rate.source}"
-        table.add_row(rate.device, f"{images / seconds:,.3g}", _duration(seconds), speed)
+        table.add_row(
+            rate.device, f"{images / seconds:,.{0 if images > 99 * seconds else 2}f}", _duration(seconds), speed
+        )
     return table
 
 
@@ -296,12 +298,12 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
         optim, batch = plan.config.optim, plan.config.global_batch_size
         yield (
             f"{plan.name}: learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
-            f"({optim.base_lr:g}, rule {optim.lr_rule}, batch {batch:,}), {optim.schedule} after {optim.warmup_steps:,} steps"
+            f"({optim.base_lr:g} by rule {optim.lr_rule} for batch {batch:,}), "
+            f"{optim.schedule} after {optim.warmup_steps:,} steps"
         )
-    distilled = [plan for plan in plans if plan.config.distill_from]
-    for plan in distilled:
-        if not Path(plan.config.distill_from).exists():
-            yield f"{plan.name}: distill_from={plan.config.distill_from} is not there yet; counted as large as the student"
+        source = plan.config.distill_from
+        if source and not Path(source).exists():
+            yield f"{plan.name}: distill_from={source} is not there yet; counted as large as the student"
     if not plans[0].config.data.datasets:
         yield "no dataset is named, so epochs are not known: give --shards"
 

@@ -29,13 +29,13 @@ from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors
 from pretrain.phase import Phase, fresh_network, start_phase, start_position
-from pretrain.watch import report
 from pretrain.watch.alarms import AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
 from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.metrics import Metrics
 from pretrain.watch.progress import TrainProgress
+from pretrain.watch.report.page import write_report
 from pretrain.weights import describe_teacher
 
 FINISHED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 2, 3, 75
@@ -216,7 +216,7 @@ class Run:
         self.metrics.close()
         if self.is_first:
             write_teacher(self.out / "teacher", state, self._description(phase))
-            report.write(self.out)
+            write_report(self.out)
             self.progress.message(f"the teacher: {self.out / 'teacher'}; the report: {self.out / 'report.html'}")
 
 

@@ -53,9 +53,9 @@ def step_masks(
     counts = mask_counts(config, grid[0] * grid[1], num_crops, generator(seed, phase, Stream.MASK_RATIOS, step))[crops]
     masked = np.flatnonzero(counts)
     rngs = [generator(seed, phase, Stream.MASK_BLOCKS, step, int(crop)) for crop in crops[masked]]
-    masks = np.zeros((len(crops), grid[0] * grid[1]), bool)
-    masks[masked] = block_masks(config, grid, counts[masked], rngs).reshape(len(masked), -1)
-    return masks
+    masks = np.zeros((len(crops), *grid), bool)
+    masks[masked] = block_masks(config, grid, counts[masked], rngs)
+    return masks.reshape(len(crops), grid[0] * grid[1])
 
 
 def mask_counts(config: MaskConfig, num_patches: int, num_crops: int, rng: np.random.Generator) -> np.ndarray:

@@ -85,11 +85,10 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether the flag is up on any rank (a signal to stop, an error); the host waits."""
+    """Whether the flag is up on any rank (a signal to stop). Hosts wait for each other, not for their devices."""
     if not is_distributed():
         return flag
-    device = torch.device("cuda") if "nccl" in dist.get_backend() else torch.device("cpu")
-    raised = torch.tensor(flag, dtype=torch.int32, device=device)
+    raised = torch.tensor(flag, dtype=torch.int32)  # on the processor: gloo, also beside NCCL
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return bool(raised.item())
 

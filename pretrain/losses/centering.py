@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pretrain.losses.prototypes import LOG2_E, Targets, block_bytes, blocks, log2_sum_exp2
+from pretrain.losses.prototypes import LOG2_E, Targets, block_bytes, blocks
 
 # Natural logarithms that float64 can exponentiate, with room for a sum over ranks.
 LARGEST_LOG = 690.0
@@ -51,16 +51,10 @@ def sinkhorn_knopp(
     for _ in range(num_iterations - 1):
         # Scaling the samples and summing the result over prototypes is one pass. No share is lost to underflow: after
         # scaling its prototypes a sample sums to at most K, so scaling samples leaves each prototype at least 1 / K.
-        shares = [
-            _shares(head, temperature, log.to(_accumulator(head)))
-            for head, log in zip(logits, log_prototype, strict=True)
-        ]
+        shares = [_shares(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
         shares = sum_over_ranks(torch.cat(shares)).split(sizes)
         log_prototype = [log - _log(share) for log, share in zip(log_prototype, shares, strict=True)]
-    return [
-        _normalized(head, temperature, log.to(_accumulator(head)))
-        for head, log in zip(logits, log_prototype, strict=True)
-    ]
+    return [_normalized(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
 
 
 class SoftmaxCentering(nn.Module):
@@ -82,7 +76,7 @@ class SoftmaxCentering(nn.Module):
     def forward(self, logits: Tensor, temperature: float) -> Targets:
         """logits [T, K] -> Targets of T rows. Temperature of the teacher, > 0."""
         with torch.no_grad():
-            return _normalized(logits, temperature, -self.center.to(_accumulator(logits)) / temperature)
+            return _normalized(logits, temperature, -self.center / temperature)
 
     @torch.no_grad()
     def update(self, logits: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] = nothing_to_reduce) -> None:
@@ -114,15 +108,16 @@ def _log_sum_over_samples(logits: Tensor, temperature: float) -> Tensor:
     largest = logits.amax(dim=0).to(_accumulator(logits)) * (LOG2_E / temperature)
     total = torch.zeros_like(largest)
     for rows in _row_blocks(logits):
-        total += _exponents(logits[rows], temperature).sub_(largest).exp2_().sum(dim=0)
+        total += _exponents(logits[rows], temperature, -largest).exp2_().sum(dim=0)
     return (largest + total.log2()) / LOG2_E
 
 
 def _shares(logits: Tensor, temperature: float, log_prototype: Tensor) -> Tensor:
     """[T, K] -> [K] float64: what each prototype gets when every sample, scaled by prototype, is made to sum to one."""
-    shares = torch.zeros_like(log_prototype)
+    log2_prototype = (log_prototype * LOG2_E).to(_accumulator(logits))
+    shares = torch.zeros_like(log2_prototype)
     for rows in _row_blocks(logits):
-        exponents = _exponents(logits[rows], temperature).add_(log_prototype * LOG2_E)
+        exponents = _exponents(logits[rows], temperature, log2_prototype)
         scaled = exponents.sub_(exponents.amax(dim=1, keepdim=True)).exp2_()
         shares += scaled.sum(dim=1).reciprocal_() @ scaled
     return shares.double()
@@ -130,13 +125,17 @@ def _shares(logits: Tensor, temperature: float, log_prototype: Tensor) -> Tensor
 
 def _normalized(logits: Tensor, temperature: float, log_prototype: Tensor) -> Targets:
     """Targets whose rows sum to one, given what is added to each prototype."""
+    log_prototype = log_prototype.to(_accumulator(logits))
+    log2_prototype = log_prototype * LOG2_E
     log_sample = logits.new_empty(len(logits), dtype=log_prototype.dtype)
     for rows in _row_blocks(logits):
-        exponents = _exponents(logits[rows], temperature).add_(log_prototype * LOG2_E)
-        log_sample[rows] = log2_sum_exp2(exponents).squeeze(1).div_(-LOG2_E)
+        exponents = _exponents(logits[rows], temperature, log2_prototype)
+        largest = exponents.amax(dim=1)
+        log2_sum = exponents.sub_(largest[:, None]).exp2_().sum(dim=1).log2_().add_(largest)
+        log_sample[rows] = log2_sum.div_(-LOG2_E)
     return Targets(logits=logits, temperature=temperature, log_prototype=log_prototype, log_sample=log_sample)
 
 
-def _exponents(logits: Tensor, temperature: float) -> Tensor:
-    """Logits as powers of two, a new tensor."""
-    return logits.to(_accumulator(logits)) * (LOG2_E / temperature)
+def _exponents(logits: Tensor, temperature: float, log2_prototype: Tensor) -> Tensor:
+    """Scaled logits [n, K] plus a term per prototype, as powers of two: a new tensor."""
+    return torch.add(log2_prototype, logits.to(log2_prototype.dtype), alpha=LOG2_E / temperature)

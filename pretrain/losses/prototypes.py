@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = {"cpu": 1 << 20}
 BLOCK_BYTES_ELSEWHERE = 256 << 20
 # Bytes of the student logits of one band of rows (compute dtype).
-BAND_BYTES = {"cpu": 32 << 20}
+BAND_BYTES = {"cpu": 16 << 20}
 BAND_BYTES_ELSEWHERE = 256 << 20
 
 
@@ -74,17 +74,17 @@ class Targets:
         return self._assign(logits, self.log_prototype[prototypes], log_sample)
 
     def _log2_assign(self, logits: Tensor, log_prototype: Tensor, log_sample: Tensor) -> Tensor:
-        scaled = logits.to(log_sample.dtype) * (LOG2_E / self.temperature)
-        return scaled.add_(log_prototype * LOG2_E).add_(log_sample * LOG2_E)
+        exponents = torch.add(log_prototype * LOG2_E, logits.to(log_sample.dtype), alpha=LOG2_E / self.temperature)
+        return exponents.add_(log_sample * LOG2_E)
 
     def _assign(self, logits: Tensor, log_prototype: Tensor, log_sample: Tensor) -> Tensor:
         return self._log2_assign(logits, log_prototype, log_sample).exp2_()
 
 
 def log2_sum_exp2(exponents: Tensor) -> Tensor:
-    """log2 of the sum over the last dimension of 2 ** exponents, which is kept; the argument is overwritten."""
+    """log2 of the sum over the last dimension of 2 ** exponents; that dimension stays, with length 1."""
     largest = exponents.amax(dim=-1, keepdim=True)
-    return largest + exponents.sub_(largest).exp2_().sum(dim=-1, keepdim=True).log2_()
+    return largest + (exponents - largest).exp2_().sum(dim=-1, keepdim=True).log2_()
 
 
 def prototype_cross_entropy(
@@ -174,7 +174,6 @@ def _stream(
     num_images = len(features) // num_student
     dtype = torch.promote_types(compute_dtype, torch.float32)
     pairing = pairing.to(dtype) if pairing is not None else None
-    to_log2 = LOG2_E / temperature
     cross_entropies = features.new_empty(num_student, num_images, dtype=dtype)
     features_gradient = features.new_zeros(num_student, num_images, width, dtype=dtype) if wants_features else None
     prototypes_gradient = prototypes.new_zeros(prototypes.shape, dtype=dtype) if wants_prototypes else None
@@ -184,33 +183,35 @@ def _stream(
     band_bytes = BAND_BYTES.get(features.device.type, BAND_BYTES_ELSEWHERE)
     for images in blocks(num_images, band_bytes // (num_student * num_prototypes * compute_dtype.itemsize)):
         num_rows = num_student * (images.stop - images.start)
-        band = features[:, images].reshape(num_rows, width).to(compute_dtype)
+        band = features[:, images].reshape(num_rows, width)
+        # Student logits come out of the matrix product as exponents of two.
+        scaled_band = (band.to(dtype) * (LOG2_E / temperature)).to(compute_dtype)
+        gradient_scale = weights[:, images].reshape(num_rows, 1).to(dtype) / temperature
+        weighted_band = (band.to(dtype) * gradient_scale).to(compute_dtype)
         # Multiples of 64 columns: matrix products are slow on ragged ones.
         num_columns = block_bytes(features.device) // (num_rows * dtype.itemsize) // 64 * 64
         columns = list(blocks(num_prototypes, max(num_columns, 64)))
         logits, log2_sum = [], features.new_full((num_rows, 1), -torch.inf, dtype=dtype)
         for k in columns:
-            logits.append(band @ prototypes[k].to(compute_dtype).T)
-            log2_sum = torch.logaddexp2(log2_sum, log2_sum_exp2(logits[-1].to(dtype) * to_log2))
-        scale = (weights[:, images].reshape(num_rows, 1) / temperature).to(dtype)
+            logits.append(scaled_band @ prototypes[k].to(compute_dtype).T)
+            log2_sum = torch.logaddexp2(log2_sum, log2_sum_exp2(logits[-1].to(dtype)))
         band_gradient = features.new_zeros(num_rows, width, dtype=dtype) if wants_features else None
         expected = torch.zeros_like(log2_sum)
         for index, k in enumerate(columns):
-            exponents = logits[index].to(dtype) * to_log2
-            logits[index] = None
+            exponents, logits[index] = logits[index].to(dtype), None
             target = targets.views(num_teacher, images, k)
             if pairing is not None:
                 target = pairing @ target.flatten(1)
             target = target.view(num_rows, -1)
             expected += (exponents * target).sum(dim=1, keepdim=True)
-            gradient = exponents.sub_(log2_sum).exp2_().sub_(target).mul_(scale).to(compute_dtype)
+            gradient = exponents.sub_(log2_sum).exp2_().sub_(target).to(compute_dtype)
             if band_gradient is not None:
                 _add_product(band_gradient, gradient, prototypes[k].to(compute_dtype))
             if prototypes_gradient is not None:
-                _add_product(prototypes_gradient[k], gradient.T, band)
+                _add_product(prototypes_gradient[k], gradient.T, weighted_band)
         cross_entropies[:, images] = (log2_sum - expected).div_(LOG2_E).view(num_student, -1)
         if features_gradient is not None and band_gradient is not None:
-            features_gradient[:, images] = band_gradient.view(num_student, -1, width)
+            features_gradient[:, images] = band_gradient.mul_(gradient_scale).view(num_student, -1, width)
     if features_gradient is not None:
         features_gradient = features_gradient.flatten(0, 1).to(features.dtype)
     if prototypes_gradient is not None:

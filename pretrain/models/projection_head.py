@@ -12,7 +12,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, weight_norm: bool) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.num_prototypes = dim, num_prototypes
         self.weight_norm = weight_norm
         if weight_norm:
             self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))

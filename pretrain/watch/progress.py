@@ -13,13 +13,14 @@ _LOG_INTERVAL_S = 10.0
 
 
 class TrainProgress:
-    """Step, loss, k-NN, images per second, time left; use as a context manager on the first rank.
+    """Step, loss, k-NN, images per second, time left; use as a context manager.
 
     On a terminal one line is redrawn; elsewhere a line is written at most every ten seconds, and one at the end.
 
     Args:
         total_steps: of the whole run, all phases.
         start_step: steps done before (a resumed run): the time left counts only what is measured now.
+        shown: False writes nothing: for all ranks but the first.
         shown: false on all ranks but the first.
     """
 

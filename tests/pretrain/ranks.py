@@ -19,16 +19,18 @@ from pretrain.optim.ema import paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
 from pretrain.optim.schedules import OptimConfig, StepValues
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
+# Forked from a process that has imported torch once and done nothing with it: importing takes longer than the tests.
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.checkpoint"])
 VALUES = StepValues(lr=1e-2, last_layer_lr=5e-3, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.05)
 
 
 def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, num_ranks: int = 2) -> list[Any]:
     """Call `function(*arguments)` in gloo processes of one thread each; what each rank returned, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_one_rank, args=(rank, num_ranks, folder, function, arguments), daemon=True)
+        PROCESSES.Process(target=_one_rank, args=(rank, num_ranks, folder, function, arguments), daemon=True)
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -184,6 +186,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(self.pairs, VALUES.teacher_momentum)
         return {name: value.item() for name, value in (total | norms).items()}
+
+    def answer(self) -> Tensor:
+        """What the student says to the first batch, without gradient."""
+        with torch.no_grad(), self.wrapped.autocast():
+            return self.wrapped.student(lambda network: logits(network, batch(0)[0], None))[0].float()
 
     def state(self) -> dict[str, Any]:
         return {"student": self.wrapped.student, "teacher": self.wrapped.teacher, "optimizer": self.optimizer}

@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back to the last bit, on any ranks, after any accident."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.checkpoint import CheckpointConfig, Checkpoints, read_manifest, teacher_state, write_teacher
-from tests.pretrain.ranks import Run, run_ranks
+from tests.pretrain.ranks import PROCESSES, Run, run_ranks
 
 CONFIG = CheckpointConfig(every_steps=2, keep_last=2)
 
@@ -249,12 +248,10 @@ def save_forever(folder: Path) -> None:
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pretrain.checkpoint"])
     randomness = random.Random(5)
     last = 0
     for _ in range(8):
-        process = context.Process(target=save_forever, args=(tmp_path,), daemon=True)
+        process = PROCESSES.Process(target=save_forever, args=(tmp_path,), daemon=True)
         process.start()
         end = time.monotonic() + 60
         while not (tmp_path / f"step-{last + 2:08d}").exists() and time.monotonic() < end:

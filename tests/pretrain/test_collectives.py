@@ -41,6 +41,16 @@ def averaged_gradient(about: str, ranks_per_group: int | None = None) -> Tensor:
     return collectives.mean_over_ranks(gradient)
 
 
+def koleo_gradient() -> tuple[Tensor, Tensor]:
+    rows, weight = rows_and_weight()
+    ranks = collectives.world_size()
+    x = (rows.chunk(ranks)[collectives.rank()] @ weight).float()
+    gather = collectives.gather_with_grad if ranks > 1 else None
+    loss = koleo_loss(x, len(rows) if ranks > 1 else None, gather, collectives.rank())
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return collectives.mean_over_ranks(loss.detach()), collectives.mean_over_ranks(gradient)
+
+
 def talk() -> dict[str, Any]:
     rank = collectives.rank()
     found: dict[str, Any] = {
@@ -50,6 +60,7 @@ def talk() -> dict[str, Any]:
         "zero": collectives.from_rank_zero(lambda: f"from {rank}"),
         "all rows": averaged_gradient("all rows"),
         "own rows": averaged_gradient("own rows"),
+        "koleo": koleo_gradient(),
         "pairs": averaged_gradient("all rows", ranks_per_group=2),
     }
     try:
@@ -96,21 +107,11 @@ def test_groups_of_ranks_see_their_own_rows(four_ranks: list[dict[str, Any]]) ->
     torch.testing.assert_close(four_ranks[3]["pairs"], expected, rtol=1e-10, atol=1e-12)
 
 
-def koleo_gradient() -> tuple[Tensor, Tensor]:
-    rows, weight = rows_and_weight()
-    ranks = collectives.world_size()
-    x = (rows.chunk(ranks)[collectives.rank()] @ weight).float()
-    gather = collectives.gather_with_grad if ranks > 1 else None
-    loss = koleo_loss(x, len(rows) if ranks > 1 else None, gather, collectives.rank())
-    (gradient,) = torch.autograd.grad(loss, weight)
-    return collectives.mean_over_ranks(loss.detach()), collectives.mean_over_ranks(gradient)
-
-
-def test_koleo_across_ranks_is_koleo_of_the_whole_batch(tmp_path: Path) -> None:
+def test_koleo_across_ranks_is_koleo_of_the_whole_batch(four_ranks: list[dict[str, Any]]) -> None:
     loss, gradient = koleo_gradient()
-    for found in run_ranks(koleo_gradient, tmp_path):
-        torch.testing.assert_close(found[0], loss, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(found[1], gradient, rtol=1e-5, atol=1e-6)
+    for found in four_ranks:
+        torch.testing.assert_close(found["koleo"][0], loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["koleo"][1], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_alone_nothing_happens() -> None:

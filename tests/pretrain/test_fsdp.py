@@ -13,10 +13,13 @@ from tests.pretrain.ranks import Run, make_networks, run_ranks
 def train(mode: str, precision: str = "float32", micro_batches: int = 1, **options: bool) -> dict[str, Any]:
     """Four steps; whole weights of both networks, the first step's gradients, losses and norms."""
     run = Run(mode, precision, micro_batches, **options)
+    answers = [run.answer()]
     history = [run.step(0)]
     gradients = run.gradients
     history += [run.step(step) for step in range(1, 4)]
+    answers.append(run.answer())
     return {
+        "answers": answers,
         "student": dict(full_tensors(run.wrapped.student)),
         "teacher": dict(full_tensors(run.wrapped.teacher)),
         "gradients": gradients,
@@ -67,6 +70,14 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: Any, one_process: Any, way: 
     """Float32 sums in another order; AdamW divides small moments, which multiplies their rounding."""
     for rank in two_ranks:
         assert_close(rank[way], one_process, 2e-5)
+
+
+def test_answers_without_gradient_are_those_of_the_weights_now(two_ranks: Any, one_process: Any) -> None:
+    """FSDP would go on using whole weights that no backward freed, and miss every update since."""
+    for rank in two_ranks:
+        for found, expected in zip(rank["fsdp"]["answers"], one_process["answers"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one_process["answers"][0], one_process["answers"][1], atol=0.05)
 
 
 def test_gradients_of_prototypes_are_there(one_process: Any, two_ranks: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loader end to end: the same bytes whatever the workers and ranks, resume, damage, and one sentence per mistake."""
+"""The loader end to end: the same bytes whatever the workers and ranks, resume, damage, a sentence for a mistake."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,7 +36,13 @@ def data_config(shards: Path, **changes) -> DataConfig:
     return DataConfig(**{"datasets": datasets} | changes)
 
 
-def loader(config: DataConfig, num_workers: int = 0, crops: CropsConfig = CROPS, **changes) -> Loader:
+def loader(
+    config: DataConfig,
+    num_workers: int = 0,
+    crops: CropsConfig = CROPS,
+    masks: MaskConfig = MaskConfig(),  # noqa: B008
+    **changes,
+) -> Loader:
     arguments = {
         "patch_size": 4,
         "seed": 0,
@@ -48,7 +54,7 @@ def loader(config: DataConfig, num_workers: int = 0, crops: CropsConfig = CROPS,
         "world_size": 1,
     } | changes
     execution = LoaderConfig(num_workers=num_workers, prefetch=2, timeout_s=60)
-    return build_loader(config, crops, changes.pop("masks", MaskConfig()), execution=execution, **arguments)
+    return build_loader(config, crops, masks, execution=execution, **arguments)
 
 
 def tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -22,8 +22,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 def tiny_model(seed: int = 0) -> nn.Module:
     model = build("dinov3_tiny", patch_size=8, depth=1)
-    model.init_weights()
     generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -131,7 +131,9 @@ def test_evaluation_by_name_writes_figures_pictures_and_baselines_once(tmp_path:
         members += [(f"k{n:02d}.png", encoded(picture(n, (32, 32)), "PNG")), (f"k{n:02d}.json", label)]
     write_tar(tmp_path / "set.tar", members)
     tar = str(tmp_path / "set.tar")
-    config = EvaluationConfig(every_steps=5, train=tar, val=tar, px=32, resize_px=32, k=[1, 5], pca_images=2, pca_grid=5)
+    config = EvaluationConfig(
+        every_steps=5, train=tar, val=tar, px=32, resize_px=32, k=[1, 5], pca_images=2, pca_grid=5
+    )
     run = tmp_path / "run"
     first = run_evaluation(tiny_model(), config, run, 0, MEAN, STD)
     assert first["knn"] == first["knn/1"] == first["knn_pixels"] == 1.0  # each image is its own neighbour

@@ -50,6 +50,16 @@ def test_log_gets_a_line_at_most_every_ten_seconds(
     assert written[-2:] == ["an alarm", "pretrain: step 100 of 100; 100 steps in 50 s"]
 
 
+def test_other_ranks_write_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with TrainProgress(100, shown=False) as shown:
+        now[0] += 60
+        shown.advance(50, "pretrain")
+        shown.message("an alarm")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_terminal_gets_a_live_line(tmp_path: Path) -> None:
     code = (

@@ -356,6 +356,7 @@ def test_initialisation_leaves_no_gap(name: str) -> None:
     assert all(f.patches.isfinite().all() for f in model.eval()([pixels((size, size))]))
 
 
+@torch.no_grad()
 def test_initial_distributions() -> None:
     for name, token_std in (("dinov2_vits14_reg", 1e-6), ("dinov3_vits16", 0.02)):
         model = build(name, depth=1, generator=torch.Generator().manual_seed(0))

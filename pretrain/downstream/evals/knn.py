@@ -113,9 +113,7 @@ def knn_accuracy(
         ValueError: an empty set, a k beyond the number of training images, or labels that the sets do not share.
     """
     if not len(train) or not len(val):
-        raise ValueError(
-            f"k-NN needs images on both sides, found {len(train)} that vote and {len(val)} to classify."
-        )
+        raise ValueError(f"k-NN needs images on both sides, found {len(train)} that vote and {len(val)} to classify.")
     if max(k) > len(train):
         raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {len(train)} images.")
     names = sorted(set(train_labels))

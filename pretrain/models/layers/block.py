@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers.attention import Attention, Layout
+from pretrain.models.layers.ffn import Ffn
 from pretrain.models.layers.norm import LayerNorm, LayerScale
 
 
@@ -25,7 +26,7 @@ class Kept:
 class Block(nn.Module):
     """x + scale * attention(norm(x)), then x + scale * ffn(norm(x)); layer scale 0 means none."""
 
-    def __init__(self, dim: int, attention: Attention, ffn: nn.Module, *, norm_eps: float, layerscale: float) -> None:
+    def __init__(self, dim: int, attention: Attention, ffn: Ffn, *, norm_eps: float, layerscale: float) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=norm_eps)
         self.attn = attention
@@ -48,10 +49,14 @@ class Block(nn.Module):
         return x.index_add(0, second.rows, (branch * second.scale).to(x.dtype))
 
     def attention_branch(self, x: Tensor, layout: Layout, tables: Sequence[Tensor | None]) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x), layout, tables))
+        if isinstance(self.ls1, LayerScale):
+            return self.ls1.after(self.attn.proj, self.attn.mix(self.norm1(x), layout, tables))
+        return self.attn(self.norm1(x), layout, tables)
 
     def ffn_branch(self, x: Tensor) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
+        if isinstance(self.ls2, LayerScale):
+            return self.ls2.after(self.mlp.last, self.mlp.hidden(self.norm2(x)))
+        return self.mlp(self.norm2(x))
 
 
 def num_kept(images: int, drop_path: float) -> int:

@@ -28,5 +28,11 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
 
+    def after(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """`self(linear(x))`, with the factor folded into the matrix: no pass over the tokens, forward or backward."""
+        if type(linear) is not nn.Linear or linear.bias is None:
+            return self(linear(x))  # a replacement (LoRA, float8) has a forward of its own
+        return F.linear(x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
+
     def init_weights(self) -> None:
         nn.init.constant_(self.gamma, self.initial)
