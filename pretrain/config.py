@@ -191,8 +191,8 @@ class TrainConfig:
     """a phase after the first starts with fresh AdamW moments"""
     distill_from: str = ""
     """folder of a frozen teacher with heads; the student's EMA is then the product. Empty: self-distillation"""
-    phases: dict[str, Any] = field(default_factory=lambda: {"pretrain": {}})
-    """name -> what differs from the settings of this file, in the order they run"""
+    phases: dict[str, Any] = field(default_factory=dict)
+    """name -> what differs from the settings of this file, in the order they run; empty: one, named pretrain"""
     model: ModelConfig = field(default_factory=ModelConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -211,8 +211,10 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
         if self.steps < 1 or self.global_batch_size < 1:
             raise ValueError(f"steps={self.steps} and global_batch_size={self.global_batch_size} must be at least 1.")
-        if not self.phases:
-            raise ValueError("phases is empty; the least is `phases: {pretrain: {}}`.")
+
+    @property
+    def phase_names(self) -> list[str]:
+        return list(self.phases) or ["pretrain"]
 
     @property
     def patch_size(self) -> int:
@@ -220,7 +222,7 @@ class TrainConfig:
 
     def phase(self, name: str) -> "TrainConfig":
         """This config with the differences of one phase."""
-        differences = self.phases[name] or {}
+        differences = self.phases.get(name) or {}
         forbidden = [key for key in ("phases", "execution", "checkpoint", "seed") if key in differences]
         if forbidden:
             raise ValueError(f"phases.{name}.{forbidden[0]} cannot differ by phase; set {forbidden[0]} for the run.")
@@ -229,7 +231,7 @@ class TrainConfig:
 
     def check(self, world_size: int) -> None:
         """What can be known to be wrong before any time is lost, in one sentence each (ValueError)."""
-        for name in self.phases:
+        for name in self.phase_names:
             _check_phase(name, self.phase(name), world_size)
 
 
@@ -241,7 +243,7 @@ def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]
         datasets = {name: {"shards": path} for name, path in zip(names, shards, strict=True)}
         config = replace(config, data=replace(config.data, datasets={}))
         config = merge_config(config, {"data": {"datasets": datasets}}, "--shards")
-    for phase in config.phases:
+    for phase in config.phase_names:
         config.phase(phase)  # a wrong key in a phase is an error now, not after the first phase
     return config
 
@@ -286,7 +288,7 @@ def micro_batch_size(config: TrainConfig, world_size: int) -> int:
 
 
 def total_steps(config: TrainConfig) -> int:
-    return sum(config.phase(name).steps for name in config.phases)
+    return sum(config.phase(name).steps for name in config.phase_names)
 
 
 def log_prototypes(config: TrainConfig) -> float:

@@ -169,9 +169,6 @@ def make_executor(folder: Path, resources: Resources, name: str, cluster: str) -
 
     Args:
         cluster: slurm or local.
-
-    Raises:
-        ValueError: several nodes without Slurm.
     """
     python = os.environ.get("SEEDBED_PYTHON", sys.executable)
     common = {"name": name, "nodes": resources.nodes, "tasks_per_node": resources.ranks_per_node}
@@ -179,8 +176,6 @@ def make_executor(folder: Path, resources: Resources, name: str, cluster: str) -
     if resources.gpus_per_node:
         common["gpus_per_node"] = resources.gpus_per_node
     if cluster == "local":
-        if resources.nodes > 1:
-            raise ValueError(f"--nodes {resources.nodes} needs Slurm, and there is no sbatch here; use --nodes 1.")
         executor: submitit.Executor = submitit.LocalExecutor(folder / "%j", python=python)
         executor.update_parameters(**common, signal_delay_s=resources.signal_delay_s)
         return executor
@@ -237,7 +232,7 @@ def follow(job: submitit.Job, every_s: float = 0.5) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when submitted (locally: finished), 75 when a local run was stopped, 1 when it failed, 2 for a mistake."""
+    """Returns 0: submitted (locally: finished), 75: a local run was stopped, 1: it failed, 2: a mistake."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = _parser()
     asked = parser.parse_intermixed_args(argv)
@@ -257,6 +252,8 @@ def _launch(asked: argparse.Namespace) -> int:
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.shards)
     config.check(resources.world_size)  # now, not after a day in the queue
+    if cluster == "local" and resources.nodes > 1:
+        raise ValueError(f"--nodes {resources.nodes} needs Slurm, and there is no sbatch here; use --nodes 1.")
     shards = [argument for path in asked.shards for argument in ("--shards", path)]
     arguments = ["--config", asked.config, *shards, "--out", str(asked.out), *asked.overrides]
     training = Training(arguments, cpus=resources.cpus_per_task)

@@ -246,7 +246,7 @@ def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoint
     Its networks start at random (or from `init_from`), from the last checkpoint of the phase before it, whose position
     table is resized where the new phase asks for another, or from a checkpoint of its own.
     """
-    name = list(config.phases)[position.phase]
+    name = config.phase_names[position.phase]
     phase_config = config.phase(name)
     latest = checkpoints.latest()
     student, teacher = fresh_network(phase_config), fresh_network(phase_config)

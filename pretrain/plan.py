@@ -95,7 +95,7 @@ def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
     """The numbers of every phase; ValueError for settings that do not fit each other."""
     config.check(world_size)
     plans = []
-    for name in config.phases:
+    for name in config.phase_names:
         phase = config.phase(name)
         check_sizes(phase.crops, phase.patch_size)
         with torch.device("meta"):

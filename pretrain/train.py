@@ -87,7 +87,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device, asked_to_stop: list[int]) -> None:
         self.config, self.out, self.device, self.asked_to_stop = config, out, device, asked_to_stop
-        self.phases = {name: config.phase(name) for name in config.phases}
+        self.phases = {name: config.phase(name) for name in config.phase_names}
         self.is_first = collectives.rank() == 0
         # What is wrong with the shards or the run folder is found before a model is built.
         self.tables = read_tables(config.data)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pretrain.data.crops import Crops, CropSizes
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric, normalize, photometric
+from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric, normalize, photometric, to_float
+
+_CACHED_PIXELS = 4 * 224 * 224  # measured: fewer cost calls, more cost memory traffic
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,14 @@ def collate(
     skipped: Sequence[Skipped],
 ) -> Batch:
     """Stack B images' crops, crop-major."""
-    gram = [image.gram_crops for image in crops]
     return Batch(
         step=step,
         sizes=sizes,
-        global_crops=torch.stack([image.global_crops for image in crops], dim=1),
-        local_crops=torch.stack([image.local_crops for image in crops], dim=1),
-        gram_crops=torch.stack([g for g in gram if g is not None], dim=1) if sizes.gram_px else None,
+        global_crops=_stack([image.global_crops for image in crops]),
+        local_crops=_stack([image.local_crops for image in crops]),
+        gram_crops=_stack([image.gram_crops for image in crops if image.gram_crops is not None])
+        if sizes.gram_px
+        else None,
         global_photometric=Photometric.stack([image.global_photometric for image in crops], dim=1),
         local_photometric=Photometric.stack([image.local_photometric for image in crops], dim=1),
         masks=masks,
@@ -130,14 +133,26 @@ def prepare(
     """
     batch = batch.to(device)
 
-    def distorted(crops: Tensor, parameters: Photometric) -> Tensor:
-        return normalize(photometric(crops.flatten(0, 1), parameters.flatten()), mean, std).to(dtype)
+    def distorted(crops: Tensor, parameters: Photometric | None) -> Tensor:
+        """[V, B, 3, H, W] -> [V * B, 3, H, W]"""
+        rows = crops.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
+        flat = None if parameters is None else parameters.flatten()
+        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+        # A processor's caches hold a few crops; a GPU takes all at once.
+        every = max(_CACHED_PIXELS // rows[0, 0].numel(), 1) if rows.device.type == "cpu" and len(rows) else len(rows)
+        for start in range(0, len(rows), max(every, 1)):
+            some = slice(start, start + every)
+            x = to_float(rows[some]) if flat is None else photometric(rows[some], flat[some])
+            out[some] = normalize(x, mean, std)
+        return out
 
-    gram = None
-    if batch.gram_crops is not None:
-        gram = normalize(batch.gram_crops.flatten(0, 1).float().div_(255), mean, std).to(dtype)
     return (
         distorted(batch.global_crops, batch.global_photometric),
         distorted(batch.local_crops, batch.local_photometric),
-        gram,
+        None if batch.gram_crops is None else distorted(batch.gram_crops, None),
     )
+
+
+def _stack(crops: list[Tensor]) -> Tensor:
+    """B images' [V, 3, H, W] -> [V, B, 3, H, W], channels last in memory as they are."""
+    return torch.stack([image.permute(0, 2, 3, 1) for image in crops], dim=1).permute(0, 1, 4, 2, 3)

@@ -89,7 +89,7 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> EncodedImag
         raise Damaged("file_too_large")
     plain = _plain_jpeg_size(content)
     height, width, orientation = plain or _open_with_pillow(content)
-    if content.startswith(_JPEG) and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+    if content.startswith(_JPEG) and _count_scans(content) > _MAX_JPEG_SCANS:
         raise Damaged("too_many_scans")
     if height < 1 or width < 1:
         raise Damaged("damaged")
@@ -98,6 +98,12 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> EncodedImag
     if orientation >= 5:
         height, width = width, height
     return EncodedImage(content, height, width, orientation, is_plain_jpeg=plain is not None)
+
+
+def _count_scans(content: bytes) -> int:
+    """Start-of-scan markers; a few times faster than bytes.count, which stops at each of a JPEG's many 0xFF."""
+    data = np.frombuffer(content, np.uint8)
+    return int(np.count_nonzero((data[:-1] == 0xFF) & (data[1:] == 0xDA)))
 
 
 def _plain_jpeg_size(content: bytes) -> tuple[int, int, int] | None:

@@ -58,11 +58,15 @@ def photometric(crops: Tensor, parameters: Photometric) -> Tensor:
     Args:
         parameters: n rows, on the host.
     """
-    x = crops.float().div_(255)
-    x = _jitter(x, parameters)
+    x = _jitter(to_float(crops), parameters)
     x = _on_some(x, parameters.gray, lambda some, _: luma(some).expand_as(some))
     x = _on_some(x, parameters.sigma > 0, lambda some, rows: blur(some, parameters.sigma[rows]))
     return _on_some(x, parameters.solarize, lambda some, _: torch.where(some >= _SOLARIZE_FROM, 1 - some, some))
+
+
+def to_float(crops: Tensor) -> Tensor:
+    """uint8 [n, 3, H, W] in any memory layout -> float32 in 0..1, channels first."""
+    return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def normalize(x: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
@@ -98,18 +102,19 @@ def blend(x: Tensor, factor: Tensor, to_mean: Tensor, to_gray: Tensor) -> Tensor
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the colour circle of x [n, 3, H, W] by shift [n] (share of the circle), value and chroma kept (HSV)."""
     red, green, blue = x.unbind(dim=1)
-    value = x.amax(dim=1)
-    chroma = value - x.amin(dim=1)
-    scale = chroma.clamp(min=1e-12).reciprocal_()
-    # Where a channel is the largest, the other two place the hue around that channel's sixth of the circle.
-    hue = torch.where(value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4))
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = torch.minimum(torch.minimum(red, green), blue).neg_().add_(value)
+    scale = chroma.clamp(min=1e-12).reciprocal_().mul_(1 / 6)
+    # Where a channel is the largest, the other two place the hue around that channel's third of the circle.
+    hue = torch.where(value == green, (blue - red).mul_(scale).add_(1 / 3), (red - green).mul_(scale).add_(2 / 3))
     hue = torch.where(value == red, (green - blue).mul_(scale), hue)
-    hue += _to(6 * shift, x)[:, None, None]
+    hue += _to(shift, x)[:, None, None]
+    hue -= hue.floor()
+    hue *= 6
     out = torch.empty_like(x)
-    for channel, place in enumerate((5, 3, 1)):
-        k = (hue + place).remainder_(6)
-        distance = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(value, chroma, distance, value=-1, out=out[:, channel])
+    missing = (2 - (hue - 3).abs_(), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1))  # of the chroma
+    for channel, share in enumerate(missing):
+        torch.addcmul(value, chroma, share.clamp_(0, 1), value=-1, out=out[:, channel])
     return out
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.watch.pictures import chosen_steps, pca_files, read_pictures
 
 _TILE_PX, _GAP_PX = 128, 6
@@ -70,7 +71,7 @@ def _aligned(scores: np.ndarray, previous: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def patch_features(
-    backbone: nn.Module, images: Tensor, mean: Sequence[float], std: Sequence[float], least_grid: int
+    backbone: VisionTransformer, images: Tensor, mean: Sequence[float], std: Sequence[float], least_grid: int
 ) -> Tensor:
     """Patch features [I, h, w, D] of uint8 images [I, 3, H, W].
 
@@ -110,7 +111,7 @@ def contact_sheet(images: np.ndarray, pictures: Sequence[np.ndarray]) -> Image.I
 
 
 def write_pictures(
-    backbone: nn.Module,
+    backbone: VisionTransformer,
     images: Tensor,
     folder: Path,
     step: int,

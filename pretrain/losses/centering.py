@@ -4,7 +4,7 @@ Sources: Sinkhorn-Knopp as in SwAV, arXiv:2006.09882, 3 iterations in DINOv2, ar
 DINO, arXiv:2104.14294.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +44,18 @@ def sinkhorn_knopp(
     """
     if num_iterations < 1:
         raise ValueError(f"Sinkhorn-Knopp needs num_iterations of at least 1, got {num_iterations}.")
-    sizes = [head.shape[1] for head in logits]
-    # The first scaling of prototypes, from the logits alone.
-    sums = [_log_sum_over_samples(head, temperature).double().clamp(max=LARGEST_LOG).exp() for head in logits]
-    log_prototype = [-_log(total) for total in sum_over_ranks(torch.cat(sums)).split(sizes)]
-    for _ in range(num_iterations - 1):
-        # Scaling the samples and summing the result over prototypes is one pass. No share is lost to underflow: after
-        # scaling its prototypes a sample sums to at most K, so scaling samples leaves each prototype at least 1 / K.
-        shares = [_shares(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
-        shares = sum_over_ranks(torch.cat(shares)).split(sizes)
-        log_prototype = [log - _log(share) for log, share in zip(log_prototype, shares, strict=True)]
-    return [_normalized(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
+    with torch.autocast(logits[0].device.type, enabled=False):
+        sizes = [head.shape[1] for head in logits]
+        # The first scaling of prototypes, from the logits alone.
+        sums = [_log_sum_over_samples(head, temperature).double().clamp(max=LARGEST_LOG).exp() for head in logits]
+        log_prototype = [-_log(total) for total in sum_over_ranks(torch.cat(sums)).split(sizes)]
+        for _ in range(num_iterations - 1):
+            # Scaling the samples and summing the result over prototypes is one pass. No share is lost to underflow:
+            # with prototypes scaled a sample sums to at most K, so scaling samples leaves a prototype at least 1 / K.
+            shares = [_shares(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
+            shares = sum_over_ranks(torch.cat(shares)).split(sizes)
+            log_prototype = [log - _log(share) for log, share in zip(log_prototype, shares, strict=True)]
+        return [_normalized(head, temperature, log) for head, log in zip(logits, log_prototype, strict=True)]
 
 
 class SoftmaxCentering(nn.Module):
@@ -97,18 +98,14 @@ def _log(positive: Tensor) -> Tensor:
     return positive.clamp(min=torch.finfo(torch.float64).tiny).log()
 
 
-def _row_blocks(logits: Tensor):
-    return blocks(len(logits), block_bytes(logits.device) // (max(logits.shape[1], 1) * _accumulator(logits).itemsize))
-
-
 def _log_sum_over_samples(logits: Tensor, temperature: float) -> Tensor:
     """[T, K] -> [K]: logsumexp over rows of logits / temperature; -inf where there are none."""
     if len(logits) == 0:
         return logits.new_full((logits.shape[1],), -torch.inf, dtype=_accumulator(logits))
     largest = logits.amax(dim=0).to(_accumulator(logits)) * (LOG2_E / temperature)
     total = torch.zeros_like(largest)
-    for rows in _row_blocks(logits):
-        total += _exponents(logits[rows], temperature, -largest).exp2_().sum(dim=0)
+    for _, exponents in _exponents(logits, temperature, -largest):
+        total += exponents.exp2_().sum(dim=0)
     return (largest + total.log2()) / LOG2_E
 
 
@@ -116,8 +113,7 @@ def _shares(logits: Tensor, temperature: float, log_prototype: Tensor) -> Tensor
     """[T, K] -> [K] float64: what each prototype gets when every sample, scaled by prototype, is made to sum to one."""
     log2_prototype = (log_prototype * LOG2_E).to(_accumulator(logits))
     shares = torch.zeros_like(log2_prototype)
-    for rows in _row_blocks(logits):
-        exponents = _exponents(logits[rows], temperature, log2_prototype)
+    for _, exponents in _exponents(logits, temperature, log2_prototype):
         scaled = exponents.sub_(exponents.amax(dim=1, keepdim=True)).exp2_()
         shares += scaled.sum(dim=1).reciprocal_() @ scaled
     return shares.double()
@@ -126,16 +122,22 @@ def _shares(logits: Tensor, temperature: float, log_prototype: Tensor) -> Tensor
 def _normalized(logits: Tensor, temperature: float, log_prototype: Tensor) -> Targets:
     """Targets whose rows sum to one, given what is added to each prototype."""
     log_prototype = log_prototype.to(_accumulator(logits))
-    log2_prototype = log_prototype * LOG2_E
     log_sample = logits.new_empty(len(logits), dtype=log_prototype.dtype)
-    for rows in _row_blocks(logits):
-        exponents = _exponents(logits[rows], temperature, log2_prototype)
+    for rows, exponents in _exponents(logits, temperature, log_prototype * LOG2_E):
         largest = exponents.amax(dim=1)
         log2_sum = exponents.sub_(largest[:, None]).exp2_().sum(dim=1).log2_().add_(largest)
         log_sample[rows] = log2_sum.div_(-LOG2_E)
     return Targets(logits=logits, temperature=temperature, log_prototype=log_prototype, log_sample=log_sample)
 
 
-def _exponents(logits: Tensor, temperature: float, log2_prototype: Tensor) -> Tensor:
-    """Scaled logits [n, K] plus a term per prototype, as powers of two: a new tensor."""
-    return torch.add(log2_prototype, logits.to(log2_prototype.dtype), alpha=LOG2_E / temperature)
+def _exponents(logits: Tensor, temperature: float, log2_prototype: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, each with its scaled logits plus a term per prototype, as powers of two [n, K].
+
+    The tensor is the same one each time: on a processor fresh memory costs as much as the arithmetic in it.
+    """
+    num_prototypes, dtype = logits.shape[1], log2_prototype.dtype
+    rows_at_once = max(block_bytes(logits.device) // (max(num_prototypes, 1) * dtype.itemsize), 1)
+    memory = logits.new_empty(min(rows_at_once, len(logits)), num_prototypes, dtype=dtype)
+    for rows in blocks(len(logits), rows_at_once):
+        block = memory[: rows.stop - rows.start].copy_(logits[rows]).mul_(LOG2_E / temperature)
+        yield rows, block.add_(log2_prototype)

@@ -113,8 +113,13 @@ def prototype_cross_entropy(
 
     Memory beyond inputs and gradients: BAND_BYTES and a few BLOCK_BYTES.
     """
-    num_student, num_teacher = pairing.shape if pairing is not None else (1, 1)
-    assert len(features) * num_teacher == len(targets) * num_student, (features.shape, len(targets), pairing.shape)
+    num_student, num_teacher = (1, 1) if pairing is None else pairing.shape
+    assert len(features) * num_teacher == len(targets) * num_student, (
+        features.shape,
+        len(targets),
+        num_student,
+        num_teacher,
+    )
     assert len(weights) == len(features), (features.shape, weights.shape)
     assert targets.logits.shape[1] == len(prototypes), (targets.logits.shape, prototypes.shape)
     kind = features.device.type

@@ -21,8 +21,8 @@ def lr_multiplier(name: str, depth: int, layerwise_decay: float, patch_embed_lr_
     """Learning rate of a parameter relative to that of the heads, by its plain name.
 
     decay^(depth + 1 - id): id 0 for the embeddings and tokens, i + 1 for block i, depth + 1 for the final norms and the
-    heads. The patch embedding is multiplied once more. (DINOv2's public code forgets its registers, which so learn at the
-    rate of the heads; DINOv3's counts its own among the tokens, and so do we for both.)
+    heads. The patch embedding is multiplied once more. DINOv2's public code forgets its registers, which so learn at
+    the rate of the heads; DINOv3's counts its own among the tokens, and so do we for both.
     """
     if not name.startswith("backbone."):
         return 1.0

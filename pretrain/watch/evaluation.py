@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import nn
+from pretrain.models.vision_transformer import VisionTransformer
 
 ONLINE = "pretrain.downstream.evals.online"
 
@@ -64,7 +64,7 @@ class EvaluationConfig:
 
 
 def run_evaluation(
-    backbone: nn.Module,
+    backbone: VisionTransformer,
     config: EvaluationConfig,
     folder: Path,
     step: int,
@@ -74,7 +74,7 @@ def run_evaluation(
     """Evaluate a backbone in eval mode; pictures and result.json go to `<folder>/evaluation`.
 
     Args:
-        backbone: VisionTransformer, whole on this rank.
+        backbone: in eval mode, whole on this rank.
         folder: the run folder.
         mean, std: per channel, of pixel values from 0 to 1, as in training.
 

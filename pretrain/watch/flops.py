@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pretrain.models.vision_transformer import VisionTransformer
+
 # Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by a part of torch.cuda.get_device_name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -42,8 +44,8 @@ class BackboneCost:
     """CLS and registers"""
 
 
-def backbone_cost(backbone: nn.Module) -> BackboneCost:
-    """Read it off a VisionTransformer; weights may be on `meta`, or sharded."""
+def backbone_cost(backbone: VisionTransformer) -> BackboneCost:
+    """Read it off a model; weights may be on `meta`, or sharded."""
     return BackboneCost(
         embedding_weights=matrix_weights(backbone.patch_embed),
         block_weights=sum(matrix_weights(block) for block in backbone.blocks),

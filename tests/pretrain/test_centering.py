@@ -112,6 +112,14 @@ def test_bfloat16_logits_stay_as_they_are() -> None:
     torch.testing.assert_close(targets.rows(0, 30), plain_sinkhorn(logits.float(), 0.05), rtol=2e-5, atol=1e-6)
 
 
+def test_autocast_changes_nothing() -> None:
+    logits = logits_of(30, 40).float()
+    [expected] = sinkhorn_knopp([logits], 0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [targets] = sinkhorn_knopp([logits], 0.05)
+        torch.testing.assert_close(targets.rows(0, 30), expected.rows(0, 30), rtol=0, atol=0)
+
+
 def test_no_iterations_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         sinkhorn_knopp([torch.zeros(2, 2)], 0.05, num_iterations=0)

@@ -293,9 +293,10 @@ def train_and_save(folder: Path) -> dict[str, Any]:
         assert path is not None
         store.load(path, again.state())
         resumed = [again.step(step) for step in range(2, 4)]
+        found = again.tensors()
         result[mode] = {
             "saved": saved,
-            "bitwise": undisturbed == resumed and all(torch.equal(again.tensors()[n], t) for n, t in expected.items()),
+            "bitwise": undisturbed == resumed and all(torch.equal(found[name], t) for name, t in expected.items()),
             "history": undisturbed,
         }
     return result

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.distributed.fsdp import full_tensors, local_tensor, plain_module, wrap
+from pretrain.models import architectures
 from tests.pretrain.ranks import Run, make_networks, run_ranks
 
 
@@ -116,6 +117,25 @@ def test_recomputing_blocks_changes_no_bit(one_process: Any) -> None:
     recomputed = train("single", checkpoint_blocks=True)
     assert recomputed["history"] == one_process["history"]
     assert all(torch.equal(recomputed["student"][n], t) for n, t in one_process["student"].items())
+
+
+def test_recomputing_blocks_with_stochastic_depth_changes_no_bit() -> None:
+    """What a block leaves out is drawn before the first one, so the second forward leaves out the same."""
+    found = []
+    for checkpoint_blocks in (False, True):
+        torch.manual_seed(0)
+        student, teacher = (nn.Module() for _ in range(2))
+        for network in (student, teacher):
+            network.backbone = architectures.build("dinov3_tiny", depth=2, drop_path=0.5, layerscale=0.5)
+        student.forward = lambda x, s=student: (
+            s.backbone([x], generator=torch.Generator().manual_seed(1))[0].cls.square().sum()
+        )
+        wrapped = wrap(student, teacher, "single", "float32", checkpoint_blocks=checkpoint_blocks)
+        side = 2 * student.backbone.patch_size
+        wrapped.student(torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(2))).backward()
+        found.append([p.grad for p in student.parameters()])
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*found, strict=True))
+    assert len({tuple(gradient.flatten()[:2].tolist()) for gradient in found[0]}) > 10
 
 
 def test_micro_batches_add_up(one_process: Any) -> None:

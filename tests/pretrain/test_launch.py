@@ -3,13 +3,27 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import submitit
+import torch
+from safetensors.torch import load_file
 
-from pretrain.launch import FINISHED, Resources, Training, follow, make_executor, received_signals, submission_text
+from pretrain.downstream.backbone import load_backbone
+from pretrain.launch import (
+    FINISHED,
+    Resources,
+    Training,
+    follow,
+    main,
+    make_executor,
+    received_signals,
+    submission_text,
+)
+from tests.conftest import picture_tar
 
 COUNTING = '''
 """A stand-in for pretrain.train with its contract: counts steps in a file, one a tick, and agrees with all ranks."""
@@ -108,6 +122,69 @@ def test_failed_job_says_so(counting: Path) -> None:
     assert "no_such_module" in str(job.exception())
 
 
+TRAINING = """
+global_batch_size: 4
+steps: 60
+precision: float32
+model: {architecture: dinov3_tiny, depth: 1}
+heads:
+  dino: {num_prototypes: 64, hidden_dim: 32, bottleneck_dim: 16}
+  ibot: {num_prototypes: 64, hidden_dim: 32, bottleneck_dim: 16}
+crops: {global_px: 32, local_px: 16, num_local_crops: 2}
+optim: {warmup_steps: 5, freeze_last_layer_steps: 2, teacher_temperature_warmup_steps: 10}
+checkpoint: {every_steps: 5}
+execution: {threads: 1, loader: {num_workers: 0}}
+"""
+
+
+@pytest.mark.slow
+def test_real_training_on_two_ranks_continues_and_ends_as_if_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: launch's command line, a signal in the middle, requeue, a teacher equal to the last bit."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    picture_tar(tmp_path / "shards" / "a.tar", range(24))
+    (tmp_path / "tiny.yaml").write_text(TRAINING)
+
+    def arguments(run: str) -> list[str]:
+        asked = ["--config", str(tmp_path / "tiny.yaml"), "--shards", str(tmp_path / "shards")]
+        return [*asked, "--out", str(tmp_path / run), "seed=3"]
+
+    # The signal is sent from beside `follow`, which waits for the job in this thread.
+    def disturb() -> None:
+        wait_for(tmp_path / "disturbed" / "checkpoints" / "step-00000010")
+        jobs = (tmp_path / "disturbed" / "jobs").iterdir()
+        (job,) = (path.name for path in jobs if path.name.isdecimal())
+        for child in _children(int(job)):
+            os.kill(child, signal.SIGUSR2)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    asked = ["--cluster", "local", "--tasks-per-node", "2", "--time-min", "10"]
+    assert main([*arguments("disturbed"), *asked]) == FINISHED
+    thread.join(timeout=60)
+    log = capsys.readouterr().out
+    assert "Requeued job" in log
+    assert main([*arguments("undisturbed"), *asked]) == FINISHED
+    teachers = [load_file(tmp_path / run / "teacher" / "teacher.safetensors") for run in ("disturbed", "undisturbed")]
+    assert all(torch.equal(teachers[0][name], value) for name, value in teachers[1].items())
+    assert load_backbone(tmp_path / "disturbed").description["step"] == 60
+
+
+def test_dry_run_prints_plan_and_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(TRAINING)
+    asked = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run"), "--cluster", "local", "--dry-run"]
+    assert main([*asked, "--tasks-per-node", "2"]) == FINISHED
+    printed = capsys.readouterr().out
+    assert "64 prototypes" in printed
+    assert "2 local processes of python -m pretrain.train --config" in printed
+    assert not (tmp_path / "run").exists()
+    assert main([*asked, "--tasks-per-node", "3"]) == 2
+    assert "does not split over 3 ranks" in capsys.readouterr().err
+    assert main([*asked, "--nodes", "2", "global_batch_size=8"]) == 2
+    assert "needs Slurm" in capsys.readouterr().err
+
+
 def test_received_signals_are_seen_whoever_handles_them() -> None:
     before = signal.signal(signal.SIGUSR2, lambda number, frame: None)
     try:
@@ -131,11 +208,6 @@ def test_resources() -> None:
         Resources(nodes=0)
     with pytest.raises(ValueError, match="leaves no time"):
         Resources(time_min=2)
-
-
-def test_several_nodes_need_slurm(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs Slurm"):
-        make_executor(tmp_path, Resources(nodes=2), "test", "local")
 
 
 def test_local_submission_is_described_without_writing(tmp_path: Path) -> None:

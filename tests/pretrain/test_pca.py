@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from pretrain.downstream.evals.knn import backbone_features, random_like
 from pretrain.downstream.pca import contact_sheet, patch_features, patch_pca, write_pictures
 from pretrain.models.architectures import build
+from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.watch.evaluation import EvaluationConfig, run_evaluation
 from pretrain.watch.pictures import chosen_steps
 from tests.conftest import encoded, picture, write_tar
@@ -20,7 +20,7 @@ from tests.conftest import encoded, picture, write_tar
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def tiny_model(seed: int = 0) -> nn.Module:
+def tiny_model(seed: int = 0) -> VisionTransformer:
     model = build("dinov3_tiny", patch_size=8, depth=1)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)

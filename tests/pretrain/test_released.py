@@ -54,11 +54,11 @@ def test_dinov3_buffers_are_checked_and_left_out(tmp_path: Path) -> None:
     bias_mask = torch.cat([torch.ones(192), torch.zeros(192), torch.ones(192)])
     # As published: base ** (2 i / (D / 2)) for heads of 64, stored in bfloat16.
     released = {**state, "rope_embed.periods": (100 ** (2 * torch.arange(16) / 32)).bfloat16()}
-    released |= {f"blocks.{i}.attn.qkv.bias_mask": bias_mask for i in range(4)}
+    released |= {f"blocks.{i}.attn.qkv.bias_mask": bias_mask.clone() for i in range(4)}
     save_file(released, tmp_path / "model.safetensors")
     load_released(model, tmp_path / "model.safetensors")
     assert_loaded(model, state)
-    with pytest.raises(ValueError, match="RoPE periods .* rope_base"):
+    with pytest.raises(ValueError, match=r"RoPE periods .* rope_base"):
         load_released(model, {**released, "rope_embed.periods": torch.arange(16) + 1.0})
     with pytest.raises(ValueError, match="more than the key bias"):
         load_released(model, {**released, "blocks.0.attn.qkv.bias_mask": torch.zeros(576)})

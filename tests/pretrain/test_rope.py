@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.models.layers.rope import (
     Rope,
@@ -76,6 +77,12 @@ def test_tables_are_kept_and_serve_training_after_inference() -> None:
     x = torch.randn(1, 1, 22, 12, requires_grad=True)
     rotate(x, first).sum().backward()
     assert x.grad is not None
+
+
+def test_fake_tensors_are_not_kept() -> None:
+    with FakeTensorMode():
+        assert type(tables(Rope(20), (3, 3), 0, CPU)) is not torch.Tensor
+    assert type(tables(Rope(20), (3, 3), 0, CPU)) is torch.Tensor
 
 
 def test_noise_is_within_bounds_log_uniform_and_in_the_published_order() -> None:

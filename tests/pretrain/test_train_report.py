@@ -77,7 +77,7 @@ def test_the_first_screen_says_whether_it_learned(tmp_path: Path) -> None:
     text = page(run_folder(tmp_path))
     first = text[: text.index("<nav>")]
     assert "<b>50.0%</b> k-NN accuracy" in first
-    assert "It learned: 20.0% at step 0, and now above what needs no learning." in first
+    assert "It learned: 20.0% at step 0, now above what needs no learning." in first
     assert "raw pixels 36.0%, untrained features 24.0%" in first
     assert "<dd>20</dd><dt>steps</dt>" in first
 

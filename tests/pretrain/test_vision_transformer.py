@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from timm.models import eva
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -315,6 +317,34 @@ def test_local_norm_acts_on_the_prefix_of_local_crops_in_training_only() -> None
     torch.testing.assert_close(quiet[1].cls, model.norm(raw.cls), atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(loud[1].cls, model.local_cls_norm(raw.cls), atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(loud[1].registers, model.local_cls_norm(raw.registers), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_every_parameter_has_a_gradient_without_masks() -> None:
+    """DDP waits for all of them, the mask token too."""
+    model = small("dinov3_tiny", untied_local_norm=True).train()
+    features = model([pixels((32, 32)), pixels((16, 16))], local=[False, True])
+    sum(joined(f).pow(2).sum() for f in features).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+def test_blocks_compile_whole_and_checkpoint(backend: str) -> None:
+    """With noise and stochastic depth: one graph without breaks, and recomputation, give the same gradients."""
+    crops = [pixels((32, 32), 4), pixels((16, 16), 6)]
+    gradients = []
+    for way in ("eager", "compiled", "recomputed"):
+        model = small("dinov3_tiny", depth=1, drop_path=0.3, rope_rescale=2.0, attention=backend).train()
+        block = model.blocks[0]
+        if way == "compiled":
+            block.compile(backend="aot_eager", fullgraph=True)
+        if way == "recomputed":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        features = model(crops, generator=torch.Generator().manual_seed(0))
+        sum(joined(f).pow(3).mean() for f in features).backward()
+        gradients.append(block.attn.qkv.weight.grad)
+    assert gradients[0].abs().max() > 1e-3
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=TOLERANCE, rtol=1e-4)
 
 
 MILLIONS = {

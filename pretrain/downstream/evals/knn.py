@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.downstream.evals.labelled import batches
+from pretrain.models.vision_transformer import VisionTransformer
 
 BASELINES = ("pixels", "random")
 _PIXELS = 16  # side of the thumbnail of the pixel baseline
@@ -148,7 +149,9 @@ def extract(features: Features, config: KnnConfig, split: str, device: torch.dev
     return torch.cat(rows) if rows else torch.empty(0, 1, device=device), names
 
 
-def backbone_features(backbone: nn.Module, mean: Sequence[float], std: Sequence[float], bfloat16: bool) -> Features:
+def backbone_features(
+    backbone: VisionTransformer, mean: Sequence[float], std: Sequence[float], bfloat16: bool
+) -> Features:
     """The unit CLS token of a backbone in eval mode.
 
     Args:
@@ -172,7 +175,7 @@ def pixel_features(images: Tensor) -> Tensor:
     return flat - flat.mean(dim=1, keepdim=True)
 
 
-def random_like(backbone: nn.Module, seed: int = 0) -> nn.Module:
+def random_like(backbone: VisionTransformer, seed: int = 0) -> VisionTransformer:
     """A backbone of the same form with freshly drawn weights: what its features are worth without training.
 
     Layer scales are 1, not their first value of 1e-5, at which the CLS token is the same for every image and the

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
 from pretrain.downstream.evals.labelled import eval_crop, samples
 from pretrain.downstream.pca import write_pictures
+from pretrain.models.vision_transformer import VisionTransformer
 
 
-def run(backbone: nn.Module, config: Mapping[str, Any], folder: Path, step: int) -> dict[str, float]:
+def run(backbone: VisionTransformer, config: Mapping[str, Any], folder: Path, step: int) -> dict[str, float]:
     """Evaluate one backbone.
 
     Args:
-        backbone: VisionTransformer in eval mode, whole on this rank.
+        backbone: in eval mode, whole on this rank.
         config: the fields of EvaluationConfig, and `mean` and `std` of pixel values from 0 to 1.
         folder: the run folder.
 
@@ -56,7 +57,7 @@ def run(backbone: nn.Module, config: Mapping[str, Any], folder: Path, step: int)
 
 
 def _baselines(
-    backbone: nn.Module, config: Mapping[str, Any], knn: KnnConfig, folder: Path, device: torch.device
+    backbone: VisionTransformer, config: Mapping[str, Any], knn: KnnConfig, folder: Path, device: torch.device
 ) -> dict[str, float]:
     """Accuracy of pixels and of an untrained backbone: computed when asked for first, then read."""
     path = folder / "baselines.json"

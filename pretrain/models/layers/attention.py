@@ -5,6 +5,7 @@ size ("sdpa"), or one for all in packed form ("varlen", "xformers").
 """
 
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,6 +185,8 @@ def attend_packed(heads: Sequence[Heads], layout: Layout, backend: str) -> Tenso
         attention = importlib.import_module("xformers.ops").memory_efficient_attention
         return attention(q[None], k[None], v[None], attn_bias=layout.bias)[0].flatten(1)
     if layout.boundaries is not None:
+        if q.dtype == torch.float32:
+            raise ValueError("attention=varlen has no float32 kernel on CUDA; train in bfloat16 or use attention=sdpa.")
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(q, k, v, layout.boundaries, layout.boundaries, layout.longest, layout.longest)

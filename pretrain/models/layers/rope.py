@@ -73,8 +73,9 @@ def _cached_tables(rope: Rope, h: int, w: int, num_prefix_tokens: int, device: t
 
 def tables(rope: Rope, grid: tuple[int, int], num_prefix_tokens: int, device: torch.device) -> Tensor:
     """The noiseless table of a grid, [2, num_prefix_tokens + h * w, head_dim / 2]; made once per grid and device."""
-    # Under a tracer the result is no tensor to keep.
-    make = _cached_tables.__wrapped__ if torch.compiler.is_compiling() else _cached_tables
+    # Under a tracer or in fake mode the result is no tensor to keep, nor is a kept one of use.
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+    make = _cached_tables.__wrapped__ if traced else _cached_tables
     return make(rope, *grid, num_prefix_tokens, device)
 
 

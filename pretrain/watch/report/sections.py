@@ -73,9 +73,7 @@ def verdict(run: RunRecord) -> tuple[str, str]:
         if len(scored) == 1:
             said = "One evaluation so far."
         elif last["knn"] > max(best, first["knn"]):
-            said = (
-                f"It learned: from {percent(first['knn'])} at step {first['step']:,}, and above what needs no learning."
-            )
+            said = f"It learned: {percent(first['knn'])} at step {first['step']:,}, now above what needs no learning."
         elif last["knn"] > first["knn"]:
             said = f"It is learning, but not yet above what needs none: from {percent(first['knn'])}."
         else:
@@ -165,7 +163,7 @@ def speed(run: RunRecord) -> str:
 
 
 def schedules(run: RunRecord) -> str:
-    known = ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temperature", "gram_weight")
+    known = ("lr", "last_layer_lr", "weight_decay", "teacher_momentum", "teacher_temperature")
     return _plots(run, [(name, "c5") for name in known])
 
 
