@@ -17,7 +17,7 @@ import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
 from lightly.models.utils import random_block_mask, update_drop_path_rate, update_momentum
-from lightly.transforms import DINOTransform
+from lightly.transforms.dino_transform import DINOTransform
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule, linear_warmup_schedule
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

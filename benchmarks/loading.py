@@ -6,7 +6,7 @@ One image is a 500 x 375 JPEG of quality 95; it becomes 2 x 224 and 8 x 96 pixel
 decodes, torchvision (v2, on Pillow images) cuts and distorts each crop, floats come out. Ours: a batch of the loader,
 from tar to uint8 crops, parameters and masks ("colours on the device"); and the same followed by `prepare` on the
 processor, so that the same floats come out ("everything on the processor"). Images are drawn on the spot, or
-photographs of SEEDBED_DATA enlarged, where that is set.
+photographs of SEEDBED_DATA enlarged, where that is set. Processor time is measured, as other jobs may run beside.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main() -> None:
         write_shard(Path(folder) / "images.tar", contents)
         steps = make_steps(folder, options.images)
         rates = compare(paths(steps, contents), options.images, options.repeats)
-    print(
-        f"{options.images} images, {SIZE[0]} x {SIZE[1]} JPEG, {source}; {len(contents[0]) // 1000} kB the first; one thread"
-    )
+    print(f"{options.images} images, {SIZE[0]} x {SIZE[1]} JPEG, {source}; one thread, by processor time")
     print(f"{'path':36} {'img/s, median':>14} {'best':>8} {'x published':>12}")
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates[PUBLISHED], strict=True))

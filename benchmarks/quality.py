@@ -115,10 +115,10 @@ def knn_config(config: TrainConfig) -> KnnConfig:
 
 def first_phase_only(config: TrainConfig) -> TrainConfig:
     """All steps of the run in its first phase."""
-    first, *others = config.phases
+    first, *others = config.phase_names
     if not others:
         raise ValueError(f"{NO_HIGH_RESOLUTION} needs a config with a second phase, found only {first!r}.")
-    return replace(config, phases={first: {**(config.phases[first] or {}), "steps": total_steps(config)}})
+    return replace(config, phases={first: {**(config.phases.get(first) or {}), "steps": total_steps(config)}})
 
 
 def train_ours(config: TrainConfig, out: Path) -> Callable[[Tensor], Tensor]:
@@ -134,7 +134,7 @@ def train_lightly(config: TrainConfig, out: Path, *, example: bool = False) -> C
     print(versions(), file=sys.stderr)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    first = config.phase(next(iter(config.phases)))
+    first = config.phase(config.phase_names[0])
     num_steps = total_steps(config)
     peer = LightlyDinov2(first, example)
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:

@@ -86,7 +86,9 @@ class HeadConfig:
     bottleneck_dim: int = 256
     num_layers: int = 3
     weight_norm: bool = True
-    """prototypes of learned length and free direction, as in DINOv2; false: a plain linear layer, as in DINOv3"""
+    """prototypes as a length and a direction, as in DINOv2; false: a plain linear layer, as in DINOv3"""
+    train_lengths: bool = True
+    """false: lengths of weight-normed prototypes stay 1, as in DINO; steadier at small batches"""
 
 
 @dataclass(frozen=True, kw_only=True)

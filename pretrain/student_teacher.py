@@ -65,6 +65,7 @@ def build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:
         num_prototypes=config.num_prototypes,
         num_layers=config.num_layers,
         weight_norm=config.weight_norm,
+        train_lengths=config.train_lengths,
     )
 
 

@@ -2,7 +2,7 @@
 
     crops = multi_crop(open_image(Path("photo.jpg").read_bytes()), CropsConfig(), np.random.default_rng(0))
 
-gives `crops.global_crops` [2, 3, 224, 224], `crops.local_crops` [8, 3, 96, 96] and, for each crop, what
+gives `crops.global_crops`, two of [3, 224, 224], `crops.local_crops`, eight of [3, 96, 96], and, for each crop, what
 `photometric` (photometric.py) is to do to its colours on the training device. Boxes are drawn first, so the image is
 decoded no larger than its crops need; each crop is one antialiased resize. DINOv2 and DINOv3 multi-crop:
 arXiv:2304.07193, arXiv:2508.10104; boxes as torchvision's RandomResizedCrop draws them.
@@ -120,14 +120,14 @@ class CropsConfig:
 
 @dataclass(frozen=True)
 class Crops:
-    """What one image becomes: uint8, channels last in memory. The parameters have a row for each crop."""
+    """What one image becomes, uint8. The parameters have a row for each crop."""
 
-    global_crops: Tensor
-    """[V, 3, H, W]"""
-    local_crops: Tensor
-    """[L, 3, h, w]"""
-    gram_crops: Tensor | None
-    """[V, 3, G, G]: the global crops' boxes, never distorted"""
+    global_crops: list[Tensor]
+    """V of [3, H, W]"""
+    local_crops: list[Tensor]
+    """L of [3, h, w]"""
+    gram_crops: list[Tensor]
+    """V of [3, G, G], or none: the global crops' boxes, never distorted"""
     global_photometric: Photometric
     local_photometric: Photometric
 
@@ -161,22 +161,20 @@ def multi_crop(
     pixels = image.decode(scale=min(1.0, float((sides[:, None] / boxes[:, 2:]).max())))
     boxes = _scaled(boxes, pixels.shape[0] / image.height, pixels.shape[1] / image.width)
 
-    def cut(first: int, stop: int, side: int) -> Tensor:
-        crops = torch.empty(stop - first, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for crop, box, flip in zip(crops, boxes[first:stop], flips[first:stop], strict=True):
-            top, left, height, width = box
-            # Contiguous, channels last: torch has its fast kernel for that alone.
+    def cut(first: int, stop: int, side: int) -> list[Tensor]:
+        crops = []
+        for (top, left, height, width), flip in zip(boxes[first:stop], flips[first:stop], strict=True):
+            # A contiguous source, channels last, takes torch's fastest kernel; what comes out is channels first.
             region = torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
-            resized = F.interpolate(
-                region.permute(2, 0, 1)[None], (side, side), mode=config.interpolation, antialias=True
-            )
-            crop.copy_((resized.flip(-1) if flip else resized)[0])
+            region = region.permute(2, 0, 1)[None]
+            resized = F.interpolate(region, (side, side), mode=config.interpolation, antialias=True)
+            crops.append((resized.flip(-1) if flip else resized)[0])
         return crops
 
     return Crops(
         global_crops=cut(0, NUM_GLOBAL_CROPS, sizes.global_px),
         local_crops=cut(NUM_GLOBAL_CROPS, len(boxes), sizes.local_px),
-        gram_crops=cut(0, NUM_GLOBAL_CROPS, sizes.gram_px) if sizes.gram_px else None,
+        gram_crops=cut(0, NUM_GLOBAL_CROPS, sizes.gram_px) if sizes.gram_px else [],
         global_photometric=photometric[:NUM_GLOBAL_CROPS],
         local_photometric=photometric[NUM_GLOBAL_CROPS:],
     )

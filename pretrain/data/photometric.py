@@ -65,15 +65,15 @@ def photometric(crops: Tensor, parameters: Photometric) -> Tensor:
 
 
 def to_float(crops: Tensor) -> Tensor:
-    """uint8 [n, 3, H, W] in any memory layout -> float32 in 0..1, channels first."""
-    return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    """uint8 -> float32 in 0..1."""
+    return crops.float().div_(255)
 
 
 def normalize(x: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """(x - mean) / std for each channel of x [n, 3, H, W] in 0..1, in place."""
-    shift = torch.tensor(mean, dtype=x.dtype)[:, None, None]
-    scale = torch.tensor(std, dtype=x.dtype)[:, None, None]
-    return x.sub_(_to(shift, x)).div_(_to(scale, x))
+    """(x - mean) / std for each channel of x [n, 3, H, W] in 0..1."""
+    scale = torch.tensor(std, dtype=x.dtype)[:, None, None].reciprocal()
+    shift = -torch.tensor(mean, dtype=x.dtype)[:, None, None] * scale
+    return torch.addcmul(_to(shift, x), x, _to(scale, x))
 
 
 def luma(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def blend(x: Tensor, factor: Tensor, to_mean: Tensor, to_gray: Tensor) -> Tensor
     mean = gray.mean(dim=(2, 3), keepdim=True)
     rest = _column(1 - factor, x)
     anchor = gray.mul_(rest * _column(to_gray, x)).add_(mean * (rest * _column(to_mean, x)))
-    return (x * _column(factor, x)).add_(anchor).clamp_(0, 1)
+    return torch.addcmul(anchor, x, _column(factor, x)).clamp_(0, 1)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Prototypes(nn.Module):
-    """The last layer: K directions, plain (DINOv3) or weight-normed with a trainable length (DINOv2)."""
+    """The last layer: K directions, plain (DINOv3), or weight-normed with lengths that train (DINOv2) or stay 1 (DINO)."""
 
-    def __init__(self, dim: int, num_prototypes: int, weight_norm: bool) -> None:
+    def __init__(self, dim: int, num_prototypes: int, weight_norm: bool, train_lengths: bool) -> None:
         super().__init__()
         self.dim, self.num_prototypes = dim, num_prototypes
         self.weight_norm = weight_norm
         if weight_norm:
-            self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+            self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1), requires_grad=train_lengths)
             self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
         else:
             self.weight = nn.Parameter(torch.empty(num_prototypes, dim))
@@ -44,6 +44,8 @@ class ProjectionHead(nn.Module):
     Args:
         num_layers: linear layers of the MLP, at least 1; the last has `bottleneck_dim` outputs.
         weight_norm: the last layer of DINOv2, else that of DINOv3.
+        train_lengths: of weight-normed prototypes. Fixed lengths of 1, as in DINO (arXiv:2104.14294, `norm_last_layer`), keep
+            a short run at a small batch from shrinking its logits until all targets are uniform.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ProjectionHead(nn.Module):
         num_prototypes: int,
         num_layers: int = 3,
         weight_norm: bool = False,
+        train_lengths: bool = True,
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -64,7 +67,7 @@ class ProjectionHead(nn.Module):
             layers += [nn.Linear(width, following), nn.GELU()]
         # One layer alone has the released name `mlp.weight`, not `mlp.0.weight`.
         self.mlp = nn.Sequential(*layers[:-1]) if num_layers > 1 else layers[0]
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, weight_norm)
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, weight_norm, train_lengths)
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -80,7 +80,7 @@ class Metrics:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVALUATIONS, ALARMS):
-            drop_after(folder / name, start_step)
+            drop_after(folder / name, start_step or -1)  # a start from nothing evaluates step 0 again
         append_line(folder / SESSIONS, {"step": start_step, "time": time.time(), **machine(device)})
         if config.tensorboard:
             self._writers.append(TensorBoardWriter(folder, start_step))

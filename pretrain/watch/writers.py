@@ -25,7 +25,7 @@ class TensorBoardWriter:
             raise ValueError(
                 "watch.tensorboard=true needs the package tensorboard: pip install tensorboard, or set it to false."
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

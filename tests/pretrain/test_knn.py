@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.downstream.evals.knn import KnnConfig, evaluate, extract, knn_accuracy, knn_votes, main, pixel_features
+from pretrain.checkpoint import write_teacher
+from pretrain.downstream.evals.knn import (
+    KnnConfig,
+    evaluate,
+    extract,
+    knn_accuracy,
+    knn_votes,
+    main,
+    pixel_features,
+    random_like,
+)
 from pretrain.downstream.evals.labelled import batches, eval_crop, samples, shard_paths
+from pretrain.models.architectures import build
 from tests.conftest import encoded, picture, write_tar
 
 CPU = torch.device("cpu")
@@ -150,6 +161,26 @@ def test_command_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (result["num_train"], result["num_val"], result["num_classes"]) == (12, 6, 3)
     assert main(["--train", "x", "--val", "y"]) == 2
     assert "ask for --baseline pixels" in capsys.readouterr().err
+
+
+def test_command_loads_a_trained_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled_tar(tmp_path / "set.tar", 6)
+    model = build("dinov3_tiny", depth=1)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = random_like(model)  # with layer scales at which images differ
+    description = {
+        "architecture": "dinov3_tiny",
+        "model": {"depth": 1},
+        "image": {"mean": [0.5] * 3, "std": [0.25] * 3, "px": 32},
+    }
+    write_teacher(tmp_path / "teacher", {f"backbone.{k}": v for k, v in model.state_dict().items()}, description)
+    tar = str(tmp_path / "set.tar")
+    for baseline in ([], ["--baseline", "random"]):
+        assert main([f"{tmp_path}/teacher", "--train", tar, "--val", tar, "--k", "1", *baseline]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["accuracy"] == 1.0  # each image is its own neighbour
+        assert result["config"]["px"] == 32
+    assert result["features"] == "random"
 
 
 def test_pixels_reach_the_floors_of_the_data_pack(real_data: Path) -> None:

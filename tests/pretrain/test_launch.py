@@ -124,7 +124,7 @@ def test_failed_job_says_so(counting: Path) -> None:
 
 TRAINING = """
 global_batch_size: 4
-steps: 60
+steps: 30
 precision: float32
 model: {architecture: dinov3_tiny, depth: 1}
 heads:
@@ -168,7 +168,7 @@ def test_real_training_on_two_ranks_continues_and_ends_as_if_undisturbed(
     assert main([*arguments("undisturbed"), *asked]) == FINISHED
     teachers = [load_file(tmp_path / run / "teacher" / "teacher.safetensors") for run in ("disturbed", "undisturbed")]
     assert all(torch.equal(teachers[0][name], value) for name, value in teachers[1].items())
-    assert load_backbone(tmp_path / "disturbed").description["step"] == 60
+    assert load_backbone(tmp_path / "disturbed").description["step"] == 30
 
 
 def test_dry_run_prints_plan_and_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,12 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(tmp_path / SESSIONS)] == [0, 3]
 
 
+def test_a_start_from_nothing_leaves_no_earlier_line(tmp_path: Path) -> None:
+    Metrics(tmp_path, WatchConfig(), CPU).evaluation(0, {"knn": 0.1})  # killed before the first checkpoint
+    Metrics(tmp_path, WatchConfig(), CPU).evaluation(0, {"knn": 0.1})
+    assert read_lines(tmp_path / EVALUATIONS) == [{"step": 0, "knn": 0.1}]
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     append_line(tmp_path / "a.jsonl", {"step": 1, "loss": float("nan"), "b": float("inf"), "c": 1.5})
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"step": 1, "loss": None, "b": None, "c": 1.5}

@@ -157,7 +157,7 @@ def points(chart: str) -> np.ndarray:
 
 def test_a_straight_line_is_straight_from_corner_to_corner() -> None:
     found = points(line_chart("t", [Curve("a", "c1", [0, 10, 20], [0.0, 1.0, 2.0])], from_zero=True))
-    assert found[:, 0].tolist() == [48, 238, 428]
+    assert found[:, 0].tolist() == [48, 233, 418]
     assert np.diff(found[:, 1]) == pytest.approx([-79.2, -79.2], abs=0.1)  # 168 px hold 2.12
     assert found[0, 1] == 182
 

@@ -327,6 +327,8 @@ def test_every_parameter_has_a_gradient_without_masks() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own look at a block's input
 @pytest.mark.parametrize("backend", ["sdpa", "varlen"])
 def test_blocks_compile_whole_and_checkpoint(backend: str) -> None:
     """With noise and stochastic depth: one graph without breaks, and recomputation, give the same gradients."""

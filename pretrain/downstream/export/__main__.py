@@ -1,7 +1,8 @@
 """Hand a backbone over: python -m pretrain.downstream.export CHECKPOINT OUT --format huggingface|safetensors
 
 CHECKPOINT is a run folder, a step-* checkpoint, a teacher folder, an export, or a released .pth with --architecture.
-`key=value` changes how the model is run (position_antialias=true). Exports are refused when features differ from ours by more than 1e-5.
+`key=value` changes how the model is run (position_antialias=true). An export whose features differ from ours by more
+than 1e-5 is refused.
 """
 
 import argparse
@@ -19,7 +20,7 @@ log = logging.getLogger("seedbed.export")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.downstream.export",
-        description="Write the backbone of a checkpoint as a folder for others, and check that it gives the same features.",
+        description="Write the backbone of a checkpoint as a folder for others; check that it gives the same features.",
     )
     parser.add_argument("checkpoint")
     parser.add_argument("out", help="folder to write; must not exist")

@@ -19,7 +19,7 @@ tokens = model(**processor(images=image, return_tensors="pt")).last_hidden_state
 cls, patches = tokens[:, 0], tokens[:, {prefix}:]
 ```
 
-To embed a pool of images for curation: `encoder: hf:FOLDER`. In this project, with registers and heads named:
+To embed a pool of images for curation: `embed.encoder=hf:FOLDER`. In this project, with registers and heads named:
 """
 _USE_OURS = """```python
 from pretrain.downstream.backbone import load_backbone

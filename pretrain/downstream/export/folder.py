@@ -52,7 +52,9 @@ def write_checked(backbone: Backbone, heads: dict[str, Any], out: Path, format_:
                 save_file(heads, folder / "heads.safetensors", metadata={"format": "pt"})
             compared = [str(difference) for difference in check_folder(folder, backbone)]
         (folder / "README.md").write_text(model_card(backbone, heads, format_, compared), encoding="utf-8")
-        folder.chmod(0o755)  # mkdtemp lets nobody else in
+        folder.chmod(0o755)  # mkdtemp and safetensors let nobody else in
+        for file in folder.iterdir():
+            file.chmod(0o644)
         folder.rename(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

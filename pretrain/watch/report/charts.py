@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _WIDTH, _HEIGHT = 440, 210
-_LEFT, _TOP, _RIGHT, _BOTTOM = 48, 14, 428, 182
+_LEFT, _TOP, _RIGHT, _BOTTOM = 48, 14, 418, 182
 _POINTS = 360  # of one curve: more than the pixels that it gets say nothing
 _SMOOTHED = 40  # windows across a smoothed curve
 
@@ -107,9 +107,11 @@ def line_chart(
                 f"<title>step {step:,.0f}: {form.format(value)}</title></circle>"
                 for a, b, step, value in zip(x(steps), y(values), steps, values, strict=True)
             ]
+    alone = len(drawn) == 1 and not levels  # then the title has said what it is
+    names = ["last" if alone else _clean(curve.name) for curve, _, _ in drawn]
     legend = "".join(
-        f'<li><i class="line {curve.colour}"></i>{_clean(curve.name)} <b>{form.format(values[-1])}</b></li>'
-        for curve, _, values in drawn
+        f'<li><i class="line {curve.colour}"></i>{name} <b>{form.format(values[-1])}</b></li>'
+        for name, (curve, _, values) in zip(names, drawn, strict=True)
     ) + "".join(
         f'<li><i class="line dashed {level.colour}"></i>{_clean(level.name)} <b>{form.format(level.value)}</b></li>'
         for level in levels

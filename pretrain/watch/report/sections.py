@@ -90,7 +90,7 @@ def at_a_glance(run: RunRecord) -> str:
     seconds = sum(line.get("seconds", 0) for line in run.metrics)
     cards = [("steps", f"{run.last_step:,}")]
     if run.metrics and run.metrics[-1].get("images"):
-        cards.append(("images seen", short_number(run.metrics[-1]["images"])))
+        cards.append(("images seen", short_number(float(f"{run.metrics[-1]['images']:.3g}"))))
     cards.append(("time in training", duration(seconds)))
     for name, words, form in (
         ("images_per_second", "images per second", rate),
@@ -187,7 +187,9 @@ def words(name: str) -> str:
     """`loss/dino_global` -> `loss: dino global`."""
     known = {"lr": "learning rate", "mfu": "MFU", "data_wait": "waiting for data", "memory_mib": "memory, MiB"}
     known |= {"loss": "loss, weighted sum", "feature_std": "feature spread", "images_per_second": "images per second"}
-    return known.get(name, name.replace("/", ": ").replace("_", " "))
+    start, slash, rest = name.partition("/")
+    start = {"kl": "divergence of student from teacher", "grad_norm": "gradient norm"}.get(start, start)
+    return known.get(name, f"{start}{': ' if slash else ''}{rest}".replace("_", " "))
 
 
 def alarms(run: RunRecord) -> str:
