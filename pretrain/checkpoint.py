@@ -251,6 +251,7 @@ def write_teacher(folder: Path, state: Mapping[str, Tensor], config: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "teacher.safetensors.partial"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    partial.chmod(0o644)  # safetensors lets nobody else in
     partial.replace(folder / "teacher.safetensors")
     _write_json(folder / "config.json.partial", config)
     (folder / "config.json.partial").replace(folder / "config.json")

@@ -217,7 +217,8 @@ def start_position(config: TrainConfig, data: Mapping[str, str], checkpoints: Ch
     if latest is None:
         return Position()
     meta = read_manifest(latest)["meta"]
-    asked, found = flat(asdict(config)), flat(meta["config"])
+    # A setting that an older version did not have is taken at its default.
+    asked, found = flat(asdict(config)), flat(asdict(TrainConfig())) | flat(meta["config"])
     for key in sorted(asked.keys() | found.keys()):
         if key.split(".")[0] not in _FREE and asked.get(key) != found.get(key):
             raise ValueError(

@@ -31,7 +31,7 @@ from pretrain.distributed.fsdp import full_tensors
 from pretrain.phase import Phase, fresh_network, start_phase, start_position
 from pretrain.watch.alarms import AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
-from pretrain.watch.flops import peak_flops
+from pretrain.watch.flops import measured_peak_flops, peak_flops
 from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.metrics import Metrics
 from pretrain.watch.progress import TrainProgress
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_train_config(asked.config, asked.overrides, asked.shards)
         if asked.dry_run:
-            print(plan.describe(config))
+            print(plan.describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return FINISHED
         if asked.out is None:
             raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
@@ -99,6 +99,8 @@ class Run:
             drop_after(out / "skipped.jsonl", self.position.global_step)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
+        if not self.peak:  # a CPU: what a matrix product reaches here, now
+            self.peak = measured_peak_flops(device, getattr(torch, config.precision))
         self.metrics = Metrics(
             out if self.is_first else None,
             config.watch,
@@ -133,7 +135,7 @@ class Run:
         while self.position.step < config.steps:
             with self.metrics.waiting():
                 batch = next(batches)
-            due = self.metrics.is_due(self.position.global_step + 1)
+            due = self.metrics.is_due(self.position.global_step + 1) or self.position.step + 1 == config.steps
             watched = phase.step(batch, self.position.step, diagnose=due)
             values = phase.values(self.position.step)
             self.position = self.position.next_step()
@@ -151,10 +153,10 @@ class Run:
                     self.progress.message(f"alarm at step {step}: {alarm.message}")
             self.progress.advance(step, name)
             stop = collectives.any_over_ranks(bool(self.asked_to_stop))
+            if self.config.evaluation.is_due(step, total_steps(self.config)):
+                self._evaluate(phase)  # before the save, so that a run killed here does not lose it
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
                 self._save(phase)
-            if self.config.evaluation.is_due(step, total_steps(self.config)):
-                self._evaluate(phase)
             if stop and self.position.step < config.steps:
                 self.checkpoints.wait()
                 self.progress.message(f"stopped as asked at step {step}; the same command continues.")

@@ -69,7 +69,7 @@ def read_state(path: Path, part: str) -> dict[str, Tensor]:
         ValueError: no such file or folder, or nothing in it that holds a network.
     """
     if path.is_file() and path.suffix in _RELEASED:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = state.get("teacher", state.get("model", state))
         return (
             state

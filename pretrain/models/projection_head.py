@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Prototypes(nn.Module):
-    """The last layer: K directions, plain (DINOv3), or weight-normed with lengths that train (DINOv2) or stay 1 (DINO)."""
+    """The last layer: K directions, plain (DINOv3) or weight-normed, with lengths that train (DINOv2) or stay (DINO)."""
 
     def __init__(self, dim: int, num_prototypes: int, weight_norm: bool, train_lengths: bool) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class ProjectionHead(nn.Module):
     Args:
         num_layers: linear layers of the MLP, at least 1; the last has `bottleneck_dim` outputs.
         weight_norm: the last layer of DINOv2, else that of DINOv3.
-        train_lengths: of weight-normed prototypes. Fixed lengths of 1, as in DINO (arXiv:2104.14294, `norm_last_layer`), keep
-            a short run at a small batch from shrinking its logits until all targets are uniform.
+        train_lengths: of weight-normed prototypes. Lengths that stay 1, as in DINO (arXiv:2104.14294), keep a short run
+            at a small batch from shrinking its logits until all targets are uniform.
     """
 
     def __init__(

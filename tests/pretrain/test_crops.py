@@ -212,6 +212,7 @@ def crop_figures(crops: torch.Tensor) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blur", ["as_released", "as_intended"])
 def test_the_fast_path_has_the_statistics_of_the_reference(blur: str) -> None:
     """Mean and variance over 250 draws of an image, of each figure of each of the crops, within sampling error."""

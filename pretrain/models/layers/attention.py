@@ -71,7 +71,7 @@ def make_layout(groups: Sequence[tuple[int, int]], backend: str, device: torch.d
 class Attention(nn.Module):
     """Self-attention with parameters `qkv` and `proj`.
 
-    `mask_key_bias` keeps the key third of the bias out of the sum: it cannot change a softmax over keys, and so would
+    `mask_key_bias` keeps the key third of the bias out of the sum: without rotary positions it cannot change a softmax over keys, and so would
     only drift (LinearKMaskedBias of DINOv3).
     """
 
