@@ -2,10 +2,21 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-fast check bench clean
+.PHONY: demo demo-curation test test-fast check bench clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.curation
+# Raw pool -> shards -> a small backbone -> Hugging Face folder -> the pool again, embedded with that backbone.
+demo: .venv/.curation,pretrain,export
+	$(PY) -m curation.run --seed demo
+	$(PY) -m pretrain.train --config demo --shards runs/demo/shards --out runs/demo-train
+	rm -rf runs/demo-teacher
+	$(PY) -m pretrain.downstream.export runs/demo-train runs/demo-teacher --format huggingface
+	$(PY) -m curation.run --config demo --pool 'runs/demo/demo/pool/*.tar' --seed runs/demo/demo/seed \
+	    --evaluation runs/demo/demo/evaluation --out runs/demo-again embed.encoder=hf:runs/demo-teacher
+	$(PY) -m curation.demo_figures runs/demo/demo/truth.csv runs/demo runs/demo-train runs/demo-again
+
+# Its first line alone: no torch.
+demo-curation: .venv/.curation
 	$(PY) -m curation.run --seed demo
 
 test: .venv/.dev

@@ -9,6 +9,7 @@ COMMANDS = (
     ["-m", "benchmarks.hierarchy"],
     ["-m", "benchmarks.dedup", "million"],
     ["-m", "benchmarks.dedup", "growth"],
+    ["-m", "benchmarks.loading"],
 )
 
 

@@ -5,8 +5,9 @@
     python -m benchmarks.train_step --drop-path 0.3 --architecture dinov3_vits16 --only seedbed
 
 ViT-S/16, 2 x 224 + 8 x 96 px, separate heads, one fixed batch: forwards of teacher and student, losses, backward,
-clip, AdamW, EMA. Contenders take turns, so a noisy neighbour hits all alike; median and least of `--rounds` after two
-warm-ups. Ours also distorts the colours of its uint8 crops inside the step; the others get theirs ready-made.
+clip, AdamW, EMA. Ours also distorts the colours of its uint8 crops inside the step; the others get theirs ready-made.
+Contenders take turns, so a noisy neighbour hits all alike; median and least of `--rounds` after two warm-ups, and
+processor seconds over all threads, which a busy machine moves least (best with --threads 1).
 lightly runs as in benchmarks/lightly_dinov2.py. lightly-train (AGPL: it is run, and nothing of it is here) takes part
 where it is installed: put it into an environment of its own that sees this one's packages, and start from there. It
 takes the same sizes, separate heads and Sinkhorn-Knopp; its Trainer is left out, whose part it is to call these steps.
@@ -16,7 +17,6 @@ import argparse
 import ctypes
 import importlib.util
 import io
-import math
 import multiprocessing
 import os
 import random
@@ -166,14 +166,14 @@ BUILD: dict[str, Callable[[TrainConfig], Step]] = {
 }
 
 
-def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, `rounds` each after the warm-ups."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of each contender's steps, `rounds` each after the warm-ups."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(WARM_UPS + rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
     return {name: values[WARM_UPS:] for name, values in seconds.items()}
 
 
@@ -313,22 +313,20 @@ def prepare_process(threads: int) -> None:
 def compare(asked: argparse.Namespace, names: list[str], prototypes: int, batch: int, precision: str) -> None:
     config = train_config(asked, prototypes, batch, precision)
     seconds = take_turns({name: BUILD[name](config) for name in names}, asked.rounds)
-    memory = {name: math.nan if asked.no_memory else peak_growth_mib(name, config, asked.threads) for name in names}
-    ours = statistics.median(seconds["seedbed"])
+    ours = statistics.median(wall for wall, _ in seconds["seedbed"])
+    what = f"| {prototypes:,} | {batch} | {precision} |"
     for name, values in seconds.items():
-        median = statistics.median(values)
+        walls, processor = zip(*values, strict=True)
+        median = statistics.median(walls)
+        memory = "" if asked.no_memory else f"{peak_growth_mib(name, config, asked.threads):,.0f}"
         print(
-            f"| {prototypes:,} | {batch} | {precision} | {name} | {median:.2f} | {min(values):.2f} | "
-            f"{batch / median:.2f} | {median / ours:.2f} | {memory[name]:,.0f} |",
+            f"{what} {name} | {median:.2f} | {min(walls):.2f} | {statistics.median(processor):.2f} | "
+            f"{batch / median:.2f} | {median / ours:.2f} | {memory} |",
             flush=True,
         )
     public = PUBLIC_DINOV3.get((batch, prototypes))
-    if public:
-        print(
-            f"| {prototypes:,} | {batch} | float32 | DINOv3, earlier | {public:.2f} | | {batch / public:.2f} | "
-            f"{public / ours:.2f} | |",
-            flush=True,
-        )
+    if public and precision == "float32":
+        print(f"{what} DINOv3, earlier | {public:.2f} | | | {batch / public:.2f} | {public / ours:.2f} | |", flush=True)
 
 
 def main() -> None:
@@ -349,8 +347,8 @@ def main() -> None:
     names = [name for name in here if not asked.only or name in asked.only]
     packages = ["torch", *[name for name in names if name != "seedbed"]]
     print(", ".join(f"{name} {version(name)}" for name in packages), f"; {asked.threads} threads")
-    print("\n| prototypes | batch | precision | step of | median s | least s | images/s | x ours | peak MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| prototypes | batch | precision | step of | median s | least s | CPU s | images/s | x ours | peak MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in asked.batch:
         for prototypes in asked.prototypes:
             for precision in asked.precision:

@@ -1,9 +1,9 @@
 """The demo pool: a small web crawl made on the spot, offline, with known truth.
 
 Twelve concepts of procedural scenes (long-tailed), junk, planted near-duplicates, leaked evaluation pictures and
-damaged files, as plain WebDataset tars; a seed set of some of the concepts; a labelled evaluation set; and
-`truth.csv`. Every picture is a pure function of (seed, its id), so the bytes are the same on every run with the same
-Pillow and NumPy.
+damaged files, as plain WebDataset tars; a seed set of some of the concepts; a labelled evaluation set, and a labelled
+set whose neighbours name its pictures (k-NN); and `truth.csv`. Every picture is a pure function of (seed, its id), so
+the bytes are the same on every run with the same Pillow and NumPy.
 
 Columns of truth.csv, one row for each pool sample (empty where they do not apply):
     key, shard, ext, sha256 (of the image member), width, height (after EXIF);
@@ -35,7 +35,7 @@ from curation.demo_damage import Damaged, damaged_files
 from curation.drawing import draw_junk, draw_scene
 from curation.ops.randomness import hash_shuffle, hash_uint64, hash_uniform
 
-VERSION = 1  # of the recipe: raise it when the same seed gives other bytes
+VERSION = 2  # of the recipe: raise it when the same seed gives other bytes
 SAMPLES_PER_SHARD = 500
 MIN_IMAGES = 100
 
@@ -90,7 +90,9 @@ CAPTIONS = {
 HOSTS = ("photos.example", "cdn.example", "blog.example", "shop.example", "forum.example")
 
 # Ids name pictures and choices; the ranges keep them apart.
-_SEED_IDS, _EVALUATION_IDS, _DAMAGE_IDS, _SAMPLE_IDS, _GROUP_IDS, _ORDER_IDS, _COPY_IDS = (n << 32 for n in range(1, 8))
+_SEED_IDS, _EVALUATION_IDS, _DAMAGE_IDS, _SAMPLE_IDS, _GROUP_IDS, _ORDER_IDS, _COPY_IDS, _LABELLED_IDS = (
+    n << 32 for n in range(1, 9)
+)
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class DemoPaths:
     pool: str
     seed: str
     evaluation: str
+    labelled: str
     truth: Path
 
 
@@ -157,6 +160,7 @@ def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
         pool=str(root / "pool" / "pool-*.tar"),
         seed=str(root / "seed" / "seed-*.tar"),
         evaluation=str(root / "evaluation" / "evaluation-*.tar"),
+        labelled=str(root / "labelled" / "labelled-*.tar"),
         truth=root / "truth.csv",
     )
     recipe = json.dumps({"version": VERSION, "seed": seed, "num_images": num_images}) + "\n"
@@ -171,6 +175,8 @@ def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
     num_evaluation = max(24, num_images // 15)
     evaluation = _labelled(seed, "e", _EVALUATION_IDS, list(CONCEPTS), num_evaluation)
     _write_tar(root / "evaluation" / "evaluation-0000.tar", evaluation)
+    labelled = _labelled(seed, "l", _LABELLED_IDS, list(CONCEPTS), max(24, num_images // 5))
+    _write_tar(root / "labelled" / "labelled-0000.tar", labelled)
     samples = plan_pool(seed, num_images, num_evaluation)
     originals: dict[int, tuple[bytes, str]] = {}
     for start in range(0, num_images, SAMPLES_PER_SHARD):

@@ -69,7 +69,7 @@ def decode(data: bytes) -> Image.Image:
 def test_the_same_seed_gives_the_same_bytes(demo, tmp_path):
     again = make_demo(tmp_path, seed=3, num_images=NUM_IMAGES)
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         assert (tmp_path / file).read_bytes() == (demo.truth.parent / file).read_bytes(), file
     tar = tmp_path / "pool" / "pool-0000.tar"
@@ -124,13 +124,15 @@ def test_labels_stay_out_of_the_pool(demo, pool):
             assert b'"label"' not in members["json"]
     for pattern, concepts in (
         (demo.evaluation, set(CONCEPTS)),
+        (demo.labelled, set(CONCEPTS)),
         (demo.seed, {c for c, shown in CONCEPTS.items() if shown}),
     ):
         labels = {json.loads(members["json"])["label"] for members in samples(pattern).values()}
         assert labels == concepts
     in_pool = {hashlib.sha256(data).hexdigest() for data in map(image_member, pool.values()) if data is not None}
-    seeds = {hashlib.sha256(image_member(members)).hexdigest() for members in samples(demo.seed).values()}
-    assert not in_pool & seeds
+    for pattern in (demo.seed, demo.labelled):
+        apart = {hashlib.sha256(image_member(members)).hexdigest() for members in samples(pattern).values()}
+        assert not in_pool & apart
 
 
 def test_every_file_decodes_as_expected(truth, pool):

@@ -101,14 +101,24 @@ def collate(
     positions: Tensor,
     datasets: Tensor,
     skipped: Sequence[Skipped],
+    pixels: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Batch:
-    """Stack B images' crops, crop-major."""
+    """B images' crops as one batch, crop-major.
+
+    Args:
+        pixels: the `empty_crops` that the crops were cut into; without, they are copied.
+    """
+    global_crops, local_crops, gram_crops = pixels or (
+        torch.stack([image.global_crops for image in crops], dim=1),
+        torch.stack([image.local_crops for image in crops], dim=1),
+        torch.stack([image.gram_crops for image in crops], dim=1),
+    )
     return Batch(
         step=step,
         sizes=sizes,
-        global_crops=_stack([image.global_crops for image in crops], sizes.global_px),
-        local_crops=_stack([image.local_crops for image in crops], sizes.local_px),
-        gram_crops=_stack([image.gram_crops for image in crops], sizes.gram_px) if sizes.gram_px else None,
+        global_crops=global_crops,
+        local_crops=local_crops,
+        gram_crops=gram_crops if sizes.gram_px else None,
         global_photometric=Photometric.stack([image.global_photometric for image in crops], dim=1),
         local_photometric=Photometric.stack([image.local_photometric for image in crops], dim=1),
         masks=masks,
@@ -149,10 +159,3 @@ def prepare(
         distorted(batch.local_crops, batch.local_photometric),
         None if batch.gram_crops is None else distorted(batch.gram_crops, None),
     )
-
-
-def _stack(crops: list[list[Tensor]], side: int) -> Tensor:
-    """B images' V crops [3, H, W] -> [V, B, 3, H, W]."""
-    rows = [image[view] for view in range(len(crops[0])) for image in crops]
-    stacked = torch.stack(rows) if rows else torch.empty(0, 3, side, side, dtype=torch.uint8)
-    return stacked.view(len(crops[0]), len(crops), 3, side, side)

@@ -2,13 +2,14 @@
 
     crops = multi_crop(open_image(Path("photo.jpg").read_bytes()), CropsConfig(), np.random.default_rng(0))
 
-gives `crops.global_crops`, two of [3, 224, 224], `crops.local_crops`, eight of [3, 96, 96], and, for each crop, what
+gives `crops.global_crops` [2, 3, 224, 224], `crops.local_crops` [8, 3, 96, 96] and, for each crop, what
 `photometric` (photometric.py) is to do to its colours on the training device. Boxes are drawn first, so the image is
 decoded no larger than its crops need; each crop is one antialiased resize. DINOv2 and DINOv3 multi-crop:
 arXiv:2304.07193, arXiv:2508.10104; boxes as torchvision's RandomResizedCrop draws them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,12 +123,12 @@ class CropsConfig:
 class Crops:
     """What one image becomes, uint8. The parameters have a row for each crop."""
 
-    global_crops: list[Tensor]
-    """V of [3, H, W]"""
-    local_crops: list[Tensor]
-    """L of [3, h, w]"""
-    gram_crops: list[Tensor]
-    """V of [3, G, G], or none: the global crops' boxes, never distorted"""
+    global_crops: Tensor
+    """[V, 3, H, W]"""
+    local_crops: Tensor
+    """[L, 3, h, w]"""
+    gram_crops: Tensor
+    """[V, 3, G, G], or [0, 3, 0, 0] for none: the global crops' boxes, never distorted"""
     global_photometric: Photometric
     local_photometric: Photometric
 
@@ -139,13 +140,29 @@ def step_sizes(config: CropsConfig, seed: int, phase: int, step: int) -> CropSiz
     return sizes[generator(seed, phase, Stream.SIZES, step).choice(len(sizes), p=weights / weights.sum())]
 
 
+def empty_crops(config: CropsConfig, sizes: CropSizes, num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the global, local and Gram crops of images: uint8 [V, B, 3, H, W] each, channels last in memory."""
+    kinds = (
+        (NUM_GLOBAL_CROPS, sizes.global_px),
+        (config.num_local_crops, sizes.local_px),
+        (NUM_GLOBAL_CROPS if sizes.gram_px else 0, sizes.gram_px),
+    )
+    rooms = [torch.empty(views, num_images, px, px, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for views, px in kinds]
+    return rooms[0], rooms[1], rooms[2]
+
+
 def multi_crop(
-    image: EncodedImage, config: CropsConfig, rng: np.random.Generator, sizes: CropSizes | None = None
+    image: EncodedImage,
+    config: CropsConfig,
+    rng: np.random.Generator,
+    sizes: CropSizes | None = None,
+    out: Sequence[Tensor] = (),
 ) -> Crops:
     """Draw boxes, mirrors and colours, decode as small as the boxes allow, cut.
 
     Args:
         sizes: those of the step; by default the first of the config's.
+        out: where in a batch the crops go: one image's [V, 3, H, W] of each of `empty_crops`.
 
     Raises:
         Damaged: the image cannot be decoded.
@@ -161,23 +178,14 @@ def multi_crop(
     pixels = image.decode(scale=min(1.0, float((sides[:, None] / boxes[:, 2:]).max())))
     boxes = _scaled(boxes, pixels.shape[0] / image.height, pixels.shape[1] / image.width)
 
-    def cut(first: int, stop: int, side: int) -> list[Tensor]:
-        crops = []
-        for (top, left, height, width), flip in zip(boxes[first:stop], flips[first:stop], strict=True):
-            # A contiguous source, channels last, takes torch's fastest kernel; what comes out is channels first.
-            region = torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
-            region = region.permute(2, 0, 1)[None]
-            resized = F.interpolate(region, (side, side), mode=config.interpolation, antialias=True)
-            crops.append((resized.flip(-1) if flip else resized)[0])
-        return crops
-
-    return Crops(
-        global_crops=cut(0, NUM_GLOBAL_CROPS, sizes.global_px),
-        local_crops=cut(NUM_GLOBAL_CROPS, len(boxes), sizes.local_px),
-        gram_crops=cut(0, NUM_GLOBAL_CROPS, sizes.gram_px) if sizes.gram_px else [],
-        global_photometric=photometric[:NUM_GLOBAL_CROPS],
-        local_photometric=photometric[NUM_GLOBAL_CROPS:],
-    )
+    out = out or [room[:, 0] for room in empty_crops(config, sizes, num_images=1)]
+    for crops, first in zip(out, (0, NUM_GLOBAL_CROPS, 0), strict=True):
+        for crop, (top, left, height, width), flip in zip(crops, boxes[first:], flips[first:], strict=False):
+            # Channels last, with a batch dimension in front, is what torch's fastest kernel reads and writes.
+            region = torch.from_numpy(pixels[top : top + height, left : left + width])[None].permute(0, 3, 1, 2)
+            resized = F.interpolate(region, crop.shape[1:], mode=config.interpolation, antialias=True)[0]
+            crop.copy_(resized.flip(-1) if flip else resized)
+    return Crops(*out, photometric[:NUM_GLOBAL_CROPS], photometric[NUM_GLOBAL_CROPS:])
 
 
 def draw_boxes(

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.collate import Batch, Skipped, collate
-from pretrain.data.crops import NUM_GLOBAL_CROPS, Crops, CropsConfig, CropSizes, multi_crop, step_sizes
+from pretrain.data.crops import NUM_GLOBAL_CROPS, Crops, CropsConfig, CropSizes, empty_crops, multi_crop, step_sizes
 from pretrain.data.decode import Damaged, ImageLimits, open_image
 from pretrain.data.masks import MaskConfig, step_masks
 from pretrain.data.order import Mixture, SampleOrder
@@ -118,9 +118,10 @@ class Steps(Dataset[Batch]):
         datasets, rows = self.order.batch(step)
         sizes = step_sizes(self.crops, seed, phase, step)
         skipped: list[Skipped] = []
+        pixels = empty_crops(self.crops, sizes, len(self.images))
         crops = [
-            self._crops(step, position, int(datasets[position]), int(rows[position]), sizes, skipped)
-            for position in self.images
+            self._crops(step, position, int(datasets[position]), int(rows[position]), sizes, skipped, out)
+            for position, *out in zip(self.images, *(room.unbind(1) for room in pixels), strict=True)
         ]
         positions = np.array(self.images)
         return collate(
@@ -131,10 +132,18 @@ class Steps(Dataset[Batch]):
             positions=torch.from_numpy(positions),
             datasets=torch.from_numpy(datasets[positions]),
             skipped=skipped,
+            pixels=pixels,
         )
 
     def _crops(
-        self, step: int, position: int, dataset: int, row: int, sizes: CropSizes, skipped: list[Skipped]
+        self,
+        step: int,
+        position: int,
+        dataset: int,
+        row: int,
+        sizes: CropSizes,
+        skipped: list[Skipped],
+        out: Sequence[torch.Tensor],
     ) -> Crops:
         """Crops of the image at a position, or of the first sound one that is drawn instead."""
         reader, reason = self.readers[dataset], ""
@@ -143,7 +152,7 @@ class Steps(Dataset[Batch]):
                 row = self.order.redraw(step, position, dataset, attempt)
             rng = generator(self.order.seed, self.order.phase, Stream.CROPS, step, position, attempt)
             try:
-                return multi_crop(open_image(reader.read(row), self.limits), self.crops, rng, sizes)
+                return multi_crop(open_image(reader.read(row), self.limits), self.crops, rng, sizes, out)
             except Damaged as damage:
                 reason = damage.reason
                 skipped.append(Skipped(self.names[dataset], reader.name(row), reason))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.data.photometric_kernel import distort
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BLUR_TAPS = 9
@@ -58,6 +60,13 @@ def photometric(crops: Tensor, parameters: Photometric) -> Tensor:
     Args:
         parameters: n rows, on the host.
     """
+    if crops.device.type == "cpu":
+        return _on_processor(crops, parameters)
+    return on_device(crops, parameters)
+
+
+def on_device(crops: Tensor, parameters: Photometric) -> Tensor:
+    """`photometric` in torch's operations, all crops at once; on any device."""
     x = _jitter(to_float(crops), parameters)
     x = _on_some(x, parameters.gray, lambda some, _: luma(some).expand_as(some))
     x = _on_some(x, parameters.sigma > 0, lambda some, rows: blur(some, parameters.sigma[rows]))
@@ -66,7 +75,7 @@ def photometric(crops: Tensor, parameters: Photometric) -> Tensor:
 
 def to_float(crops: Tensor) -> Tensor:
     """uint8 -> float32 in 0..1."""
-    return crops.float().div_(255)
+    return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def normalize(x: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
@@ -130,6 +139,14 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     x = F.conv2d(x, kernel[:, None, :, None], groups=groups)
     x = F.pad(x, (reach, reach, 0, 0), mode="reflect")
     return F.conv2d(x, kernel[:, None, None, :], groups=groups).reshape(n, channels, height, width)
+
+
+def _on_processor(crops: Tensor, parameters: Photometric) -> Tensor:
+    """`photometric` compiled for a processor, which has caches to keep a crop in but no bandwidth for many passes."""
+    out = torch.empty(crops.shape)
+    pixels = crops.permute(0, 2, 3, 1).contiguous()
+    distort(pixels.numpy(), *(tensor.numpy() for tensor in parameters.tensors()), out.numpy())
+    return out
 
 
 def _jitter(x: Tensor, parameters: Photometric) -> Tensor:

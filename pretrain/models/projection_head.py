@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Prototypes(nn.Module):
-    """The last layer: K directions, plain (DINOv3) or weight-normed, with lengths that train (DINOv2) or stay (DINO)."""
+    """The last layer: K directions, plain (DINOv3) or weight-normed, lengths trained (DINOv2) or fixed (DINO)."""
 
     def __init__(self, dim: int, num_prototypes: int, weight_norm: bool, train_lengths: bool) -> None:
         super().__init__()

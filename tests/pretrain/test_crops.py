@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,11 +29,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def crop(content: bytes, config: CropsConfig, seed: int = 0, **others) -> SimpleNamespace:
-    """Crops of a kind as one tensor, [V, 3, H, W]."""
-    crops = multi_crop(open_image(content), config, np.random.default_rng(seed), **others)
-    stacked = {name: torch.stack(value) for name, value in vars(crops).items() if isinstance(value, list) and value}
-    return SimpleNamespace(**vars(crops) | stacked)
+def crop(content: bytes, config: CropsConfig, seed: int = 0, **others) -> Crops:
+    return multi_crop(open_image(content), config, np.random.default_rng(seed), **others)
 
 
 def test_the_line_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,10 +42,10 @@ def test_the_line_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(line[1], names)
     crops = names["crops"]
     assert isinstance(crops, Crops)
-    assert [crop.shape for crop in crops.global_crops] == [(3, 224, 224)] * 2
-    assert [crop.shape for crop in crops.local_crops] == [(3, 96, 96)] * 8
-    assert crops.gram_crops == []
-    assert {crop.dtype for crop in crops.global_crops + crops.local_crops} == {torch.uint8}
+    assert crops.global_crops.shape == (2, 3, 224, 224)
+    assert crops.local_crops.shape == (8, 3, 96, 96)
+    assert len(crops.gram_crops) == 0
+    assert crops.global_crops.dtype == crops.local_crops.dtype == torch.uint8
     assert crops.global_photometric.factors.shape == (2, 4)
     assert crops.local_photometric.gray.shape == (8,)
 
@@ -80,7 +76,7 @@ def test_the_whole_image_at_its_own_size_is_itself() -> None:
     crops = crop(encoded(image, "PNG"), config)
     for view in crops.global_crops:
         np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), np.asarray(image))
-    assert crops.local_crops == []
+    assert len(crops.local_crops) == 0
     mirrored = crop(encoded(image, "PNG"), CropsConfig(**{**vars(config), "flip_probability": 1.0}))
     assert torch.equal(mirrored.global_crops, crops.global_crops.flip(-1))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from pretrain.data.photometric import Photometric, blend, blur, luma, normalize, photometric, shift_hue
+from pretrain.data.photometric import Photometric, blend, blur, luma, normalize, on_device, photometric, shift_hue
 from tests.conftest import picture
 
 FACTORS = [0.6, 0.83, 1.0, 1.17, 1.4]
@@ -209,6 +209,35 @@ def test_a_crop_does_not_depend_on_its_batch() -> None:
         torch.testing.assert_close(photometric(x[i : i + 1], chosen[i : i + 1])[0], whole[i], rtol=0, atol=1e-6)
     back = torch.arange(7, -1, -1)
     torch.testing.assert_close(photometric(x[back], chosen[back])[back], whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (48, 40), (7, 5), (9, 17)])
+def test_the_processors_kernel_equals_the_devices_operations(size: tuple[int, int]) -> None:
+    """All orders, all operations on and off, either memory layout; to rounding, but where that crosses solarisation.
+
+    Both compute in float32, so a value within some 1e-6 of the threshold may be inverted in one of them only.
+    """
+    rng = np.random.default_rng(3)
+    count = 48
+    factors = rng.uniform(0.6, 1.4, (count, 4)).astype(np.float32) - np.array([0, 0, 0, 1], np.float32)
+    factors[rng.random((count, 4)) < 0.2] = 0
+    factors[:, :3][factors[:, :3] == 0] = 1
+    chosen = parameters(
+        count,
+        factors=torch.from_numpy(factors),
+        order=torch.tensor(list(itertools.permutations(range(4))) * 2, dtype=torch.uint8),
+        gray=torch.from_numpy(rng.random(count) < 0.2),
+        sigma=torch.from_numpy((rng.uniform(0.1, 2, count) * (rng.random(count) < 0.5)).astype(np.float32)),
+        solarize=torch.from_numpy(rng.random(count) < 0.3),
+    )
+    x = images(count, size)
+    x[:, 1:] ^= torch.from_numpy(rng.integers(0, 32, x[:, 1:].shape, dtype=np.uint8))
+    ours, theirs = photometric(x, chosen), on_device(x, chosen)
+    assert torch.equal(ours, photometric(x.contiguous(memory_format=torch.channels_last), chosen))
+    # An inverted value is mirrored at 1/2, so that is undone before the two are compared.
+    folded = [torch.where(chosen.solarize[:, None, None, None], (y - 0.5).abs(), y) for y in (ours, theirs)]
+    torch.testing.assert_close(folded[0], folded[1], rtol=0, atol=2e-5)
+    assert ((ours - theirs).abs() > 2e-5).float().mean() < 1e-4
 
 
 def test_normalize_in_closed_form() -> None:

@@ -71,8 +71,8 @@ def make_layout(groups: Sequence[tuple[int, int]], backend: str, device: torch.d
 class Attention(nn.Module):
     """Self-attention with parameters `qkv` and `proj`.
 
-    `mask_key_bias` keeps the key third of the bias out of the sum: without rotary positions it cannot change a softmax over keys, and so would
-    only drift (LinearKMaskedBias of DINOv3).
+    `mask_key_bias` keeps the key third of the bias out of the sum (LinearKMaskedBias of DINOv3): where no rotary
+    position turns it, it cannot change a softmax over keys, and would only drift.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, mask_key_bias: bool, backend: str) -> None:
