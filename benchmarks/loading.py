@@ -35,7 +35,7 @@ PUBLISHED, DEVICE, PROCESSOR = "published", "ours, colours on the device", "ours
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=32, help="of a batch")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
