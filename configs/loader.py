@@ -61,10 +61,25 @@ def load_config(schema: type[T], group: str, name_or_path: str, overrides: Seque
         ValueError: an unknown file or key, or a value of the wrong type or out of range, named as the user wrote it.
     """
     path = find_config(group, name_or_path)
-    merged = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(merged, False)
-    _writable(merged)
-    merged = _merge(merged, read_yaml(path), str(path))
+    merged = _merge(_editable(schema), read_yaml(path), str(path))
+    return OmegaConf.to_object(_override(merged, overrides))  # type: ignore[return-value]  # the schema's type
+
+
+def override_config(config: T, overrides: Sequence[str]) -> T:
+    """A built config with `key=value` overrides; errors as `load_config`."""
+    return OmegaConf.to_object(_override(_editable(config), overrides))  # type: ignore[return-value]
+
+
+def merge_config(config: T, differences: dict[str, Any], origin: str) -> T:
+    """A built config with some of its keys changed; `origin` names the place of the change in errors.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return OmegaConf.to_object(_merge(_editable(config), differences, origin))  # type: ignore[return-value]
+
+
+def _override(merged: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -75,19 +90,7 @@ def load_config(schema: type[T], group: str, name_or_path: str, overrides: Seque
             raise ValueError(f"{override!r} is not readable as key=value: {_first_line(error)}") from None
         assert isinstance(change, dict)
         merged = _merge(merged, change, f"{override!r}")
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]  # OmegaConf returns the schema's type
-
-
-def merge_config(config: T, differences: dict[str, Any], origin: str) -> T:
-    """A built config with some of its keys changed; `origin` names the place of the change in errors.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
-    merged = OmegaConf.structured(config)
-    OmegaConf.set_readonly(merged, False)
-    _writable(merged)
-    return OmegaConf.to_object(_merge(merged, differences, origin))  # type: ignore[return-value]
+    return merged
 
 
 def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
@@ -139,10 +142,16 @@ def _set_elements(base: Any, change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _element(schema: Any, present: Any, change: Any) -> Any:
-    node = OmegaConf.structured(schema) if present is None else copy.deepcopy(present)
+    node = _editable(schema) if present is None else copy.deepcopy(present)
+    return OmegaConf.merge(node, change)
+
+
+def _editable(config: Any) -> Any:
+    """The node of a dataclass or of one of its objects."""
+    node = OmegaConf.structured(config)
     OmegaConf.set_readonly(node, False)
     _writable(node)
-    return OmegaConf.merge(node, change)
+    return node
 
 
 def _writable(config: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from configs.loader import load_config, merge_config
+from configs.loader import load_config, merge_config, override_config
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.data.crops import CropsConfig
 from pretrain.data.loader import DataConfig, LoaderConfig
@@ -238,13 +238,17 @@ class TrainConfig:
 
 
 def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]) -> TrainConfig:
-    """The config of a command line; `shards` (paths, globs or folders) replace the datasets that the file names."""
-    config = load_config(TrainConfig, GROUP, name_or_path, overrides)
+    """The config of a command line; `shards` (paths, globs or folders) replace the datasets that the file names.
+
+    One is named `shards`, several `0-NAME`, `1-NAME`, so that `data.datasets.0-NAME.weight=2` weighs them.
+    """
+    config = load_config(TrainConfig, GROUP, name_or_path)
     if shards:
         names = [_dataset_name(path, i, len(shards)) for i, path in enumerate(shards)]
         datasets = {name: {"shards": path} for name, path in zip(names, shards, strict=True)}
         config = replace(config, data=replace(config.data, datasets={}))
         config = merge_config(config, {"data": {"datasets": datasets}}, "--shards")
+    config = override_config(config, overrides)
     for phase in config.phase_names:
         config.phase(phase)  # a wrong key in a phase is an error now, not after the first phase
     return config
