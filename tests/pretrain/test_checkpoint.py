@@ -247,6 +247,7 @@ def save_forever(folder: Path) -> None:
         store.save(tensors, step, {"step": step})
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     randomness = random.Random(5)
     last = 0
@@ -334,6 +335,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     return folder, run_ranks(train_and_save, tmp_path_factory.mktemp("ranks"), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fsdp", "ddp"])
 def test_two_ranks_continue_to_the_last_bit(trained: Any, mode: str) -> None:
     assert all(rank[mode]["bitwise"] for rank in trained[1])
@@ -353,6 +355,7 @@ def test_one_process_reads_what_two_ranks_wrote(trained: Any, mode: str) -> None
     assert_same(dict(sorted(teacher_state(path).items())), dict(sorted(teacher.items())))
 
 
+@pytest.mark.slow
 def test_three_ranks_read_what_two_wrote_in_the_other_mode(trained: Any, tmp_path: Path) -> None:
     """Twelve rows split into 6 + 6 and 4 + 4 + 4, ten into 5 + 5 and 4 + 4 + 2, one into 1 + 0 and 1 + 0 + 0."""
     folder, ranks = trained
@@ -361,6 +364,7 @@ def test_three_ranks_read_what_two_wrote_in_the_other_mode(trained: Any, tmp_pat
             assert_same(tensors, ranks[0][saved_by]["saved"])
 
 
+@pytest.mark.slow
 def test_all_ranks_hear_of_one_rank_s_error(trained: Any, tmp_path: Path) -> None:
     shutil.copytree(trained[0] / "fsdp", tmp_path / "fsdp")
     file = tmp_path / "fsdp" / "step-00000002" / "rank-00001-of-00002.safetensors"

@@ -147,6 +147,7 @@ def test_cuda_without_a_gpu_is_said() -> None:
     assert "ValueError: device=cuda, but torch sees no GPU here" in done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_process_group(tmp_path: Path) -> None:
     code = (
         "import torch; from pretrain.distributed import collectives as c; device = c.start('cpu');"

@@ -64,6 +64,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
         assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", ["ddp", "fsdp", "ddp accumulated", "fsdp accumulated", "fsdp recomputed", "ddp recomputed"]
 )
@@ -73,6 +74,7 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: Any, one_process: Any, way: 
         assert_close(rank[way], one_process, 2e-5)
 
 
+@pytest.mark.slow
 def test_answers_without_gradient_are_those_of_the_weights_now(two_ranks: Any, one_process: Any) -> None:
     """FSDP would go on using whole weights that no backward freed, and miss every update since."""
     for rank in two_ranks:
@@ -81,6 +83,7 @@ def test_answers_without_gradient_are_those_of_the_weights_now(two_ranks: Any, o
     assert not torch.allclose(one_process["answers"][0], one_process["answers"][1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_gradients_of_prototypes_are_there(one_process: Any, two_ranks: Any) -> None:
     """The loss uses a head's weights after the head has run; under FSDP that gradient must find its way back."""
     for name in ("dino_head.last_layer.weight", "ibot_head.last_layer.weight", "backbone.mask_token"):
@@ -89,6 +92,7 @@ def test_gradients_of_prototypes_are_there(one_process: Any, two_ranks: Any) -> 
         torch.testing.assert_close(two_ranks[0]["fsdp"]["gradients"][name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_both_ranks_end_with_the_same_weights(two_ranks: Any) -> None:
     for way, result in two_ranks[0].items():
         for part in ("student", "teacher"):
@@ -96,11 +100,13 @@ def test_both_ranks_end_with_the_same_weights(two_ranks: Any) -> None:
                 assert torch.equal(tensor, two_ranks[1][way][part][name]), (way, name)
 
 
+@pytest.mark.slow
 def test_fsdp_holds_half_of_the_weights(two_ranks: Any, one_process: Any) -> None:
     assert sum(rank["fsdp"]["elements"] for rank in two_ranks) == one_process["elements"]
     assert two_ranks[0]["ddp"]["elements"] == one_process["elements"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp bfloat16", "fsdp bfloat16"])
 def test_bfloat16_stays_near(two_ranks: Any, one_process: Any, way: str) -> None:
     """Products round to 2^-8; weights stay float32, or four steps of 1e-2 would be lost in rounding."""

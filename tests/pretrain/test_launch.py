@@ -91,6 +91,7 @@ def read(out: Path, rank: int) -> dict[str, int]:
     return json.loads((out / f"rank-{rank}.json").read_text())
 
 
+@pytest.mark.slow
 def test_preempted_job_saves_and_continues(counting: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Submitit's own test signal, after both ranks have started; then the job restarts and counts on, on its own."""
     job = submit(counting, steps=60)
@@ -104,6 +105,7 @@ def test_preempted_job_saves_and_continues(counting: Path, capsys: pytest.Captur
     assert "Requeued job" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_terminated_job_saves_and_does_not_restart(counting: Path) -> None:
     """SIGTERM is a person's, or Slurm's, which queues a preempted job again itself."""
     job = submit(counting, steps=2000)

@@ -100,6 +100,7 @@ def test_a_finished_run_has_nothing_left_to_do(config: Path, shards: Path, tmp_p
     assert (out / "teacher" / "teacher.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_continues_with_the_same_losses(config: Path, shards: Path, tmp_path: Path) -> None:
     assert run(config, shards, tmp_path / "whole", "model.drop_path=0.3") == FINISHED
     out = tmp_path / "stopped"
