@@ -48,6 +48,8 @@ class TrainProgress:
     def evaluation(self, figures: Mapping[str, float]) -> None:
         """What an evaluation found (run_evaluation)."""
         self._knn = figures.get("knn", self._knn)
+        if self.step == self._start_step:  # the evaluation before the first step says nothing of what is left
+            self._start = time.monotonic()
 
     def message(self, text: str) -> None:
         """Something to be read, above the live line: an alarm, a phase, a checkpoint."""
