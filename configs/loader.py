@@ -62,12 +62,12 @@ def load_config(schema: type[T], group: str, name_or_path: str, overrides: Seque
     """
     path = find_config(group, name_or_path)
     merged = _merge(_editable(schema), read_yaml(path), str(path))
-    return OmegaConf.to_object(_override(merged, overrides))  # type: ignore[return-value]  # the schema's type
+    return _built(_override(merged, overrides))
 
 
 def override_config(config: T, overrides: Sequence[str]) -> T:
     """A built config with `key=value` overrides; errors as `load_config`."""
-    return OmegaConf.to_object(_override(_editable(config), overrides))  # type: ignore[return-value]
+    return _built(_override(_editable(config), overrides))
 
 
 def merge_config(config: T, differences: dict[str, Any], origin: str) -> T:
@@ -76,7 +76,14 @@ def merge_config(config: T, differences: dict[str, Any], origin: str) -> T:
     Raises:
         ValueError: as `load_config`.
     """
-    return OmegaConf.to_object(_merge(_editable(config), differences, origin))  # type: ignore[return-value]
+    return _built(_merge(_editable(config), differences, origin))
+
+
+def _built(node: Any) -> Any:
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:  # an entry without a value that it needs
+        raise ValueError(f"{getattr(error, 'full_key', '') or ''}: {_first_line(error)}") from None
 
 
 def _override(merged: Any, overrides: Sequence[str]) -> Any:

@@ -1,6 +1,6 @@
 """TrainConfig: the components' configs put together. A phase is the whole config with that phase's differences."""
 
-import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -20,8 +20,6 @@ CENTERINGS = ("sinkhorn", "softmax")
 PRECISIONS = ("bfloat16", "float32")
 PARALLELS = ("auto", "single", "ddp", "fsdp")
 KOLEO_CROPS = ("all", "first")
-FSDP_FROM_PARAMETERS = 1_000_000_000
-"""DDP below, FSDP2 from here: sharding ViT-L costs 3% of the rate and saves nothing (docs/training.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +253,8 @@ def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]
 
 
 def _dataset_name(path: str, index: int, count: int) -> str:
-    return "shards" if count == 1 else f"{index}-{Path(path).name.split('*')[0].strip('.-') or 'shards'}"
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(path).stem).strip("-") or "shards"
+    return "shards" if count == 1 else f"{index}-{readable}"
 
 
 def _check_phase(name: str, config: TrainConfig, world_size: int) -> None:
@@ -295,8 +294,3 @@ def micro_batch_size(config: TrainConfig, world_size: int) -> int:
 
 def total_steps(config: TrainConfig) -> int:
     return sum(config.phase(name).steps for name in config.phase_names)
-
-
-def log_prototypes(config: TrainConfig) -> float:
-    """Entropy in nats of a teacher that uses every prototype alike: ln K."""
-    return math.log(config.heads.dino.num_prototypes)

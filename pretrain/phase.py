@@ -14,9 +14,9 @@ from pretrain.config import TrainConfig
 from pretrain.data.collate import Batch
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import Wrapped, full_tensors, plain_module, wrap
+from pretrain.distributed.fsdp import Wrapped, plain_module, wrap
 from pretrain.optim.clip import FiniteWatch, clip_by_module
-from pretrain.optim.ema import paired_parameters, update_ema
+from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
 from pretrain.optim.schedules import StepValues, values_at
 from pretrain.student_teacher import (
@@ -69,7 +69,6 @@ class Phase:
         self.config, self.index = config, index
         execution = config.execution
         self.device = next(student.parameters()).device
-        self.patch_size = student.backbone.patch_size
         depth = len(student.backbone.blocks)
         self.wrapped: Wrapped = wrap(
             student,
@@ -79,7 +78,8 @@ class Phase:
             checkpoint_blocks=execution.activation_checkpointing,
             compile_blocks=execution.compile,
         )
-        self.student, self.teacher, self.frozen = self.wrapped.student, self.wrapped.teacher, frozen
+        self.student, self.teacher = self.wrapped.student, self.wrapped.teacher
+        self.frozen = None if frozen is None else self.wrapped.frozen(frozen)
         self.pairs = paired_parameters(self.teacher, self.student)
         groups = param_groups(
             self.student.named_parameters(),
@@ -92,7 +92,7 @@ class Phase:
         self.modules = {name: list(child.parameters()) for name, child in plain.named_children()}
         self.cost = step_cost(config, student, teacher if frozen is None else frozen)
         self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
-        self.gram: Network | None = None
+        self.gram: nn.Module | None = None
         self.finite = FiniteWatch()
         self.student.train()
 
@@ -150,7 +150,7 @@ class Phase:
             gram_patches = None
             if self.gram is not None:
                 with torch.no_grad():
-                    gram_patches = gram_targets(self.gram.backbone, crops, self.patch_size)
+                    gram_patches = self.gram(partial(gram_targets, crops=crops))
             compute = partial(
                 student_losses,
                 crops=crops,
@@ -172,8 +172,8 @@ class Phase:
         return figures | target_diagnostics("ibot", ibot.rows, len(ibot))
 
     def start_gram(self, network: Network) -> None:
-        """Make `network`, whole and frozen, the Gram teacher."""
-        self.gram = network.requires_grad_(False).eval()
+        """Make `network` the Gram teacher."""
+        self.gram = self.wrapped.frozen(network)
 
     def _refresh_gram(self, step: int) -> None:
         """The EMA teacher becomes the Gram teacher, every so many steps, a few times."""
@@ -185,7 +185,7 @@ class Phase:
             and step % every == 0
             and step // every <= self.config.gram.max_refreshes
         ):
-            copy_whole(self.teacher, self.gram)
+            copy_parameters(paired_parameters(self.gram, self.teacher))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -316,13 +316,6 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
         masked_share=config.masks.probability * (least + most) / 2,
         gram=backbone_cost(student.backbone) if config.gram.weight else None,
     )
-
-
-def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Copy a network, perhaps sharded, into one that is whole; every rank calls it."""
-    own = target.state_dict()
-    for name, tensor in full_tensors(source):
-        own[name].copy_(tensor)
 
 
 def check_distillation(frozen: Network, config: TrainConfig) -> None:

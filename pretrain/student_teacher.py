@@ -248,9 +248,10 @@ def student_losses(
     return terms, watched
 
 
-def gram_targets(backbone: VisionTransformer, crops: Crops, patch_size: int) -> Tensor:
+def gram_targets(network: Network, crops: Crops) -> Tensor:
     """[V*B, N, D] patches of the Gram teacher on its larger, undistorted crops, resized to the student's grid."""
     assert crops.gram_crops is not None, "the config check asks for crops.gram_px when gram.weight is set"
-    (features,) = backbone([crops.gram_crops])
+    (features,) = network.backbone([crops.gram_crops])
+    patch_size = network.backbone.patch_size
     grid = (crops.global_crops.shape[2] // patch_size, crops.global_crops.shape[3] // patch_size)
     return resize_grid(features.patches.float(), features.grid, grid)

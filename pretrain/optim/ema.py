@@ -29,8 +29,8 @@ def paired_parameters(teacher: nn.Module, student: nn.Module) -> Pairs:
 
 
 @torch.no_grad()
-def copy_student(pairs: Pairs) -> None:
-    """teacher <- student, exactly."""
+def copy_parameters(pairs: Pairs) -> None:
+    """The first of each pair <- the second, exactly."""
     torch._foreach_copy_(*pairs)  # pyright: ignore[reportPrivateImportUsage]
 
 

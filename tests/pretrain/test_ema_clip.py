@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.optim.clip import FiniteWatch, clip_by_module
-from pretrain.optim.ema import copy_student, paired_parameters, update_ema
+from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from tests.pretrain.ranks import make_networks
 
 
@@ -44,7 +44,7 @@ def test_momentum_one_and_copies_are_exact() -> None:
     pairs = paired_parameters(teacher, student)
     update_ema(pairs, 1.0)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    copy_student(pairs)
+    copy_parameters(pairs)
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in teacher.state_dict().items())
 
 
