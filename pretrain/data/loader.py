@@ -236,7 +236,7 @@ def build_loader(
             f"{' and '.join(str(n) for n in (below, below + world_size) if n)}."
         )
     if not config.datasets:
-        raise ValueError("data.datasets is empty: name one, for example data.datasets.web.shards=out/shards.")
+        raise ValueError("data.datasets is empty: give --shards PATH, or data.datasets.NAME.shards=PATH.")
     if tables is None:
         tables = read_tables(config)
     for name, table in tables.items():
