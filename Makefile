@@ -43,5 +43,5 @@ clean:
 	$(PY) -m pip install --quiet --editable '.[$*]'
 	# An independent DINO, iBOT and KoLeo for the tests. Without its dependencies, which the parts used here do not need: its
 	# hydra-core and pytorch-lightning send pip through every version of every package.
-	case '$*' in *dev*) $(PY) -m pip install --quiet --no-deps 'lightly==1.6.0' ;; esac
+	case '$*' in *dev*) $(PY) -m pip install --quiet --no-deps 'lightly==1.6.0' lightning-utilities ;; esac
 	touch $@
