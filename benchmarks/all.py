@@ -10,6 +10,7 @@ COMMANDS = (
     ["-m", "benchmarks.dedup", "million"],
     ["-m", "benchmarks.dedup", "growth"],
     ["-m", "benchmarks.loading"],
+    ["-m", "benchmarks.losses"],
 )
 
 
