@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from configs.loader import load_config, merge_config, override_config
 from pretrain.checkpoint import CheckpointConfig
@@ -28,23 +28,23 @@ class ModelConfig:
 
     architecture: str = "dinov2_vits14"
     """a name of pretrain.models.architectures"""
-    patch_size: Optional[int] = None  # noqa: UP045 - OmegaConf reads the annotation
-    num_registers: Optional[int] = None  # noqa: UP045
-    ffn: Optional[str] = None  # noqa: UP045
+    patch_size: int | None = None
+    num_registers: int | None = None
+    ffn: str | None = None
     """mlp or swiglu"""
-    position_px: Optional[int] = None  # noqa: UP045
+    position_px: int | None = None
     """side of the images that the learned position table is for; a phase that changes it resizes the table"""
-    depth: Optional[int] = None  # noqa: UP045
+    depth: int | None = None
     """blocks"""
-    layerscale: Optional[float] = None  # noqa: UP045
+    layerscale: float | None = None
     """initial factor of the residual branches; 1e-5 as published makes short runs slow"""
-    untied_local_norm: Optional[bool] = None  # noqa: UP045
+    untied_local_norm: bool | None = None
     """a final norm of their own for CLS and registers of local crops, in training"""
-    rope_shift: Optional[float] = None  # noqa: UP045
+    rope_shift: float | None = None
     """noise of rotary positions in training: shift in (-s, s)"""
-    rope_jitter: Optional[float] = None  # noqa: UP045
+    rope_jitter: float | None = None
     """factor in (1/j, j) for each axis"""
-    rope_rescale: Optional[float] = None  # noqa: UP045
+    rope_rescale: float | None = None
     """factor in (1/r, r) for both; 2 in DINOv3"""
     drop_path: float = 0.0
     """stochastic depth: share of the images that a block leaves out, in [0, 1)"""
