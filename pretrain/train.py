@@ -22,7 +22,7 @@ import yaml
 
 from configs.loader import config_names
 from pretrain import plan
-from pretrain.checkpoint import Checkpoints, write_teacher
+from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader, build_loader, read_tables
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
@@ -36,7 +36,7 @@ from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.metrics import Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import describe_teacher
+from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
 FINISHED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 2, 3, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -120,9 +120,8 @@ class Run:
                     self._evaluate(phase)
                 if not self._run_phase(phase):
                     return STOPPED
-                if self.position.phase == len(self.phases) - 1:
-                    self._finish(phase)
                 self.position = self.position.next_phase()
+            self._finish()
         return FINISHED
 
     def _run_phase(self, phase: Phase) -> bool:
@@ -213,13 +212,15 @@ class Run:
         self.metrics.evaluation(step, figures)
         self.progress.evaluation(figures)
 
-    def _finish(self, phase: Phase) -> None:
-        state = dict(full_tensors(phase.teacher))
+    def _finish(self) -> None:
+        """The teacher's own folder and the report, from the last checkpoint: a run killed just after it lacks them."""
         self.metrics.close()
-        if self.is_first:
-            write_teacher(self.out / "teacher", state, self._description(phase))
+        last, teacher, report = self.checkpoints.latest(), self.out / "teacher", self.out / "report.html"
+        assert last is not None, "every phase ends with a checkpoint"
+        if self.is_first and not (report.exists() and (teacher / TEACHER_CONFIG).exists()):
+            write_teacher(teacher, teacher_state(last), read_manifest(last)["meta"]["teacher"])
             write_report(self.out)
-            self.progress.message(f"the teacher: {self.out / 'teacher'}; the report: {self.out / 'report.html'}")
+            self.progress.message(f"the teacher: {teacher}; the report: {report}")
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def describe_teacher(config: TrainConfig, meta: Mapping[str, Any]) -> dict[str, 
 
 
 def load_teacher(folder: str | Path) -> Network:
-    """The network that `save_teacher` wrote, with its heads, built from its own description.
+    """The network that `checkpoint.write_teacher` wrote, with its heads, built from its own description.
 
     Raises:
         ValueError: the folder holds no teacher.

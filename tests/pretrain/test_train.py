@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_a_finished_run_has_nothing_left_to_do(config: Path, shards: Path, tmp_p
     before = (out / "teacher" / "teacher.safetensors").stat().st_mtime_ns
     assert run(config, shards, out, "steps=2") == FINISHED
     assert (out / "teacher" / "teacher.safetensors").stat().st_mtime_ns == before
+    # Killed between its last checkpoint and the teacher's folder, a run still gets both.
+    weights = load_file(out / "teacher" / "teacher.safetensors")
+    shutil.rmtree(out / "teacher")
+    (out / "report.html").unlink()
+    assert run(config, shards, out, "steps=2") == FINISHED
+    again = load_file(out / "teacher" / "teacher.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.slow
