@@ -10,6 +10,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.data.crops import CropsConfig
 from pretrain.data.loader import DataConfig, LoaderConfig
 from pretrain.data.masks import MaskConfig
+from pretrain.distributed.fsdp import MODES, PRECISIONS
 from pretrain.models.architectures import ARCHITECTURES
 from pretrain.optim.schedules import OptimConfig
 from pretrain.watch.evaluation import EvaluationConfig
@@ -17,8 +18,6 @@ from pretrain.watch.metrics import WatchConfig
 
 GROUP = "pretrain"
 CENTERINGS = ("sinkhorn", "softmax")
-PRECISIONS = ("bfloat16", "float32")
-PARALLELS = ("auto", "single", "ddp", "fsdp")
 KOLEO_CROPS = ("all", "first")
 
 
@@ -119,7 +118,7 @@ class LossConfig:
     koleo_crops: str = "all"
     """all global crops (both codes) or the first only (DINOv3's paper)"""
     koleo_group_size: int = 0
-    """images whose CLS tokens repel each other, over ranks; 0: those of one rank"""
+    """images whose CLS tokens repel each other, over ranks; 0: those of one micro-batch"""
     student_temperature: float = 0.1
     centering: str = "sinkhorn"
     """sinkhorn (Sinkhorn-Knopp) or softmax (moving centre)"""
@@ -168,8 +167,8 @@ class ExecutionConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if self.parallel not in PARALLELS:
-            raise ValueError(f"execution.parallel={self.parallel!r} is unknown; choose one of {', '.join(PARALLELS)}.")
+        if self.parallel not in MODES:
+            raise ValueError(f"execution.parallel={self.parallel!r} is unknown; choose one of {', '.join(MODES)}.")
         if self.accumulation_steps < 1:
             raise ValueError(f"execution.accumulation_steps={self.accumulation_steps} must be at least 1.")
 

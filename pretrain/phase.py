@@ -276,8 +276,12 @@ def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoint
     if position.step > 0:
         assert latest is not None
         checkpoints.load(latest, phase.state())
-    elif latest is not None and not phase_config.reset_optimizer:
-        checkpoints.load(latest, {"optimizer": phase.optimizer, "student": phase.student})
+    elif latest is not None:
+        before = config.phase(config.phase_names[position.phase - 1])
+        if phase_config.loss.centering == before.loss.centering:
+            checkpoints.load(latest, {"centering": phase.centering})
+        if not phase_config.reset_optimizer:
+            checkpoints.load(latest, {"optimizer": phase.optimizer})
     return phase
 
 

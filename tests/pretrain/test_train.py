@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pretrain.checkpoint import teacher_state
 from pretrain.downstream.backbone import load_backbone
 from pretrain.train import FINISHED, NOT_FINITE, STOPPED, WRONG_INPUT, main
 from tests.conftest import REPOSITORY, picture_tar, write_tar
@@ -181,6 +182,14 @@ def test_softmax_centring_tied_heads_and_checkpointing_train(config: Path, shard
     assert not any(n.startswith("ibot") for n in load_file(tmp_path / "run" / "teacher" / "teacher.safetensors"))
     assert run(config, shards, tmp_path / "plain", *settings) == FINISHED
     assert losses(tmp_path / "run") == losses(tmp_path / "plain"), "recomputing the blocks is exact"
+
+
+def test_the_moving_centre_goes_on_in_the_next_phase(config: Path, shards: Path, tmp_path: Path) -> None:
+    out, phases = tmp_path / "run", json.dumps({"pretrain": {"steps": 4}, "next": {"steps": 1}})
+    assert run(config, shards, out, f"phases={phases}", "loss.centering=softmax") == FINISHED
+    first, last = (teacher_state(out / "checkpoints" / f"step-0000000{n}", "centering.") for n in (4, 5))
+    # A tenth is new at each step: a centre that started again would be a third as long.
+    assert last["dino.center"].norm() > 0.8 * first["dino.center"].norm()
 
 
 def test_gram_anchoring_with_a_larger_view(config: Path, shards: Path, tmp_path: Path) -> None:
