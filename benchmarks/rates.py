@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 from curation.encoders import encoder_view, load_encoder
-from curation.images import ImageLimits
 from curation.ops.cells import cells_from_arrays
 from curation.ops.join import nearest, self_pairs
 from curation.ops.nearest import assign
+from curation.reading.images import ImageLimits
+from curation.reading.listing import find_parts
+from curation.reading.sources import read_samples
 from curation.shards import ShardBuilder
-from curation.sources import find_parts, read_samples
 from curation.stages.embed import DecodeJob, prepare_sample
 from curation.weights import DESCRIPTOR_NAMES
 

@@ -21,8 +21,10 @@ import webdataset
 
 from curation.folder import Folder
 from curation.ops.randomness import hash_uint64
+from curation.reading.listing import find_parts
+from curation.reading.samples import Part
+from curation.reading.sources import read_samples
 from curation.shards import ShardBuilder
-from curation.sources import Part, find_parts, read_samples
 from curation.stages.shard import _entry_table
 from curation.workers import ExecutionConfig, run_tasks, start_ray
 

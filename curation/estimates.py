@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from curation.images import FORMATS, SUFFIXES
-from curation.sources import Part, read_samples
+from curation.reading.images import FORMATS, SUFFIXES
+from curation.reading.samples import Part
+from curation.reading.sources import read_samples
 
 _HEAD_SAMPLES, _HEAD_BYTES = 1000, 32 << 20  # what is read of each of two parts to estimate a set
 

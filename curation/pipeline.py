@@ -22,8 +22,8 @@ from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
 from curation.progress import duration
+from curation.reading.samples import Part
 from curation.seeds import SeedSet
-from curation.sources import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, report, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.store import ImageSet, encoder_folder

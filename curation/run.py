@@ -20,8 +20,8 @@ from curation.config import CurationConfig
 from curation.folder import Folder
 from curation.pipeline import STAGES, Inputs, Run, run_pipeline
 from curation.progress import duration
+from curation.reading.listing import find_parts
 from curation.seeds import SeedSet, locate_seed, set_name
-from curation.sources import find_parts
 
 _INTERRUPTED = 130
 

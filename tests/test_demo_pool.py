@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from curation import images
 from curation.demo import CONCEPTS, DemoPaths, apportion, draw_picture, make_demo, plan_pool
 from curation.demo_copies import EDITS, copy_of
 from curation.drawing import JUNK, SCENES, draw_junk, draw_scene
+from curation.reading import images
 
 NUM_IMAGES = 120
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "gif")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.images import Decoded, ImageLimits, Rejected, decode, luma_deviation
+from curation.reading.images import Decoded, ImageLimits, Rejected, decode, luma_deviation
 from tests.conftest import encoded, picture
 
 LIMITS = ImageLimits()

@@ -15,8 +15,8 @@ from curation.estimates import SetEstimate, estimate_set
 from curation.folder import Folder
 from curation.pipeline import Inputs, Run, run_pipeline
 from curation.plan import Plan, describe
+from curation.reading.listing import find_parts
 from curation.seeds import SeedSet
-from curation.sources import find_parts
 from tests.conftest import encoded, picture, picture_tar
 
 LIMIT = 64 << 20

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny_run import HOSTILE, REASON, curate, full_run, jpeg, picture, write_tar
 
 from curation.config import CurationConfig
-from curation.images import ImageLimits
 from curation.pipeline import Run, run_pipeline
+from curation.reading.images import ImageLimits
 from curation.report import charts, sections
 from curation.report.map import neighbour_map, principal_axes
 from curation.report.page import changed_settings

@@ -9,7 +9,8 @@ import fsspec
 import pytest
 
 from curation.folder import Folder
-from curation.sources import MemberReader, find_parts, read_samples
+from curation.reading.listing import find_parts
+from curation.reading.sources import MemberReader, read_samples
 from tests.conftest import REPOSITORY, picture_tar
 
 

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.sources import MemberReader, find_parts, read_samples
+from curation.reading.listing import find_parts
+from curation.reading.sources import MemberReader, read_samples
 from tests.conftest import encoded, picture, picture_tar, write_tar
 
 LIMIT = 1 << 20

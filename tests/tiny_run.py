@@ -11,8 +11,8 @@ from PIL import Image
 from curation.config import CurationConfig
 from curation.folder import Folder
 from curation.pipeline import Inputs, Run, run_pipeline
+from curation.reading.listing import find_parts
 from curation.seeds import RetrievalRule, SeedSet
-from curation.sources import find_parts
 from curation.stages.balance import BalanceConfig
 from curation.stages.embed import EmbedConfig
 from curation.workers import ExecutionConfig

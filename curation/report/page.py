@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from curation.config import CurationConfig
-from curation.images import ImageLimits
+from curation.reading.images import ImageLimits
 from curation.report import sections
 from curation.report.charts import clean, percent
 from curation.report.choices import choose

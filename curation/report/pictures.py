@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from curation.images import ImageLimits, Rejected, decode
-from curation.sources import Member, MemberReader
+from curation.reading.images import ImageLimits, Rejected, decode
+from curation.reading.samples import Member
+from curation.reading.sources import MemberReader
 from curation.store import ImageSet
 
 _SOURCES_AT_ONCE = 8  # remote reads wait, they do not compute

@@ -14,10 +14,11 @@ import ray
 from curation.encoders import Encoder, View, load_encoder
 from curation.filters import Filter, Pixels
 from curation.folder import Folder
-from curation.images import ImageLimits, Rejected, decode, luma_deviation
 from curation.manifest import File
 from curation.ops.hashes import perceptual_hash
-from curation.sources import Part, Sample, read_samples
+from curation.reading.images import ImageLimits, Rejected, decode, luma_deviation
+from curation.reading.samples import Part, Sample
+from curation.reading.sources import read_samples
 from curation.store import INDEX_SCHEMA, encoder_folder
 from curation.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 

@@ -13,8 +13,9 @@ from curation.filters import Edit
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.randomness import hash_uint64
+from curation.reading.samples import Member
+from curation.reading.sources import MemberReader
 from curation.shards import SUFFIX_OF_FORMAT, Entry, ShardBuilder, safe_key, safe_suffix, split_shards
-from curation.sources import Member, MemberReader
 from curation.store import ImageSet
 from curation.workers import ExecutionConfig, run_tasks
 

@@ -1,0 +1,1 @@
+"""Where samples come from and what they are: listing, tars, Parquet files, folders, image bytes."""
