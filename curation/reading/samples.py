@@ -57,6 +57,10 @@ class Sample:
     warning: str | None = None
     others: list[Member] = field(default_factory=list)
     """captions, .json and every other member, to be carried along untouched"""
+    unread_bytes: int | None = None
+    """of a row that stands for damage: bytes of the shard that nobody could read"""
+    unread_images: int | None = None
+    """how many images those are at the shard's mean bytes a sample; None where it has no whole sample to tell by"""
 
 
 def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Sample:

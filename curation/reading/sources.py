@@ -3,26 +3,27 @@
 import contextlib
 import posixpath
 from collections.abc import Iterator
-from typing import IO
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.reading.compression import open_tar
 from curation.reading.folders import read_folder
 from curation.reading.parquet import ROW_METADATA, read_parquet, row_metadata
 from curation.reading.samples import Member, Part, PartKind, Sample
-from curation.reading.tars import read_tar
+from curation.reading.tar_samples import read_tar
 
 
-def read_samples(part: Part, max_file_bytes: int) -> Iterator[Sample]:
+def read_samples(part: Part, max_file_bytes: int, headers_first: bool = False) -> Iterator[Sample]:
     """Every sample of a part, in order. Damage inside becomes a sample with a reason; it never raises for content.
 
     Raises:
+        HeadersFirst: of a compressed or remote tar: what came so far is void, call again with `headers_first`.
         OSError: the part itself cannot be opened.
     """
     if part.kind == "tar":
-        return read_tar(part, max_file_bytes)
+        return read_tar(part, max_file_bytes, headers_first)
     if part.kind == "parquet":
         return read_parquet(part, max_file_bytes)
     return read_folder(part, max_file_bytes)
@@ -36,7 +37,7 @@ class MemberReader:
         self._files = contextlib.ExitStack()
         self._group: tuple[int, pa.Table] | None = None
         if kind == "tar":
-            self._tar: IO[bytes] = self._files.enter_context(fsspec.open(url, "rb", compression="infer"))
+            self._tar = self._files.enter_context(open_tar(url))
         elif kind == "parquet":
             self._parquet = pq.ParquetFile(self._files.enter_context(fsspec.open(url, "rb")))
             sizes = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from curation.ops.hashes import perceptual_hash
 from curation.reading.images import ImageLimits, Rejected, decode, luma_deviation
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
+from curation.reading.tar_samples import HeadersFirst
 from curation.store import INDEX_SCHEMA, encoder_folder
 from curation.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 
-VERSION = 1
+VERSION = 2
 _DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
 _ISOLATED_TIMEOUT_S = 60.0
 
@@ -160,7 +161,11 @@ class _EmbedWorker:
         rows: list[dict[str, Any]] = []
         blocks: dict[str, list[np.ndarray]] = {name: [] for name in self.encoders}
         for reference in self.decode.remote(part, self.job, isolated):
-            new_rows, views = unwrapped(reference)
+            batch = unwrapped(reference)
+            if batch is None:
+                rows, blocks = [], {name: [] for name in self.encoders}
+                continue
+            new_rows, views = batch
             good = np.flatnonzero([row["status"] == "ok" for row in new_rows])
             for name, encoder in self.encoders.items():
                 block = np.zeros((len(new_rows), encoder.dim), np.float16)
@@ -176,16 +181,29 @@ class _EmbedWorker:
         return rows, {name: np.concatenate([empty[name], *blocks[name]]) for name in self.encoders}
 
 
-def decode_part(part: Part, job: DecodeJob, isolated: bool) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+Batch = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+def decode_part(part: Part, job: DecodeJob, isolated: bool) -> Iterator[Batch | None]:
     """Batches of (index rows, views of the good images among them by encoder), in the part's order.
 
     A batch closes when it holds `batch_size` good images, so the encoder's batches are full but for a part's last, and
-    do not depend on workers. `isolated` decodes each image in a child process that may die without harm.
+    do not depend on workers. `isolated` decodes each image in a child process that may die without harm. None: what
+    came so far is void, for the part has to be read in another order.
     """
+    try:
+        yield from _decode_samples(read_samples(part, job.limits.max_file_bytes), part, job, isolated)
+    except HeadersFirst:
+        yield None
+        samples = read_samples(part, job.limits.max_file_bytes, headers_first=True)
+        yield from _decode_samples(samples, part, job, isolated)
+
+
+def _decode_samples(samples: Iterable[Sample], part: Part, job: DecodeJob, isolated: bool) -> Iterator[Batch]:
     prepare = _IsolatedPrepare(job) if isolated else lambda sample: prepare_sample(sample, part, job)
     rows: list[dict[str, Any]] = []
     views: dict[str, list[np.ndarray]] = {name: [] for name in job.views}
-    for sample in read_samples(part, job.limits.max_file_bytes):
+    for sample in samples:
         prepared = prepare(sample) if not isolated else prepare(sample, part)
         rows.append(prepared.row)
         for name, view in prepared.views.items():
@@ -257,6 +275,8 @@ def _empty_row(sample: Sample, part: Part) -> dict[str, Any]:
         "height": 0,
         "status": "rejected",
         "warning": sample.warning,
+        "unread_bytes": sample.unread_bytes,
+        "unread_images": sample.unread_images,
     }
     return row
 
