@@ -1,15 +1,11 @@
 """How many images a set holds, before it is read: by its listing, and by the heads of two of its parts."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
-from curation.reading.images import FORMATS, SUFFIXES
+from curation.reading.images import SUFFIXES, header_pixels
 from curation.reading.samples import Part
 from curation.reading.sources import read_samples
 
@@ -78,20 +74,9 @@ def _head(part: Part, max_file_bytes: int) -> _Head:
             consumed += sum(max(member.size, 0) for member in members)
         if sample.image is not None:
             sizes.append(max(sample.image.size, 0))
-        if sample.content is not None and (size := _pixels(sample.content)):
+        if sample.content is not None and (size := header_pixels(sample.content)):
             pixels.append(size)
         if consumed >= _HEAD_BYTES:
             break
     is_whole = next(samples, None) is None
     return _Head(count, part.size if is_whole else consumed, sizes, pixels, is_whole)
-
-
-def _pixels(content: bytes) -> int:
-    """Width x height from the header; 0 where there is none to be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
-        except Exception:  # the run will say what is wrong with it
-            return 0
-    return width * height

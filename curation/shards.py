@@ -19,6 +19,8 @@ SUFFIX_OF_FORMAT = {
     "PPM": "ppm",
     "JPEG2000": "jp2",
     "ICO": "ico",
+    "HEIF": "heic",
+    "JXL": "jxl",
 }
 _BLOCK = 512
 

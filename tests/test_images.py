@@ -74,7 +74,7 @@ def test_first_frame_of_an_animation():
         (b"", "empty"),
         (b"\xff\xd8\xff", "not_an_image"),
         (b"<html>not found</html>", "not_an_image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unsupported_format"),
         (encoded(picture(4))[:-400], "damaged"),
         (encoded(picture(4), "PNG")[:-400], "damaged"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from curation.reading.images import SUFFIXES, sniff
+from curation.reading.images import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, SUFFIXES, sniff
 
 MAX_METADATA_BYTES = 64 << 10
 _MAX_NAME_CHARACTERS = 512
@@ -64,11 +64,17 @@ class Sample:
 
 
 def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Sample:
-    """Choose the image of a sample: a plain image suffix first, else whatever member looks like an image."""
+    """Choose the image of a sample: a plain image suffix first, then one that an extra reads, then whatever member
+    looks like an image, and last a picture of a kind that is not read, so that its row can say so.
+    """
     key = clean(key)
-    by_suffix = [i for i, (member, _) in enumerate(group) if member.suffix.lower() in SUFFIXES]
-    by_content = [i for i, (_, content) in enumerate(group) if content is not None and sniff(content[:16])]
-    chosen = next(iter(by_suffix or by_content), None)
+
+    def with_suffix(suffixes: frozenset[str]) -> list[int]:
+        return [i for i, (member, _) in enumerate(group) if member.suffix.lower() in suffixes]
+
+    by_content = [i for i, (_, content) in enumerate(group) if content is not None and sniff(content[:256])]
+    ranked = with_suffix(SUFFIXES) or with_suffix(EXTRA_SUFFIXES) or by_content or with_suffix(FOREIGN_SUFFIXES)
+    chosen = next(iter(ranked), None)
     others = [member for i, (member, _) in enumerate(group) if i != chosen and member.size >= 0]
     metadata, warning = None, None
     for i, (member, content) in enumerate(group):

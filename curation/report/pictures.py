@@ -1,7 +1,6 @@
 """Thumbnails for the report, made from the original bytes read again by range."""
 
 import io
-import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from curation.store import ImageSet
 _SOURCES_AT_ONCE = 8  # remote reads wait, they do not compute
 _JPEG_QUALITY = 74
 _COLUMNS = ["key", "source", "source_kind", "image", "width", "height", "format", "reason"]
-_decoding = threading.Lock()  # decode() silences warnings for the whole process while it runs
 
 
 class Ref(NamedTuple):
@@ -89,11 +87,10 @@ def _picture(row: dict[str, Any], content: bytes | None, problem: str, limits: I
     width, height, format_ = row["width"] or 0, row["height"] or 0, row["format"] or ""
     if content is None:
         return Picture(row["key"], width, height, format_, None, problem)
-    with _decoding:
-        decoded = decode(content, limits)
-        if isinstance(decoded, Rejected):
-            return Picture(row["key"], width, height, format_, None, decoded.reason)
-        return Picture(row["key"], width, height, format_, thumbnail(decoded.image, side_px))
+    decoded = decode(content, limits)
+    if isinstance(decoded, Rejected):
+        return Picture(row["key"], width, height, format_, None, decoded.reason)
+    return Picture(row["key"], width, height, format_, thumbnail(decoded.image, side_px))
 
 
 def thumbnail(image: Image.Image, side_px: int) -> bytes:

@@ -25,26 +25,9 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from curation.manifest import MANIFEST_NAME, Manifest
-from pretrain.data.decode import Damaged, ImageLimits
+from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits
 from pretrain.data.tars import BLOCK, member_name, scan
 
-_FORMAT_SUFFIXES = (
-    "jpg",
-    "jpeg",
-    "jpe",
-    "jfif",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
-    "ppm",
-    "pgm",
-    "jp2",
-)
-IMAGE_SUFFIXES = frozenset([*_FORMAT_SUFFIXES, "ico", "img"])  # img: curation's word where a format has no suffix
 _MAX_OPEN_FILES = 64
 _READ_ATTEMPTS = 3
 _logger = logging.getLogger(__name__)
