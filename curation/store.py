@@ -32,6 +32,8 @@ INDEX_SCHEMA = pa.schema(
         ("status", pa.string()),  # ok or rejected
         ("reason", pa.string()),
         ("warning", pa.string()),
+        ("unread_bytes", pa.int64()),  # of the part, that this row stands for; 0 for an image
+        ("unread_images", pa.int64()),  # how many images those are, as far as one can tell
     ]
 )
 

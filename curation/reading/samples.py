@@ -26,17 +26,23 @@ class Part:
     version: str
     """etag or modification time: a part that changed is another part"""
     files: tuple[str, ...] = ()
-    """for a folder: the files of this part, relative to it, sorted"""
+    """for a folder: the files of this part, relative to it"""
+    column: str = ""
+    """for a Parquet file: the column of images where one was asked for, dotted where nested"""
 
     @property
     def id(self) -> str:
-        content = json.dumps([self.kind, self.url, self.size, self.version, self.files])
+        asked = [self.column] if self.column else []
+        content = json.dumps([self.kind, self.url, self.size, self.version, self.files, *asked])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample, and where its bytes lie. In Parquet, `offset` is the row and `name` the column."""
+    """One file of a sample, and where its bytes lie. In Parquet, `offset` is the row and `name` the column.
+
+    Names are valid UTF-8; bytes of a file's name that are none are written as curation/reading/places.py says.
+    """
 
     suffix: str
     name: str
@@ -57,6 +63,10 @@ class Sample:
     warning: str | None = None
     others: list[Member] = field(default_factory=list)
     """captions, .json and every other member, to be carried along untouched"""
+    unread_bytes: int = 0
+    """for a row that stands for a loss: bytes of the part that could not be read"""
+    unread_images: int = 0
+    """how many images those are, as far as one can tell"""
 
 
 def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Sample:

@@ -3,14 +3,17 @@
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from typing import IO
 
-import fsspec
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
+from curation.reading.places import open_file
 from curation.reading.samples import Member, Part, Sample, clean, group_sample, split_key
 
 
 def read_tar(part: Part, max_file_bytes: int) -> Iterator[Sample]:
-    with fsspec.open(part.url, "rb", compression="infer") as file:
+    with open_tar(part.url) as file:
         group: list[tuple[Member, bytes | None]] = []
         group_key, position, damage = None, 0, None
         try:
@@ -44,3 +47,9 @@ def read_tar(part: Part, max_file_bytes: int) -> Iterator[Sample]:
         # could not be read after a whole sample.
         key = group_key if group_key is not None else f"{posixpath.basename(part.url)}@{position}"
         yield Sample(key, reason=damage)
+
+
+def open_tar(url: str) -> IO[bytes]:
+    """The plain bytes of a tar, decompressed where it is packed."""
+    file, packing = open_file(url), infer_compression(url.lower())
+    return compr[packing](file, mode="rb") if packing else file

@@ -257,6 +257,8 @@ def _empty_row(sample: Sample, part: Part) -> dict[str, Any]:
         "height": 0,
         "status": "rejected",
         "warning": sample.warning,
+        "unread_bytes": sample.unread_bytes,
+        "unread_images": sample.unread_images,
     }
     return row
 
