@@ -10,9 +10,10 @@ from curation.reading.samples import MAX_METADATA_BYTES, Member, Part, Sample, c
 
 # Pictures that we may not decode are pictures still: each gets a row, with the reason.
 _OTHER_PICTURES = frozenset(
-    "heic heif hif jxl svg eps psd exr hdr tga pbm pnm j2k apng dng cr2 cr3 nef arw orf rw2 raf".split()
+    ["heic", "heif", "hif", "jxl", "svg", "eps", "psd", "exr", "hdr", "tga", "pbm", "pnm", "j2k", "apng"]
 )
-_PICTURES = SUFFIXES | _OTHER_PICTURES
+_CAMERA_FILES = frozenset(["dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"])
+_PICTURES = SUFFIXES | _OTHER_PICTURES | _CAMERA_FILES
 _LONGEST_KEY = 480
 _HEAD_BYTES = 16
 
