@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from curation.reading.images import SUFFIXES, header_pixels
+from curation.reading.folders import has_image_name
+from curation.reading.images import header_pixels
 from curation.reading.samples import Part
 from curation.reading.sources import read_samples
 
@@ -35,7 +35,7 @@ def estimate_set(parts: Sequence[Part], max_file_bytes: int) -> SetEstimate:
     packed = [part for part in parts if part.kind != "folder"]
     read = list(dict.fromkeys((chosen[0], chosen[len(chosen) // 2]) for chosen in (packed, loose) if chosen))
     heads = {part: _head(part, max_file_bytes) for pair in read for part in pair}
-    images = sum(sum(Path(name).suffix[1:].lower() in SUFFIXES for name in part.files) or 1 for part in loose)
+    images = sum(sum(map(has_image_name, part.files)) or 1 for part in loose)
     sampled = [heads[part] for part in heads if part.kind != "folder"]
     is_exact = all(part in heads and heads[part].is_whole for part in packed)
     if packed:

@@ -22,6 +22,7 @@ from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
 from curation.progress import duration
+from curation.reading.listing import Listing
 from curation.reading.samples import Part
 from curation.seeds import SeedSet
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, report, retrieve, shard
@@ -51,9 +52,22 @@ Written = tuple[list[File], dict[str, int], dict[str, Any]]
 class Inputs:
     """What a run reads, located and listed."""
 
-    pool: list[Part]
-    seeds: dict[str, tuple[SeedSet, list[Part]]]
-    evaluations: dict[str, list[Part]]
+    pool: Listing
+    seeds: dict[str, tuple[SeedSet, Listing]]
+    evaluations: dict[str, Listing]
+
+    def listings(self) -> dict[str, Listing]:
+        """Every set by the step that reads it."""
+        return {
+            "embed/pool": self.pool,
+            **{f"embed/seed-{name}": listing for name, (_, listing) in self.seeds.items()},
+            **{f"embed/evaluation-{name}": listing for name, listing in self.evaluations.items()},
+        }
+
+
+def set_label(step: str) -> str:
+    """What people call the set that a step reads: `pool`, `seed NAME`, `evaluation NAME`."""
+    return step.removeprefix("embed/").replace("-", " ", 1)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from curation.estimates import SetEstimate, estimate_set
 from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME
 from curation.ops.hierarchy import clamp_levels
-from curation.pipeline import Run, Step, finished, plan_steps
+from curation.pipeline import Run, Step, finished, plan_steps, set_label
 from curation.progress import duration
 from curation.seeds import RetrievalRule
 
@@ -57,7 +57,7 @@ def describe(run: Run) -> str:
     console = Console(file=lines, width=_WIDTH, no_color=True, highlight=False)
     console.print(_reads(plan), _does(steps, states))
     console.print(_takes(todo, plan) if todo else "Everything is done: the run would read the manifests and stop.\n")
-    for line in [*_totals(run, plan, todo), *plan.notes(), *notes]:
+    for line in [*_left_out(run), *_totals(run, plan, todo), *plan.notes(), *notes]:
         console.print(line, soft_wrap=True)
     return lines.getvalue().rstrip()
 
@@ -268,12 +268,11 @@ def _missing_weights(spec: str) -> str | None:
 
 def _reads(plan: Plan) -> Table:
     table = _table("Reads", "set", ">parts", ">bytes", ">images", ">mean image", "first part ... last part")
-    sets = {"pool": plan.pool, **{f"seed {n}": s for n, s in plan.seeds.items()}}
-    sets |= {f"evaluation {n}": s for n, s in plan.evaluations.items()}
-    for name, images in sets.items():
+    estimates = [plan.pool, *plan.seeds.values(), *plan.evaluations.values()]
+    for step, images in zip(plan.run.inputs.listings(), estimates, strict=True):
         urls = list(dict.fromkeys([images.parts[0].url, images.parts[-1].url]))
         table.add_row(
-            name,
+            set_label(step),
             f"{len(images.parts):,}",
             _size(images.bytes),
             f"{'' if images.is_exact else 'about '}{images.images:,}",
@@ -281,6 +280,11 @@ def _reads(plan: Plan) -> Table:
             " ... ".join(urls),
         )
     return table
+
+
+def _left_out(run: Run) -> list[str]:
+    """What the listings left out, by set."""
+    return [f"{set_label(step)}: {note}" for step, listing in run.inputs.listings().items() for note in listing.notes()]
 
 
 def _does(steps: Sequence[PlannedStep], states: dict[str, str]) -> Table:

@@ -15,12 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+import pyarrow.compute as pc
+
 from configs.loader import config_names, load_config
 from curation.config import CurationConfig
 from curation.folder import Folder
-from curation.pipeline import STAGES, Inputs, Run, run_pipeline
+from curation.pipeline import STAGES, Inputs, Run, run_pipeline, set_label
 from curation.progress import duration
-from curation.reading.listing import find_parts
+from curation.reading.listing import choose_column, find_parts
+from curation.report.wording import plural
 from curation.seeds import SeedSet, locate_seed, set_name
 
 _INTERRUPTED = 130
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    _refuse_empty(options)
     seeds = options.seed or []
     is_demo = "demo" in seeds
     config = load_config(CurationConfig, "curation", options.config or ("demo" if is_demo else "web"), overrides)
@@ -84,11 +88,16 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
             sets[unique] = seed
         for url in options.evaluation or []:
             evaluations[set_name(url, list(evaluations))] = url
-    per_part = config.embed.images_per_folder_part
+    # The demo's own pool lies in the run folder; of anyone else's images, what lies there is what a run wrote.
+    run_folder = None if is_demo else out.url
+    groups = [pool, *(seed.urls for seed in sets.values()), *([url] for url in evaluations.values())]
+    listings = [find_parts(urls, config.embed.images_per_folder_part, run_folder) for urls in groups]
+    if options.image_column is not None:
+        listings = choose_column(listings, options.image_column)
     inputs = Inputs(
-        pool=find_parts(pool, per_part),
-        seeds={name: (seed, find_parts(seed.urls, per_part)) for name, seed in sets.items()},
-        evaluations={name: find_parts([url], per_part) for name, url in evaluations.items()},
+        pool=listings[0],
+        seeds={name: (seed, listing) for (name, seed), listing in zip(sets.items(), listings[1:], strict=False)},
+        evaluations=dict(zip(evaluations, listings[1 + len(sets) :], strict=True)),
     )
     run = Run(out, config, inputs)
     if options.dry_run:
@@ -103,11 +112,40 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.until == "report":
         status = run.manifests["report"].counts
         print(f"kept {status['kept']:,} of {status['images']:,} images: {out.url}/shards, {out.url}/report.html")
-        if truth is not None:
-            from curation.truth import format_score, read_truth, score
+    for line in losses(run):
+        print(line)
+    if options.until == "report" and truth is not None:
+        from curation.truth import format_score, read_truth, score
 
-            print(format_score(score(out.read_table("decisions.parquet"), read_truth(truth))))
+        print(format_score(score(out.read_table("decisions.parquet"), read_truth(truth))))
     return 0
+
+
+def losses(run: Run) -> list[str]:
+    """What a run did not read, by set: damaged shards and what is lost in them, files that were left out and why."""
+    lines = []
+    for step, listing in run.inputs.listings().items():
+        if step not in run.manifests:
+            continue
+        images = run.images(step)
+        tables = [images.index(part, ["reason", "unread_bytes", "unread_images"]) for part in range(images.num_parts)]
+        damaged = sum(pc.any(pc.equal(table["reason"], "damaged_shard")).as_py() or False for table in tables)
+        lost = {name: sum(pc.sum(table[name]).as_py() or 0 for table in tables) for name in tables[0].schema.names[1:]}
+        about = f", about {plural(lost['unread_images'], 'image')}" if lost["unread_images"] else ""
+        lines.append(
+            f"{set_label(step)}: {plural(damaged, 'damaged shard')} of {plural(len(listing), 'part')}, "
+            f"{plural(lost['unread_bytes'], 'byte')} not read{about}; {plural(listing.num_ignored, 'file')} ignored"
+        )
+        lines += [f"  {note}" for note in listing.notes()]
+    return lines
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """An empty value is mostly a shell variable that is not set, and would mean the working directory."""
+    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column"):
+        value = getattr(options, flag)
+        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
+            raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave the flag out.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed-root", metavar="PATH", help="folder of the named seed sets, each below its name")
     parser.add_argument("--pool", action="append", metavar="URL", help="raw images: tars, Parquet, folders; globs")
     parser.add_argument("--evaluation", action="append", metavar="URL", help="images that must not be kept; repeatable")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the images in Parquet files, dotted where nested; else found"
+    )
     parser.add_argument("--out", metavar="RUN", help="run folder, local or any fsspec URL (default: runs/<seed>)")
     parser.add_argument(
         "--config", metavar="NAME_OR_PATH", help=f"one of {', '.join(config_names('curation'))}, or a file"

@@ -112,4 +112,4 @@ def set_name(url: str, taken: Sequence[str] = ()) -> str:
 
 
 def _looks_like_path(text: str) -> bool:
-    return "/" in text or "://" in text or os.path.exists(text) or any(c in text for c in "*{")
+    return "/" in text or "://" in text or os.path.exists(text) or any(c in text for c in "*?[{")

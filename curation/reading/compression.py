@@ -8,8 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
-import fsspec
-
+from curation.reading.places import open_file
 from curation.reading.tars import BLOCK, parse_header
 
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -40,15 +39,15 @@ def open_tar(url: str) -> Iterator["IO[bytes] | Unpacked"]:
         UnsupportedCompression: it is compressed in a way that is not read here.
         OSError: it cannot be opened.
     """
-    with fsspec.open(url, "rb") as file:
-        compression = sniff_compression(file.read(BLOCK))  # type: ignore[union-attr]
-        file.seek(0)  # type: ignore[union-attr]
+    with open_file(url) as file:
+        compression = sniff_compression(file.read(BLOCK))
+        file.seek(0)
         if compression is None:
-            yield file  # type: ignore[misc]
+            yield file
         elif compression not in _READABLE:
             raise UnsupportedCompression(f"{url} is compressed with {compression}; {', '.join(_READABLE)} can be read.")
         else:
-            with contextlib.closing(Unpacked(file, compression)) as unpacked:  # type: ignore[arg-type]
+            with contextlib.closing(Unpacked(file, compression)) as unpacked:
                 yield unpacked
 
 
@@ -115,7 +114,9 @@ class Unpacked:
             self._window += piece
             if len(self._window) > 2 * _WINDOW:
                 # What was asked for and has not been given yet stays.
-                del self._window[: len(self._window) - max(_WINDOW, min(self._passed - self._position, len(self._window)))]
+                del self._window[
+                    : len(self._window) - max(_WINDOW, min(self._passed - self._position, len(self._window)))
+                ]
         elif piece == _ZEROS[: len(piece)]:
             self._spool.truncate(self._passed)  # a hole: endless zeros fill no disk
         else:

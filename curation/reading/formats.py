@@ -6,8 +6,8 @@ from functools import cache
 
 # Suffixes of image members. Names choose a sample's image; what is in the file decides how it is read.
 SUFFIXES = frozenset(
-    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "ico"]
-)
+    ["jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ico"]
+).union(["ppm", "pgm", "pbm", "pnm"])
 EXTRA_SUFFIXES = frozenset(["heic", "heif", "hif", "jxl"])
 """images too, where the decoders of `seedbed[formats]` are installed"""
 FOREIGN_SUFFIXES = frozenset(
@@ -67,6 +67,8 @@ _SVG = re.compile(
     rb"\A(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*(?:<!DOCTYPE[^>]*>\s*)?<svg[\s>]", re.S
 )
 _DICOM_AT = 128
+HEAD_BYTES = 256
+"""first bytes that tell every kind but text with a long preamble"""
 
 
 def recognise(head: bytes) -> str:

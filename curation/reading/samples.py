@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from curation.reading.images import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, SUFFIXES, sniff
+from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
 
 MAX_METADATA_BYTES = 64 << 10
 _MAX_NAME_CHARACTERS = 512
@@ -26,17 +26,23 @@ class Part:
     version: str
     """etag or modification time: a part that changed is another part"""
     files: tuple[str, ...] = ()
-    """for a folder: the files of this part, relative to it, sorted"""
+    """for a folder: the files of this part, relative to it"""
+    column: str = ""
+    """for a Parquet file: the column of images where one was asked for, dotted where nested"""
 
     @property
     def id(self) -> str:
-        content = json.dumps([self.kind, self.url, self.size, self.version, self.files])
+        asked = [self.column] if self.column else []
+        content = json.dumps([self.kind, self.url, self.size, self.version, self.files, *asked])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample, and where its bytes lie. In Parquet, `offset` is the row and `name` the column."""
+    """One file of a sample, and where its bytes lie. In Parquet, `offset` is the row and `name` the column.
+
+    Names are valid UTF-8; bytes of a file's name that are none are written as curation/reading/places.py says.
+    """
 
     suffix: str
     name: str
@@ -72,7 +78,7 @@ def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Samp
     def with_suffix(suffixes: frozenset[str]) -> list[int]:
         return [i for i, (member, _) in enumerate(group) if member.suffix.lower() in suffixes]
 
-    by_content = [i for i, (_, content) in enumerate(group) if content is not None and sniff(content[:256])]
+    by_content = [i for i, (_, content) in enumerate(group) if content is not None and sniff(content[:HEAD_BYTES])]
     ranked = with_suffix(SUFFIXES) or with_suffix(EXTRA_SUFFIXES) or by_content or with_suffix(FOREIGN_SUFFIXES)
     chosen = next(iter(ranked), None)
     others = [member for i, (member, _) in enumerate(group) if i != chosen and member.size >= 0]

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import IO
 
-from fsspec.implementations.local import LocalFileOpener
-
-from curation.reading.compression import UnsupportedCompression, Unpacked, open_tar
-from curation.reading.images import SUFFIXES, sniff
+from curation.reading.compression import Unpacked, UnsupportedCompression, open_tar
+from curation.reading.formats import HEAD_BYTES, SUFFIXES, sniff
+from curation.reading.places import is_local
 from curation.reading.samples import Member, Part, Sample, clean, group_sample, split_key
 from curation.reading.tars import BLOCK, NO_END, Gap, Links, Padding, Span, TarMember, walk
 
@@ -84,14 +83,14 @@ def read_tar(part: Part, max_file_bytes: int, headers_first: bool = False) -> It
     try:
         with open_tar(part.url) as file:
             size = None if isinstance(file, Unpacked) else file.seek(0, 2)
-            is_local = isinstance(file, LocalFileOpener)
-            if is_local and not headers_first:
+            on_disk = is_local(part.url) and size is not None
+            if on_disk and not headers_first:
                 headers_first = _needs_headers(_spans(file, size))
             read = _Contents(file, max_file_bytes)
             if headers_first:
                 yield from _join(file, size, read, totals)
             else:
-                known: set[int] | None = None if is_local else set()
+                known: set[int] | None = None if on_disk else set()
                 for run in _runs(_spans(file, size), read.of_next, totals, known):
                     yield from _finish([run], totals)
     except UnsupportedCompression:
@@ -155,9 +154,9 @@ class _Contents:
         self.file.seek(member.offset)
         head = b""
         if not wanted:
-            head = self.file.read(min(16, member.size))
+            head = self.file.read(min(HEAD_BYTES, member.size))
             wanted = suffix not in SUFFIXES and not run.has_image and sniff(head)
-            wanted = wanted and not any(content and sniff(content[:16]) for content in run.contents)
+            wanted = wanted and not any(content and sniff(content[:HEAD_BYTES]) for content in run.contents)
             if not wanted:
                 return None
         return head + self.file.read(member.size - len(head))

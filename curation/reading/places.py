@@ -1,0 +1,107 @@
+"""Where files lie: on this machine or in a store; how they are opened without harm, and how their names are written.
+
+A name of this machine is bytes. Inside `Part`, `Member` and everything written from them it is text that a report can
+hold: bytes that are no UTF-8 stand there as `\\xe9`, and `raw` gives the name back that the system knows.
+"""
+
+import os
+import re
+import stat
+from typing import IO
+
+import fsspec
+from fsspec.core import url_to_fs
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
+_LOCAL = re.compile(r"(file|local)://")
+_ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
+
+
+def is_local(url: str) -> bool:
+    return _LOCAL.match(url) is not None or _URL.match(url) is None
+
+
+def local_path(url: str) -> str:
+    """The absolute path of a local URL; `~` is the home folder unless something is really called so."""
+    path = _LOCAL.sub("", url, count=1)
+    return os.path.abspath(path if os.path.lexists(path) else os.path.expanduser(path))
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The store of a remote URL and the path in it. `::` chains URLs only where a URL follows it, else it is a name."""
+    first, *others = url.split("::")
+    if not others or "://" not in first or all("://" in other for other in others):
+        return url_to_fs(url)
+    protocol = url.partition("://")[0]
+    kind = fsspec.get_filesystem_class(protocol)
+    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(url)), str(kind._strip_protocol(url))
+
+
+def readable(name: str) -> str:
+    """A name as valid UTF-8 that `raw` turns back; ordinary names stay as they are."""
+    content = name.encode("utf-8", "surrogateescape" if _is_escaped(name) else "surrogatepass")
+    return _ESCAPED.sub(rb"\\x5cx\1", content).decode("utf-8", "backslashreplace")
+
+
+def raw(name: str) -> str:
+    """The name that the system knows, for one that `readable` wrote."""
+    content = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), name.encode())
+    return content.decode("utf-8", "surrogateescape")
+
+
+def join(url: str, name: str) -> str:
+    return f"{url.rstrip('/')}/{name}" if url else name
+
+
+def open_file(url: str) -> IO[bytes]:
+    """Open a file of a part (named as `readable` names it). Nothing but a regular file is opened, so none can hang.
+
+    Raises:
+        OSError: it is not there, not readable, or no regular file.
+    """
+    url = raw(url)
+    if is_local(url):
+        return open(local_path(url), "rb", opener=_open_regular)
+    fs, path = file_system(url)
+    return fs.open(path, "rb")  # type: ignore[return-value]  # fsspec says text or bytes
+
+
+def file_size(url: str) -> int:
+    """Bytes of a file, named as for open_file. Raises OSError."""
+    url = raw(url)
+    if is_local(url):
+        return os.stat(local_path(url)).st_size
+    fs, path = file_system(url)
+    return fs.size(path) or 0
+
+
+def read_file(url: str, max_bytes: int) -> tuple[int, bytes | None]:
+    """The size of a file and its bytes; None for bytes when there are more than max_bytes. Raises OSError."""
+    if is_local(url):
+        with open_file(url) as file:
+            size = os.fstat(file.fileno()).st_size
+            return size, file.read() if size <= max_bytes else None
+    size = file_size(url)
+    fs, path = file_system(raw(url))
+    return size, bytes(fs.cat_file(path)) if size <= max_bytes else None  # type: ignore[arg-type]
+
+
+def read_head(url: str, num_bytes: int) -> bytes:
+    """The first bytes of a file. Raises OSError."""
+    if is_local(url):
+        with open_file(url) as file:
+            return file.read(num_bytes)
+    fs, path = file_system(raw(url))
+    return bytes(fs.cat_file(path, start=0, end=min(num_bytes, file_size(url))))  # type: ignore[arg-type]
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
+
+
+def _is_escaped(name: str) -> bool:
+    return all(not 0xD800 <= ord(c) <= 0xDFFF or 0xDC80 <= ord(c) <= 0xDCFF for c in name)
