@@ -13,6 +13,7 @@ LIGHT = sorted(
     path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in [
         *(REPOSITORY / "curation" / "ops").glob("*.py"),
+        REPOSITORY / "curation" / "lock.py",
         REPOSITORY / "curation" / "manifest.py",
         REPOSITORY / "configs" / "loader.py",
     ]
@@ -63,9 +64,9 @@ def test_light_modules_import_neither_ray_nor_torch() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_pretrain_imports_only_the_manifest_from_curation() -> None:
+def test_pretrain_imports_only_the_manifest_and_the_lock_from_curation() -> None:
     for path in sorted((REPOSITORY / "pretrain").rglob("*.py")):
-        assert offences(path, ("curation.manifest",)) == [], path
+        assert offences(path, ("curation.lock", "curation.manifest")) == [], path
 
 
 def test_curation_imports_nothing_from_pretrain() -> None:
@@ -105,4 +106,4 @@ def test_the_rules_catch_what_they_forbid(tmp_path: Path, monkeypatch: pytest.Mo
     assert offences(path, ("curation.manifest",)) == ["curation.store"]
     assert "pretrain.config" in list(imported_names(path))
     with pytest.raises(AssertionError):
-        test_pretrain_imports_only_the_manifest_from_curation()
+        test_pretrain_imports_only_the_manifest_and_the_lock_from_curation()
