@@ -9,8 +9,9 @@ PY := .venv/bin/python
 demo: .venv/.curation,pretrain,export
 	$(PY) -m curation.run --seed demo
 	$(PY) -m pretrain.train --config demo --shards runs/demo/shards --out runs/demo-train
-	rm -rf runs/demo-teacher
-	$(PY) -m pretrain.downstream.export runs/demo-train runs/demo-teacher --format huggingface
+	# A second time it is there; one of another training is refused by name, and yours to remove.
+	test runs/demo-teacher -nt runs/demo-train/teacher/config.json || \
+	    $(PY) -m pretrain.downstream.export runs/demo-train runs/demo-teacher --format huggingface
 	$(PY) -m curation.run --config demo --pool 'runs/demo/demo/pool/*.tar' --seed runs/demo/demo/seed \
 	    --evaluation runs/demo/demo/evaluation --out runs/demo-again embed.encoder=hf:runs/demo-teacher
 	$(PY) -m curation.demo_figures runs/demo/demo/truth.csv runs/demo runs/demo-train runs/demo-again
@@ -34,7 +35,7 @@ bench: .venv/.dev
 	$(PY) -m benchmarks.all
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv
 
 .venv/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Seedbed needs Python 3.11 or newer, found " + sys.version.split()[0] + "; name one with PYTHON=")'

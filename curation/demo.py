@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -33,10 +33,18 @@ from PIL import Image
 from curation.demo_copies import EDITS, copy_of, encode_as
 from curation.demo_damage import Damaged, damaged_files
 from curation.drawing import draw_junk, draw_scene
+from curation.folder import Folder, listed
 from curation.ops.randomness import hash_shuffle, hash_uint64, hash_uniform
+from curation.ownership import DEMO_RECORD
 
 VERSION = 2  # of the recipe: raise it when the same seed gives other bytes
 SAMPLES_PER_SHARD = 500
+_SETS = ("pool", "seed", "evaluation", "labelled")
+_FILES = [
+    f"{name}{partial}"
+    for name in (DEMO_RECORD, "truth.csv", *(f"{kind}/{kind}-????.tar" for kind in _SETS))
+    for partial in ("", ".partial")
+]
 MIN_IMAGES = 100
 
 # The commonest first; the seed set shows those marked True, so that retrieval has something to leave out.
@@ -143,7 +151,7 @@ COLUMNS = [f.name for f in fields(PoolSample)][: -len(("picture", "original", "n
 def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
     """Write the demo's pool, seed set, evaluation set and truth under `root`.
 
-    A finished demo of the same recipe is left as it is; `demo.json`, written last, says which recipe that is.
+    A finished demo of the same recipe is left as it is; `demo.json`, written first and last, says which recipe that is.
 
     Args:
         root: a folder, made when missing.
@@ -151,7 +159,7 @@ def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
         num_images: samples in the pool, with the junk, the copies, the leaks and some fifty damaged files.
 
     Raises:
-        ValueError: num_images is too small to hold every kind of sample.
+        ValueError: num_images is too small to hold every kind of sample, or the folder holds something else.
     """
     if num_images < MIN_IMAGES:
         raise ValueError(f"num_images={num_images} does not hold every kind of sample; ask for at least {MIN_IMAGES}.")
@@ -163,13 +171,16 @@ def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
         labelled=str(root / "labelled" / "labelled-*.tar"),
         truth=root / "truth.csv",
     )
-    recipe = json.dumps({"version": VERSION, "seed": seed, "num_images": num_images}) + "\n"
-    done = root / "demo.json"
-    if done.exists() and done.read_text() == recipe:
+    recipe = {"version": VERSION, "seed": seed, "num_images": num_images}
+    done = root / DEMO_RECORD
+    found = _record(done)
+    if found == recipe:
         return paths
-    done.unlink(missing_ok=True)
-    for stale in root.glob("pool/pool-*.tar"):
-        stale.unlink()
+    folder = Folder(str(root))
+    if found is None and (others := folder.entries()):
+        raise ValueError(f"{root} is where a demo is drawn, and holds other files ({listed(others)}): move them away.")
+    folder.clear(_FILES)
+    folder.write_bytes(DEMO_RECORD, json.dumps({**recipe, "unfinished": True}).encode())
     seeds = [concept for concept, in_seed in CONCEPTS.items() if in_seed]
     _write_tar(root / "seed" / "seed-0000.tar", _labelled(seed, "s", _SEED_IDS, seeds, max(24, num_images // 12)))
     num_evaluation = max(24, num_images // 15)
@@ -190,8 +201,17 @@ def make_demo(root: Path, seed: int = 0, num_images: int = 3000) -> DemoPaths:
         writer.writerows(vars(sample) for sample in samples)
         text.detach()
     with _renamed_when_written(done) as file:
-        file.write(recipe.encode())
+        file.write(json.dumps(recipe).encode() + b"\n")
     return paths
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """The recipe of a demo that was begun; None: there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) and {"version", "seed", "num_images"} <= content.keys() else None
 
 
 def plan_pool(seed: int, num_images: int, num_evaluation: int) -> list[PoolSample]:

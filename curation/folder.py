@@ -1,11 +1,16 @@
 """A folder at any fsspec URL, with whole files that appear at once or not at all."""
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
 import posixpath
+import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import fsspec
@@ -15,6 +20,10 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from curation.manifest import File
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+# What a file manager, a file server or a fresh disk leaves in any folder: nobody's work.
+_SYSTEM_FILES = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*", ".directory", "lost+found")
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,118 @@ class Folder:
         found = self._fs[0].find(self.path())
         return sorted(path.removeprefix(root) for path in found if not path.endswith(".tmp"))
 
-    def clear(self) -> None:
-        """Delete every file below, temporary ones included."""
-        if self.exists():
-            for path in self._fs[0].find(self.path()):
-                self._fs[0].rm_file(path)
+    def create_bytes(self, name: str, content: bytes) -> bool:
+        """Write a file whole unless one of that name is there: whether it did. Of several that try at once, one does.
+
+        A store that cannot do that lets the later of two win; who relies on it reads the file again.
+        """
+        fs, path = self._fs[0], self.path(name)
+        if not self.is_local:
+            return _created(fs, path, content)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return os.stat(temporary).st_nlink == 2  # NFS may lose the answer to a link that it made
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK):
+                    raise
+                return _created_in_place(path, content)  # no hard links there
+            return True
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs[0].rm_file(self.path(name))
+
+    def entries(self) -> list[str]:
+        """Names of the files and folders directly in this one, sorted, without what operating systems leave."""
+        return sorted(self._kinds())
+
+    def folders(self) -> list[str]:
+        """Those of `entries` that are folders."""
+        return sorted(name for name, kind in self._kinds().items() if kind == "directory")
+
+    def _kinds(self) -> dict[str, str]:
+        """file or directory, by name."""
+        try:
+            found = self._fs[0].ls(self.path(), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        root = self.path().rstrip("/")
+        kinds = {posixpath.basename(i["name"].rstrip("/")): i["type"] for i in found if i["name"].rstrip("/") != root}
+        return {name: kind for name, kind in kinds.items() if name and not is_system_file(name)}
+
+    def clear(self, own: Sequence[str]) -> None:
+        """Delete every file below that has one of our names, temporary ones included; none, if others lie among them.
+
+        Args:
+            own: patterns of names relative to the folder; `*` does not match a slash.
+
+        Raises:
+            ValueError: files of other names are there; nothing was deleted.
+        """
+        root = self.path().rstrip("/") + "/"
+        found = self._fs[0].find(self.path()) if self.exists() else []
+        names = [str(path).removeprefix(root) for path in found]
+        names = [name for name in names if not is_system_file(posixpath.basename(name))]
+        if foreign := [name for name in names if not _matches(_TEMPORARY.sub("", name), own)]:
+            raise ValueError(
+                f"{self.url} holds what this program did not write ({listed(foreign)}), and its own files there must "
+                "go for this run: move those away, or give another --out. Nothing was deleted."
+            )
+        for name in names:
+            self._fs[0].rm_file(root + name)
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file has a name that operating systems give, and people do not."""
+    return any(fnmatchcase(name, pattern) for pattern in _SYSTEM_FILES)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    parts = name.split("/")
+    for pattern in patterns:
+        wanted = pattern.split("/")
+        if len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted)):
+            return True
+    return False
+
+
+def _created(fs: fsspec.AbstractFileSystem, path: str, content: bytes) -> bool:
+    try:
+        fs.pipe_file(path, content, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if any(word in str(error) for word in ("PreconditionFailed", "pre-conditions", "ConditionalRequestConflict")):
+            return False
+        if "NotImplemented" not in str(error):
+            raise
+        if fs.exists(path):
+            return False
+        fs.pipe_file(path, content)
+    return True
+
+
+def _created_in_place(path: str, content: bytes) -> bool:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with open(handle, "wb") as file:
+        file.write(content)
+    return True

@@ -1,10 +1,8 @@
 """The stages in order. Each is a folder closed by a manifest; one whose manifest matches is skipped."""
 
 import contextlib
-import hashlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ from curation.filters import Blocklist, Edit, Filter, Pixels, build_filters
 from curation.folder import Folder
 from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
+from curation.ownership import STARTED, TIMING, claim_scratch_folder, clear_stage_folder, scratch_folder
 from curation.progress import duration
 from curation.reading.listing import Listing
 from curation.reading.samples import Part
@@ -42,7 +41,6 @@ STAGES = (
     "shard",
     "report",
 )
-_STARTED, _TIMING = "started.json", "timing.json"
 logger = logging.getLogger(__name__)
 
 Written = tuple[list[File], dict[str, int], dict[str, Any]]
@@ -102,8 +100,7 @@ class Run:
         """Where a step's random-access files lie: in the run folder, or, where that is remote, in a scratch folder."""
         if self.folder.is_local:
             return Path(self.folder.path(step))
-        name = hashlib.sha256(self.folder.url.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"seedbed-{name}" / step
+        return scratch_folder(self.folder) / step
 
     def cells(self, step: str) -> Cells:
         return open_cells(self.local(step) / "cells")
@@ -139,8 +136,13 @@ def run_pipeline(run: Run, until: str = "report") -> list[tuple[str, float | Non
 
     Returns:
         (step, seconds) for each, None for those that were skipped because their manifest matched.
+
+    Raises:
+        ValueError: settings or images that leave nothing to go on with; files of others where ours would go.
     """
     times: list[tuple[str, float | None]] = []
+    if not run.folder.is_local:
+        claim_scratch_folder(run.folder)
     for step in plan_steps(run):
         if STAGES.index(step.stage) > STAGES.index(until):
             break
@@ -241,9 +243,9 @@ def _execute(run: Run, step: Step) -> float | None:
     # Finished parts of the same work are kept; those of other settings would be taken for ours, and a step that was
     # whole and no longer is cannot be trusted in parts.
     was_whole = folder.exists(MANIFEST_NAME) and step.listing is None
-    if was_whole or not folder.exists(_STARTED) or json.loads(folder.read_bytes(_STARTED)) != work_key:
-        folder.clear()
-        folder.write_bytes(_STARTED, json.dumps(work_key).encode())
+    if was_whole or not folder.exists(STARTED) or json.loads(folder.read_bytes(STARTED)) != work_key:
+        clear_stage_folder(folder, step.stage)
+        folder.write_bytes(STARTED, json.dumps(work_key).encode())
     start = time.monotonic()
     files, counts, figures = step.work(run, folder)
     seconds = time.monotonic() - start
@@ -257,7 +259,7 @@ def _execute(run: Run, step: Step) -> float | None:
         counts=counts,
         figures=figures,
     )
-    folder.write_bytes(_TIMING, json.dumps({"seconds": seconds}).encode())
+    folder.write_bytes(TIMING, json.dumps({"seconds": seconds}).encode())
     folder.write_bytes(MANIFEST_NAME, manifest.to_json().encode())
     run.manifests[step.name] = manifest
     logger.info("%s done in %s", step.name, duration(seconds))
@@ -301,7 +303,7 @@ def _keys(step: Step, manifests: dict[str, Manifest]) -> tuple[Any, dict[str, st
 def step_seconds(run: Run, step: str) -> float:
     """How long a step took when it ran."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        return float(json.loads((run.folder / step).read_bytes(_TIMING))["seconds"])
+        return float(json.loads((run.folder / step).read_bytes(TIMING))["seconds"])
     return 0.0
 
 

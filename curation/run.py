@@ -1,12 +1,12 @@
 """python -m curation.run --seed NAME_OR_PATH: a raw image pool -> curated WebDataset shards, a report, an account."""
 
+import _thread
 import argparse
-import atexit
+import contextlib
 import errno
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 from configs.loader import config_names, load_config
 from curation.config import CurationConfig
 from curation.folder import Folder
+from curation.lock import hold
+from curation.ownership import check_run_folder
 from curation.pipeline import STAGES, Inputs, Run, run_pipeline, set_label
 from curation.progress import duration
 from curation.reading.listing import choose_column, find_parts
@@ -63,13 +65,23 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if is_demo and (len(seeds) > 1 or options.pool or options.evaluation):
         raise ValueError("--seed demo brings its own pool, seed and evaluation images; give it alone.")
     out = Folder(options.out or (f"runs/{'-'.join(set_name(seed) for seed in seeds) or 'balanced'}"))
-    truth = None
+    check_run_folder(out)
+    with contextlib.ExitStack() as until_done:
+        return _run_in(out, options, config, until_done)
+
+
+def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, until_done: contextlib.ExitStack) -> int:
+    seeds, truth = options.seed or [], None
+    is_demo = "demo" in seeds
     if is_demo:
         from curation.demo import make_demo
 
         # A dry run leaves nothing behind, so its demo pool goes to a folder that goes away.
-        root = Path(tempfile.mkdtemp()) if options.dry_run else Path(out.path("demo"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True) if options.dry_run else None
+        if options.dry_run:
+            root = Path(until_done.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            until_done.enter_context(hold(out, _stop_main))
+            root = Path(out.path("demo"))
         demo = make_demo(root)
         sets = {"demo": SeedSet(name="demo", urls=(str(demo.seed),), rule=config.retrieve)}
         pool, evaluations, truth = [str(demo.pool)], {"demo": str(demo.evaluation)}, demo.truth
@@ -105,6 +117,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         print(describe(run))
         return 0
+    if not is_demo:  # after the listing, so that a wrong input leaves no trace
+        until_done.enter_context(hold(out, _stop_main))
     asked = {"seeds": seeds, "pool": pool, "evaluations": evaluations, "config": asdict(config)}
     out.write_bytes("run.json", json.dumps(asked, indent=1).encode())
     for step, seconds in run_pipeline(run, options.until):
@@ -173,6 +187,11 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9"
     )
     return parser
+
+
+def _stop_main() -> None:
+    """From another thread: end what the main thread does, as a signal would."""
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ hanging. Names are those of the plain model: a checkpoint of DDP goes on with FS
 
 import json
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -39,6 +40,8 @@ FORMAT = "seedbed checkpoint 1"
 MANIFEST = "manifest.json"
 PREFIX, TEMPORARY = "step-", ".writing-"
 OTHER_RANKS_TIMEOUT_S = 1800
+_LEAVINGS = re.compile(rf"{re.escape(TEMPORARY)}(removed-)?{PREFIX}\d{{8}}(-[0-9a-f]+)?")
+_FILES = re.compile(r"manifest\.json|rank-\d+(-of-\d+\.safetensors(\.partial)?|\.failed)")
 State = Mapping[str, nn.Module | torch.optim.Optimizer | Tensor]
 
 
@@ -60,12 +63,15 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank calls every method, in the same order; what one rank meets, all raise."""
+    """The checkpoints of one run. Every rank calls every method, in the same order; what one rank meets, all raise.
+
+    Nothing is changed before `clean` or `save`: who only looks disturbs no run that goes on there.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
         # One name for this process's temporary folders, so that leavings of a killed run are never taken for ours.
-        self._run = collectives.from_rank_zero(self._clean)
+        self._run = collectives.from_rank_zero(_new_name)
         self._pinned: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -110,7 +116,8 @@ class Checkpoints:
         try:
             self._agree(error, RuntimeError, f"{name} was not written: ")
         except RuntimeError:
-            self._run = collectives.from_rank_zero(self._clean)
+            self.clean()
+            self._run = collectives.from_rank_zero(_new_name)
             raise
 
     def latest(self) -> Path | None:
@@ -152,15 +159,18 @@ class Checkpoints:
         if met := dict.fromkeys(t for t in texts if t is not None):
             raise kind(prefix + " ".join(met)) from error
 
-    def _clean(self) -> str:
-        """Remove what a killed run left unfinished, or half removed."""
+    def clean(self) -> None:
+        """Remove what a killed run left unfinished, or half removed; call it when no other run can be at work there."""
+        collectives.from_rank_zero(self._clean)
+
+    def _clean(self) -> None:
         for left in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        return secrets.token_hex(4)
+            if _LEAVINGS.fullmatch(left.name) and _is_ours(left):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _whole(self) -> list[Path]:
         """Checkpoints with a manifest, oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"{PREFIX}*/{MANIFEST}"))
+        return whole_checkpoints(self.folder)
 
     @torch.no_grad()
     def _stage(self, pieces: list[Piece]) -> list[Piece]:
@@ -209,9 +219,14 @@ class Checkpoints:
         whole = self._whole()
         every = self.config.keep_every_steps
         for path in whole[: -self.config.keep_last]:
-            if not every or int(path.name.removeprefix(PREFIX)) % every:
+            if (not every or int(path.name.removeprefix(PREFIX)) % every) and _is_ours(path):
                 # First out of sight: half a checkpoint must not have the name of a whole one.
                 shutil.rmtree(path.rename(self.folder / f"{TEMPORARY}removed-{path.name}"))
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder that are on the disk with everything in them, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"{PREFIX}*/{MANIFEST}"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -300,6 +315,15 @@ def _check_names(path: Path, files: TensorFiles, state: State) -> None:
                 f"{path} is of another model: {name} is {files.dtype(name)} {list(files.shape(name))} there and "
                 f"{tensor.dtype} {list(tensor.shape)} here."
             )
+
+
+def _new_name() -> str:
+    return secrets.token_hex(4)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it holds nothing but files of a checkpoint, so that it may go."""
+    return folder.is_dir() and all(_FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _tops(names: list[str]) -> list[str]:

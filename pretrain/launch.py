@@ -246,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _launch(asked: argparse.Namespace) -> int:
     from pretrain import plan
     from pretrain.config import load_train_config
+    from pretrain.run_folder import check_run_folder
 
     names = {name for name in Resources.__dataclass_fields__ if getattr(asked, name) is not None}
     resources = Resources(**{name: getattr(asked, name) for name in names})
@@ -257,6 +258,7 @@ def _launch(asked: argparse.Namespace) -> int:
     shards = [argument for path in asked.shards for argument in ("--shards", path)]
     arguments = ["--config", asked.config, *shards, "--out", str(asked.out), *asked.overrides]
     training = Training(arguments, cpus=resources.cpus_per_task)
+    check_run_folder(asked.out)
     folder, name = asked.out / "jobs", f"seedbed-{Path(asked.config).stem}"
     if asked.dry_run:
         print(plan.describe(config, resources.world_size))

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors
 from pretrain.phase import Phase, fresh_network, start_phase, start_position
+from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
 from pretrain.watch.alarms import AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
 from pretrain.watch.flops import measured_peak_flops, peak_flops
@@ -77,13 +78,20 @@ def train(config: TrainConfig, out: Path) -> int:
             torch.set_num_threads(config.execution.threads)
         config.check(collectives.world_size())
         with stop_signals() as asked_to_stop:
-            return Run(config, out, device, asked_to_stop).go()
+            run = Run(config, out, device, asked_to_stop)
+            # Only now may anything be written or cleaned: a command that is refused disturbs no run that goes on there.
+            with hold_run_folder(out, on_lost=lambda: asked_to_stop.append(signal.SIGTERM)) as check_lock:
+                run.open(check_lock)
+                return run.go()
     finally:
         collectives.stop()
 
 
 class Run:
-    """One process's part of a training run: the phases in order, and what watches them."""
+    """One process's part of a training run: the phases in order, and what watches them.
+
+    Making one only looks at the shards and the run folder; `open` then writes to the folder, which must be locked.
+    """
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device, asked_to_stop: list[int]) -> None:
         self.config, self.out, self.device, self.asked_to_stop = config, out, device, asked_to_stop
@@ -92,12 +100,20 @@ class Run:
         # What is wrong with the shards or the run folder is found before a model is built.
         self.tables = read_tables(config.data)
         self.loaders = [self._loader(index) for index in range(len(self.phases))]
+        collectives.from_rank_zero(lambda: check_run_folder(out))
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint)
         self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+
+    def open(self, check_lock: Callable[[], None]) -> None:
+        """Begin to write to the run folder, whose lock is held as long as `check_lock` does not raise."""
+        config, out, device = self.config, self.out, self.device
+        self.check_lock = check_lock
+        # Again: the run that had the lock before may have gone on since.
+        self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+        self.checkpoints.clean()
         if self.is_first:
-            out.mkdir(parents=True, exist_ok=True)
             drop_after(out / "skipped.jsonl", self.position.global_step)
-            (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+            write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         if not self.peak:  # a CPU: what a matrix product reaches here, now
             self.peak = measured_peak_flops(device, getattr(torch, config.precision))
@@ -152,6 +168,8 @@ class Run:
                     self.progress.message(f"alarm at step {step}: {alarm.message}")
             self.progress.advance(step, name)
             stop = collectives.any_over_ranks(bool(self.asked_to_stop))
+            if stop:
+                self.check_lock()  # who lost it must not save there
             if self.config.evaluation.is_due(step, total_steps(self.config)):
                 self._evaluate(phase)  # before the save, so that a run killed here does not lose it
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:

@@ -13,13 +13,20 @@ LIGHT = sorted(
     path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in [
         *(REPOSITORY / "curation" / "ops").glob("*.py"),
+        REPOSITORY / "curation" / "lock.py",
         REPOSITORY / "curation" / "manifest.py",
         *(REPOSITORY / "curation" / "reading").glob("*.py"),
         REPOSITORY / "configs" / "loader.py",
     ]
 )
 HEAVY = ("ray", "torch")
-FROM_CURATION = ("curation.manifest", "curation.reading.images", "curation.reading.samples", "curation.reading.tars")
+FROM_CURATION = (
+    "curation.lock",
+    "curation.manifest",
+    "curation.reading.images",
+    "curation.reading.samples",
+    "curation.reading.tars",
+)
 """what pretrain may import: one reader of images and tars for both halves"""
 
 
@@ -66,7 +73,7 @@ def test_light_modules_import_neither_ray_nor_torch() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_pretrain_imports_only_the_manifest_and_the_reader_from_curation() -> None:
+def test_pretrain_imports_only_manifest_lock_and_reader_from_curation() -> None:
     for path in sorted((REPOSITORY / "pretrain").rglob("*.py")):
         assert offences(path, FROM_CURATION) == [], path
 
@@ -108,4 +115,4 @@ def test_the_rules_catch_what_they_forbid(tmp_path: Path, monkeypatch: pytest.Mo
     assert offences(path, ("curation.manifest",)) == ["curation.store"]
     assert "pretrain.config" in list(imported_names(path))
     with pytest.raises(AssertionError):
-        test_pretrain_imports_only_the_manifest_and_the_reader_from_curation()
+        test_pretrain_imports_only_manifest_lock_and_reader_from_curation()

@@ -121,6 +121,17 @@ def test_the_newest_and_every_so_many_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006", "step-00000007"]
 
 
+def test_a_checkpoint_with_someone_s_files_in_it_stays(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path, keep_last=1)
+    for step in range(1, 4):
+        store.save({"x": torch.tensor(step)}, step, {})
+        store.wait()
+        if step == 1:
+            (tmp_path / "step-00000001" / "notes.txt").write_text("the one for the paper")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+    assert teacher_state(tmp_path / "step-00000001", "x") == {"": torch.tensor(1)}
+
+
 def test_saving_a_step_twice_writes_it_once(tmp_path: Path) -> None:
     store = checkpoints(tmp_path)
     for value in (1.0, 2.0):
@@ -155,9 +166,15 @@ def test_leavings_are_removed_and_never_loaded(tmp_path: Path) -> None:
     path = save_now(tmp_path, {"x": torch.ones(3)}, 5)
     shutil.copytree(path, tmp_path / ".writing-step-00000006-abcd")
     (tmp_path / "step-00000009").mkdir()  # no manifest: not ours to remove, and no checkpoint
+    (tmp_path / ".writing-step-00000007-beef").mkdir()
+    (tmp_path / ".writing-step-00000007-beef" / "thesis.txt").write_text("someone's")
+    (tmp_path / ".writing-novel").mkdir()
     store = checkpoints(tmp_path)
     assert store.latest() == path
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000009"]
+    assert (tmp_path / ".writing-step-00000006-abcd").exists(), "who only looks changes nothing"
+    store.clean()
+    theirs = [".writing-novel", ".writing-step-00000007-beef"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*theirs, "step-00000005", "step-00000009"]
     assert checkpoints(tmp_path / "none").latest() is None
 
 
@@ -235,6 +252,7 @@ def save_forever(folder: Path) -> None:
     """Checkpoints of 2 MB in which every number is the step, as fast as they go."""
     torch.set_num_threads(1)
     store = checkpoints(folder)
+    store.clean()
     latest = store.latest()
     step = 0 if latest is None else read_manifest(latest)["step"]
     tensors = {f"x{i}": torch.empty(64, 1024) for i in range(8)}
@@ -263,6 +281,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         process.join(30)
         assert process.exitcode == -signal.SIGKILL, "it ended by itself, so a checkpoint did not load"
         store = checkpoints(tmp_path)
+        store.clean()
         latest = store.latest()
         assert latest is not None
         tensors = {f"x{i}": torch.empty(64, 1024) for i in range(8)}
