@@ -91,6 +91,10 @@ class Folder:
         found = self._fs[0].find(self.path())
         return sorted(path.removeprefix(root) for path in found if not path.endswith(".tmp"))
 
+    def remove(self, name: str) -> None:
+        """Delete one file."""
+        self._fs[0].rm_file(self.path(name))
+
     def clear(self) -> None:
         """Delete every file below, temporary ones included."""
         if self.exists():

@@ -20,7 +20,9 @@ from curation.config import CurationConfig
 from curation.folder import Folder
 from curation.pipeline import STAGES, Inputs, Run, run_pipeline
 from curation.progress import duration
+from curation.reading.again import LOST_REASONS
 from curation.reading.listing import find_parts
+from curation.report.wording import words
 from curation.seeds import SeedSet, locate_seed, set_name
 
 _INTERRUPTED = 130
@@ -103,6 +105,13 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.until == "report":
         status = run.manifests["report"].counts
         print(f"kept {status['kept']:,} of {status['images']:,} images: {out.url}/shards, {out.url}/report.html")
+        written = run.manifests["shards"].counts
+        if lost := {reason: written[reason] for reason in LOST_REASONS if reason in written}:
+            print(
+                f"{sum(lost.values()):,} chosen images are not in the shards, because their files changed during the "
+                f"run ({', '.join(f'{count:,} {words(reason)}' for reason, count in lost.items())}); decisions.parquet "
+                "says which. The same command reads anew what changed."
+            )
         if truth is not None:
             from curation.truth import format_score, read_truth, score
 

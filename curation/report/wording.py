@@ -3,11 +3,13 @@
 _REASONS = {
     "animated": "more than one frame",
     "blank": "hardly any contrast, so there is nothing to see",
+    "changed_since_indexing": "chosen, but when its bytes were to be copied they were not those that had been judged",
     "damaged": "the image data is cut off or broken",
     "damaged_shard": "the shard ends or breaks here",
     "empty": "a file of 0 bytes",
     "extreme_aspect": "much longer on one side than on the other",
     "file_too_large": "more bytes than embed.max_file_bytes",
+    "gone_since_indexing": "chosen, but its file was gone when its bytes were to be copied",
     "no_image": "the sample holds no image file",
     "no_image_column": "the Parquet file has no column of images",
     "not_an_image": "not in any known image format, whatever its name says",
@@ -16,6 +18,7 @@ _REASONS = {
     "too_many_scans": "a JPEG made to be slow to decode",
     "too_small": "a side is shorter than the limit",
     "unreadable": "the file could not be opened",
+    "unreadable_since_indexing": "chosen, but its file could not be opened any more when its bytes were to be copied",
 }
 _STEPS = {
     "exact": "same bytes",
