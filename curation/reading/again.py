@@ -96,10 +96,23 @@ def _reason(error: Exception, url: str) -> str | None:
     """Why the member is lost; None for what may pass."""
     if isinstance(error, SourceChanged):
         return CHANGED
-    if isinstance(error, FileNotFoundError):
-        return GONE
     if not isinstance(url_to_fs(url)[0], LocalFileSystem):
+        if isinstance(error, FileNotFoundError) and _answers_absent(error):
+            return GONE
         return None  # a store's own errors seldom tell damage from a bad connection: better to ask than to drop
     if isinstance(error, OSError) and error.errno is not None:
         return _OF_THE_FILE.get(error.errno)
+    if isinstance(error, FileNotFoundError):
+        return GONE
     return CHANGED  # it is there, and no longer the tar, archive or Parquet file that it was
+
+
+def _answers_absent(error: BaseException) -> bool:
+    """Whether the store said so itself. Some file systems say "not found" of a server that does not answer, too."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(error, "status", None)  # aiohttp
+    answer = getattr(error, "response", None)  # botocore
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(error, FileNotFoundError) or status in (404, 410)
