@@ -23,7 +23,8 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("source", pa.string()),  # URL of the tar, Parquet file or folder it came from
         ("status", pa.string()),  # one of STATUSES
-        # kept: retrieved, balanced or both; rejected: why; duplicate: exact, perceptual, embedding, or chain (through
+        # kept: retrieved, balanced or both; rejected: why (also *_since_indexing: chosen, but not written, because its
+        # bytes were no longer those that had been judged); duplicate: exact, perceptual, embedding, or chain (through
         # others of its component); leak: exact, perceptual, embedding, or component (another member matched)
         ("reason", pa.string()),
         ("duplicate_of", pa.string()),  # key of the image kept in its stead; null unless a duplicate
@@ -40,6 +41,18 @@ SCHEMA = pa.schema(
         ("shard", pa.string()),  # file below shards/; null unless kept and written
     ]
 )
+
+
+def without_lost(decisions: pa.Table, gids: np.ndarray, reasons: np.ndarray) -> pa.Table:
+    """The decisions with these images, chosen but not written, rejected for these reasons."""
+    status = decisions["status"].to_numpy(zero_copy_only=False).copy()
+    reason = decisions["reason"].to_numpy(zero_copy_only=False).copy()
+    assert (status[gids] == "kept").all()
+    status[gids], reason[gids] = "rejected", reasons
+    for name, values in (("status", status), ("reason", reason)):
+        column = decisions.schema.get_field_index(name)
+        decisions = decisions.set_column(column, SCHEMA.field(name), pa.array(values, pa.string()))
+    return decisions
 
 
 def decide(run: Run) -> pa.Table:

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.ops.hashes import hash_distances
+from curation.reading.again import LOST_REASONS
 from curation.report.account import Account, open_account
 from curation.report.wording import plural, reason_meaning, step_words, visible, words
 from curation.stages.dedup import Duplicates
 from curation.stages.kmeans import unit_rows
+from curation.stages.shard import index_name
 from curation.store import INDEX_SCHEMA
 
 _LISTED = 5  # copies, links and draws told one by one
@@ -54,7 +56,7 @@ def story(account: Account, gid: int) -> str:
     row = account.rows("decisions.parquet", pc.field("gid") == gid).to_pylist()[0]
     index = account.pool.take(np.array([gid]), INDEX_SCHEMA.names).to_pylist()[0]
     parts = [("origin", _origin(index)), ("image", _image(index, row))]
-    if row["status"] != "rejected":
+    if row["status"] != "rejected" or row["reason"] in LOST_REASONS:
         parts.append(("duplicates", _duplicates(account, gid, row)))
         if account.names("embed/evaluation-"):
             parts.append(("evaluation", _evaluation(account, gid, row)))
@@ -107,6 +109,8 @@ def _image(index: dict[str, Any], row: dict[str, Any]) -> str:
         return f"{what}.{odd}{digest} It was read, and passed the filters."
     meaning = reason_meaning(str(row["reason"]))
     why = f"{words(str(row['reason']))}{f' ({meaning})' if meaning else ''}"
+    if row["reason"] in LOST_REASONS:
+        return f"{what}.{odd}{digest} It was read, and passed the filters; it was {meaning}."
     verdict = f"A filter rejected it: {why}." if index["status"] == "ok" else f"It could not be used: {why}."
     return f"{what + '.' if what else ''}{odd}{digest} {verdict}".strip()
 
@@ -319,7 +323,7 @@ def _nearest_seed(account: Account, gid: int, name: str, rule: dict[str, Any]) -
 def _shard(account: Account, gid: int, row: dict[str, Any]) -> str:
     if row["shard"] is None:
         return "not written to one."
-    index = f"shards/index/{row['shard'].removesuffix('.tar')}.parquet"
+    index = f"shards/{index_name(row['shard'])}"
     members = account.rows(index, (pc.field("gid") == gid) & (pc.field("set") == "pool")).to_pylist()
     if not members:
         return f"shards/{row['shard']}."

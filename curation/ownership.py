@@ -46,7 +46,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
     "retrieve": ("matches.parquet",),
     "balance": ("balanced.parquet",),
-    "shard": ("shard-*", "done/shard-*.json", "index/shard-*.parquet"),
+    "shard": ("shard-*", "done/shard-*.json", "index/shard-*.parquet", "not_written.parquet", "README.md"),
     "report": (),
 }
 

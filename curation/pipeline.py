@@ -21,6 +21,7 @@ from curation.manifest import MANIFEST_NAME, File, Manifest, stage_key
 from curation.ops.cells import Cells, open_cells
 from curation.ownership import STARTED, TIMING, claim_scratch_folder, clear_stage_folder, scratch_folder
 from curation.progress import duration
+from curation.reading.again import LOST_REASONS
 from curation.reading.listing import Listing
 from curation.reading.samples import Part
 from curation.seeds import SeedSet
@@ -404,5 +405,10 @@ def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
             kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
     if not sum(len(k.gids) for k in kept):
         raise ValueError("nothing was kept, so there is nothing to write: loosen retrieve.* or add a seed set.")
-    files = shard.write_shards(folder, kept, run.config.shard, edits, run.config.execution)
-    return files, {k.name: len(k.gids) for k in kept}, {"bytes": sum(f.bytes for f in files)}
+    draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
+    limit = run.config.embed.max_rejected_fraction
+    files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
+    sets, reasons = (lost[name].to_numpy(zero_copy_only=False) for name in ("set", "reason"))
+    counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
+    counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
+    return files, counts, {"bytes": sum(f.bytes for f in files)}

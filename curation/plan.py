@@ -211,8 +211,13 @@ class Plan:
         size = sum(s.images * (s.image_bytes + costs.TAR_OVERHEAD_BYTES) for s in as_is)
         size += self.num_kept * (self.pool.image_bytes + costs.TAR_OVERHEAD_BYTES)
         tars = max(-(-images // c.max_images), -(-int(size) // int(c.max_mb * 1e6)), 1)
-        what = f"original bytes of at most {images:,} images, shuffled; up to {c.max_images:,} or {c.max_mb:g} MB a tar"
-        return PlannedStep("shards", what, f"{tars:,} tars", size, Work(core_s=size / costs.SHARD_BYTES_PER_S), images)
+        one, many = ("tar", "tars") if c.format == "webdataset" else ("Parquet file", "Parquet files")
+        what = (
+            f"original bytes of at most {images:,} images, shuffled; up to {c.max_images:,} or {c.max_mb:g} MB a {one}"
+        )
+        return PlannedStep(
+            "shards", what, f"{tars:,} {many}", size, Work(core_s=size / costs.SHARD_BYTES_PER_S), images
+        )
 
 
 # --- what is done already --------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from curation.lock import hold
 from curation.ownership import check_run_folder
 from curation.pipeline import STAGES, Inputs, Run, run_pipeline, set_label
 from curation.progress import duration
+from curation.reading.again import LOST_REASONS
 from curation.reading.listing import choose_column, find_parts
-from curation.report.wording import plural
+from curation.report.wording import plural, words
 from curation.seeds import SeedSet, locate_seed, set_name
 
 _INTERRUPTED = 130
@@ -136,19 +137,26 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
 
 
 def losses(run: Run) -> list[str]:
-    """What a run did not read, by set: damaged shards and what is lost in them, files that were left out and why."""
+    """What a run did not read or write: damaged shards and what is lost in them, files left out, changed images."""
     lines = []
+    written = run.manifests["shards"].counts if "shards" in run.manifests else {}
+    if lost := {reason: written[reason] for reason in LOST_REASONS if reason in written}:
+        reasons = ", ".join(f"{count:,} {words(reason)}" for reason, count in lost.items())
+        lines.append(
+            f"{plural(sum(lost.values()), 'chosen image')} not in the shards ({reasons}); decisions.parquet says which, "
+            "and the same command reads anew what changed."
+        )
     for step, listing in run.inputs.listings().items():
         if step not in run.manifests:
             continue
         images = run.images(step)
         tables = [images.index(part, ["reason", "unread_bytes", "unread_images"]) for part in range(images.num_parts)]
         damaged = sum(pc.any(pc.equal(table["reason"], "damaged_shard")).as_py() or False for table in tables)
-        lost = {name: sum(pc.sum(table[name]).as_py() or 0 for table in tables) for name in tables[0].schema.names[1:]}
-        about = f", about {plural(lost['unread_images'], 'image')}" if lost["unread_images"] else ""
+        gone = {name: sum(pc.sum(table[name]).as_py() or 0 for table in tables) for name in tables[0].schema.names[1:]}
+        about = f", about {plural(gone['unread_images'], 'image')}" if lost["unread_images"] else ""
         lines.append(
             f"{set_label(step)}: {plural(damaged, 'damaged shard')} of {plural(len(listing), 'part')}, "
-            f"{plural(lost['unread_bytes'], 'byte')} not read{about}; {plural(listing.num_ignored, 'file')} ignored"
+            f"{plural(gone['unread_bytes'], 'byte')} not read{about}; {plural(listing.num_ignored, 'file')} ignored"
         )
         lines += [f"  {note}" for note in listing.notes()]
     return lines

@@ -7,6 +7,8 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -61,14 +63,19 @@ class ShardBuilder:
         return self._buffer.getbuffer()
 
 
-def safe_key(key: str, gid: int, is_unique: bool) -> str:
-    """A key that any tar reader can take: no dots, no way out of a folder, no control characters, bounded.
+def safe_key(key: str, tag: str, is_unique: bool) -> str:
+    """A key that any reader can take: no dots, no way out of a folder, no control characters, not hidden, bounded.
 
-    The pool's own key where that is already so and no other image of the pool has it; else made so, with the gid.
+    The pool's own key where that is already so and no other image of the run has it; else made so, with the tag.
+
+    Args:
+        tag: `g` and the gid, which no other image of the set has; behind `s` and the set's number but for the first.
     """
     clean = re.sub(r"[^\w/-]+", "_", key, flags=re.UNICODE).strip("/")
     clean = re.sub(r"/+", "/", clean)[:150]
-    return clean if clean == key and is_unique and clean else f"{clean or 'image'}_g{gid}"
+    clean = re.sub(r"(^|/)__+(?=[^/]*$)", r"\1", clean)  # `datasets` skips files whose name begins so
+    is_tagged = re.search(r"_(s\d+)?g\d+$", clean)  # or it could be taken for a key that was made so
+    return clean if clean and clean == key and is_unique and not is_tagged else f"{clean or 'image'}_{tag}"
 
 
 def safe_suffix(suffix: str) -> str:
@@ -76,14 +83,13 @@ def safe_suffix(suffix: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "", suffix.lower())[:40].strip(".") or "bin"
 
 
-def split_shards(sizes: Sequence[int], max_images: int, max_bytes: int) -> list[tuple[int, int]]:
+def split_shards(sizes: np.ndarray | Sequence[int], max_images: int, max_bytes: int) -> list[tuple[int, int]]:
     """Cut samples of these sizes (bytes), in order, into runs [start, stop) within both limits; one sample at least."""
-    runs, start, held = [], 0, 0
-    for position, size in enumerate(sizes):
-        if position > start and (position - start >= max_images or held + size > max_bytes):
-            runs.append((start, position))
-            start, held = position, 0
-        held += size
-    if len(sizes) > start:
-        runs.append((start, len(sizes)))
+    ends = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+    runs, start = [], 0
+    while start < len(sizes):
+        fits = int(np.searchsorted(ends, ends[start] + max_bytes, side="right")) - 1
+        stop = min(max(fits, start + 1), start + max_images, len(sizes))
+        runs.append((start, stop))
+        start = stop
     return runs

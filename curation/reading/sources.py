@@ -25,6 +25,10 @@ def read_samples(part: Part, max_file_bytes: int, headers_first: bool = False) -
     return read_folder(part, max_file_bytes)
 
 
+class SourceChanged(ValueError):
+    """A member is not what it was when its source was indexed."""
+
+
 class MemberReader:
     """Reads members of one part again, by offset: what the shard stage writes out."""
 
@@ -42,11 +46,11 @@ class MemberReader:
             content = self._tar.read(member.size)
         elif self.kind == "folder":
             with open_file(join(self.url, member.name)) as file:
-                content = file.read()
+                content = file.read(member.size + 1)  # what grew is seen as such, however large it is now
         else:
             content = self._cells.read(member)
         if len(content) != member.size:
-            raise ValueError(
+            raise SourceChanged(
                 f"{self.url} changed during the run: {member.name} had {member.size} bytes, now {len(content)}. "
                 "Run the same command again; changed parts are read anew."
             )

@@ -3,12 +3,14 @@
 _REASONS = {
     "animated": "more than one frame",
     "blank": "hardly any contrast, so there is nothing to see",
+    "changed_since_indexing": "chosen, but when its bytes were to be copied they were not those that had been judged",
     "damaged": "the image data is cut off or broken",
     "damaged_shard": "the shard ends or breaks here",
     "dark_16_bit": "16 bits a sample, of which only the lower ones are used, so it is nearly black",
     "empty": "a file of 0 bytes",
     "extreme_aspect": "much longer on one side than on the other",
     "file_too_large": "more bytes than embed.max_file_bytes",
+    "gone_since_indexing": "chosen, but its file was gone when its bytes were to be copied",
     "no_image": "the sample holds no image file",
     "no_image_column": "the Parquet file has no column of images",
     "no_end_marker": "every pixel is there, but not the mark of the end",
@@ -19,6 +21,7 @@ _REASONS = {
     "too_small": "a side is shorter than the limit",
     "unreadable": "the file could not be opened",
     "unsupported_format": "a picture of a kind that is not read (HEIC and JPEG XL are, with seedbed[formats])",
+    "unreadable_since_indexing": "chosen, but its file could not be opened any more when its bytes were to be copied",
 }
 _STEPS = {
     "exact": "same bytes",

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from curation.decisions import SCHEMA, STATUSES, decide
+from curation.decisions import SCHEMA, STATUSES, decide, without_lost
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.kmeans import balance
+from curation.reading.again import LOST_REASONS
 from curation.report.page import report_page
 from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
-from curation.stages.shard import read_shard_of
+from curation.stages.shard import read_lost, read_shard_of
 
 if TYPE_CHECKING:
     from curation.pipeline import Run
 
-VERSION = 1
+VERSION = 2
 _LARGEST_GROUPS = 20
 
 
@@ -37,7 +38,8 @@ def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], 
 
 
 def decisions_with_shards(run: Run) -> pa.Table:
-    decisions = decide(run)
+    lost = read_lost(run.folder / "shards", "pool")
+    decisions = without_lost(decide(run), lost["gid"].to_numpy(), lost["reason"].to_numpy(zero_copy_only=False))
     shard = read_shard_of(run.folder / "shards", run.manifests["shards"].files, "pool", decisions.num_rows)
     return decisions.append_column(SCHEMA.field("shard"), pa.array(shard, pa.string()))
 
@@ -55,13 +57,14 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
         }
         for name in STATUSES
     }
+    lost = sum(reasons["rejected"].get(reason, 0) for reason in LOST_REASONS)  # those had passed every stage
     funnel = {
         "images": decisions.num_rows,
         "status": counts,
         "reasons": reasons,
         "stages": [
             ["in the pool", decisions.num_rows],
-            ["readable and past the filters", decisions.num_rows - counts["rejected"]],
+            ["readable and past the filters", decisions.num_rows - counts["rejected"] + lost],
             ["distinct", run.manifests["dedup"].counts["images out"]],
             ["not in an evaluation set", run.manifests["decontaminate"].counts["images out"]],
             ["kept", counts["kept"]],

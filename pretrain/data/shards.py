@@ -1,7 +1,8 @@
 """All images of a dataset as arrays, eight bytes an image, and a reader that fetches any one of them by range.
 
 A dataset is what one of these names: a tar, a glob or {000..999} braces of tars, a folder of tars, or a folder that
-`curation` wrote (its manifest and index are used, so no tar is scanned); local, or any fsspec URL.
+`curation` wrote (its manifest and index are used, so no tar is scanned); local, or any fsspec URL. Parquet shards of
+`curation` are read as its tars are: their index says where each image's bytes lie in the file.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from curation.manifest import MANIFEST_NAME, Manifest
 from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits
 from pretrain.data.tars import BLOCK, member_name, scan
 
+PARQUET = ".parquet"
 _MAX_OPEN_FILES = 64
 _READ_ATTEMPTS = 3
 _logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class ImageTable:
     starts: np.ndarray
     """int64 [S + 1]: shard s holds rows starts[s] to starts[s + 1]"""
     blocks: np.ndarray
-    """uint32 [N]: offset in the tar, in blocks of 512 bytes"""
+    """uint32 [N]: offset in the shard, in its blocks: 512 bytes of a tar, single bytes of a Parquet file"""
     sizes: np.ndarray
     """uint32 [N]: bytes"""
     refused: dict[str, int] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class ImageTable:
     def locate(self, row: int) -> tuple[int, int, int]:
         """(shard number, offset in bytes, size in bytes) of a row."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return shard, int(self.blocks[row]) * BLOCK, int(self.sizes[row])
+        return shard, int(self.blocks[row]) * _block_bytes(self.shards[shard]), int(self.sizes[row])
 
     def fingerprint(self) -> str:
         """32 hex digits over what decides the order: names of shards (not their folder), offsets and sizes."""
@@ -90,7 +92,9 @@ def read_table(shards: str, limits: ImageLimits) -> ImageTable:
     return ImageTable(
         shards=tuple(shard.url for shard in found),
         starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        blocks=np.concatenate([part.offsets // BLOCK for part in parts]).astype(np.uint32),
+        blocks=np.concatenate(
+            [part.offsets // _block_bytes(s.url) for s, part in zip(found, parts, strict=True)]
+        ).astype(np.uint32),
         sizes=np.concatenate([part.sizes for part in parts]).astype(np.uint32),
         refused=dict(sorted(refused.items())),
     )
@@ -122,13 +126,17 @@ class ShardReader:
         return content
 
     def name(self, row: int) -> str:
-        """shard:member, for a report. Read from the member's header, so the table holds no names."""
+        """shard:member, for a report. Read from the tar's header or the index, so the table holds no names."""
         shard, offset, _ = self.table.locate(row)
+        url = self.table.shards[shard]
         try:
-            member = member_name(self._read_range(shard, offset - BLOCK, BLOCK))
-        except Damaged:
+            if url.endswith(PARQUET):
+                member = _indexed_name(_index_beside(url), offset)
+            else:
+                member = member_name(self._read_range(shard, offset - BLOCK, BLOCK))
+        except (Damaged, OSError):
             member = ""
-        return f"{posixpath.basename(self.table.shards[shard])}:{member or offset}"
+        return f"{posixpath.basename(url)}:{member or offset}"
 
     def close(self) -> None:
         while self._files:
@@ -161,7 +169,7 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: where it is, its bytes, and its index where there is one."""
+    """One tar or Parquet file: where it is, its bytes, and its index where there is one."""
 
     url: str
     size: int
@@ -169,34 +177,39 @@ class Shard:
 
 
 def find_shards(shards: str) -> list[Shard]:
-    """The tars that a dataset's `shards` names, sorted by name.
+    """The shards that a dataset's `shards` names, sorted by name.
 
     Raises:
         ValueError: nothing there, or a folder of curation that was not finished.
     """
     found: dict[str, Shard] = {}
     indexes: dict[str, set[str]] = {}
+    foreign: list[str] = []
     for pattern in braceexpand(shards):
         fs, path = _file_system(pattern)
         fs.invalidate_cache()
-        for name, size in _tars(fs, path).items():
-            folder, base = posixpath.split(name)
+        for name, size in _files(fs, path).items():
+            folder = posixpath.dirname(name)
             if folder not in indexes:
                 below = posixpath.join(folder, "index")
                 indexes[folder] = set(fs.find(below)) if fs.isdir(below) else set()
-            index = posixpath.join(folder, "index", base.removesuffix(".tar") + ".parquet")
+            index = _index_beside(name)
             url = fs.unstrip_protocol(index) if index in indexes[folder] else None
+            if url is None and name.endswith(PARQUET):
+                foreign.append(name)  # metadata beside tars, or images that only a Parquet library finds
+                continue
             found[name] = Shard(fs.unstrip_protocol(name), size, url)
     if not found:
+        of_curation = f" ({foreign[0]} has no index: curation did not write it; curate it first.)" if foreign else ""
         raise ValueError(
             f"{shards!r} names no .tar: give a tar, a glob or {{0000..0009}} braces of tars, a folder with tars, "
-            "or a run folder of curation."
+            f"or a run folder of curation.{of_curation}"
         )
     return [found[name] for name in sorted(found)]
 
 
-def _tars(fs: AbstractFileSystem, path: str) -> dict[str, int]:
-    """Paths and bytes of the tars that one path means."""
+def _files(fs: AbstractFileSystem, path: str) -> dict[str, int]:
+    """Paths and bytes of the tars and Parquet files that one path means."""
     if fs.isdir(path):
         below = posixpath.join(path, "shards")
         folder = below if fs.isdir(below) else path.rstrip("/")
@@ -219,7 +232,7 @@ def _tars(fs: AbstractFileSystem, path: str) -> dict[str, int]:
     return {
         str(name): int(info.get("size") or 0)
         for name, info in found.items()
-        if info["type"] == "file" and name.endswith(".tar")
+        if info["type"] == "file" and name.endswith((".tar", PARQUET))
     }
 
 
@@ -257,8 +270,9 @@ def _read_shard(shard: Shard, limits: ImageLimits) -> _Listing:
         if damage:
             refused["damaged_shard"] += 1
             _logger.warning("%s is damaged after its first %d images: %s", shard.url, len(sizes), damage)
+    block = _block_bytes(shard.url)
     reasons = {
-        "misplaced": (offsets % BLOCK != 0) | (offsets < BLOCK) | (offsets // BLOCK >= 1 << 32),
+        "misplaced": (offsets % block != 0) | (offsets < block) | (offsets // block >= 1 << 32),
         "empty": sizes < 1,
         "file_too_large": sizes > min(limits.max_file_bytes, (1 << 32) - 1),
         "truncated": offsets + sizes > shard.size,
@@ -269,6 +283,23 @@ def _read_shard(shard: Shard, limits: ImageLimits) -> _Listing:
             refused[reason] += count
         good &= ~refuse
     return _Listing(offsets[good], sizes[good], refused)
+
+
+def _block_bytes(shard: str) -> int:
+    return 1 if shard.endswith(PARQUET) else BLOCK
+
+
+def _index_beside(shard: str) -> str:
+    folder, base = posixpath.split(shard)
+    return posixpath.join(folder, "index", posixpath.splitext(base)[0] + PARQUET)
+
+
+def _indexed_name(index: str, offset: int) -> str:
+    """key.suffix of the image at this byte of a shard, empty where the index has none there."""
+    fs, path = _file_system(index)
+    table = pq.read_table(pa.BufferReader(fs.cat_file(path)), columns=["key", "suffix", "offset"])
+    rows = table.filter(pc.equal(table["offset"], offset)).to_pylist()
+    return f"{rows[0]['key']}.{rows[0]['suffix']}" if rows else ""
 
 
 def _read_index(url: str) -> tuple[np.ndarray, np.ndarray]:
