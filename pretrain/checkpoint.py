@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from configs.ranges import check_ranges
 from pretrain.distributed import collectives
 from pretrain.distributed.names import plain_name
 from pretrain.distributed.tensor_files import (
@@ -54,9 +55,8 @@ class CheckpointConfig:
     """Write while training goes on, from a copy in the processor's memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_every_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more.")
+        ranges = {"every_steps": "[1, inf)", "keep_last": "[1, inf)", "keep_every_steps": "[0, inf)"}
+        check_ranges(self, "checkpoint", ranges)
 
 
 class Checkpoints:

@@ -129,7 +129,8 @@ class Run:
         config, name = phase.config, list(self.phases)[self.position.phase]
         log.info("phase %s: step %d of %d", name, self.position.step, config.steps)
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
-        alarms = AlarmWatch(heads, grace_steps=self.position.global_step + config.optim.warmup_steps)
+        started = self.position.global_step - self.position.step
+        alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
         batches = iter(self._loader(self.position.phase, self.position.step))
         while self.position.step < config.steps:
             with self.metrics.waiting():

@@ -13,6 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from configs.ranges import check_ranges
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")
 _MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; thousands make a small file take minutes
 _JPEG = b"\xff\xd8\xff"
@@ -37,8 +39,7 @@ class ImageLimits:
     """width x height from the header; 3 bytes of memory each"""
 
     def __post_init__(self) -> None:
-        if self.max_file_bytes < 1 or self.max_pixels < 1:
-            raise ValueError("data.limits.max_file_bytes and data.limits.max_pixels must be at least 1.")
+        check_ranges(self, "data.limits", dict.fromkeys(("max_file_bytes", "max_pixels"), "[1, inf)"))
 
 
 @dataclass(frozen=True)

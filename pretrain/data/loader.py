@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from configs.ranges import check_ranges
 from pretrain.data.collate import Batch, Skipped, collate
 from pretrain.data.crops import NUM_GLOBAL_CROPS, Crops, CropsConfig, CropSizes, empty_crops, multi_crop, step_sizes
 from pretrain.data.decode import Damaged, ImageLimits, open_image
@@ -33,10 +34,6 @@ class DatasetConfig:
     weight: float = 1.0
     """share of the heterogeneous batches, relative to the other datasets; 0 only for the homogeneous one"""
 
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"data.datasets: weight={self.weight} must be at least 0.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -53,10 +50,9 @@ class DataConfig:
     limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.homogeneous_share <= 1:
-            raise ValueError(f"data.homogeneous_share={self.homogeneous_share} must lie in 0..1.")
-        if self.shuffle_shards < 0:
-            raise ValueError(f"data.shuffle_shards={self.shuffle_shards} must be at least 0.")
+        check_ranges(self, "data", {"homogeneous_share": "[0, 1]", "shuffle_shards": "[0, inf)"})
+        for name, dataset in self.datasets.items():
+            check_ranges(dataset, f"data.datasets.{name}", {"weight": "[0, inf)"})
         if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
             raise ValueError(
                 f"data.homogeneous={self.homogeneous!r} is none of data.datasets: {', '.join(self.datasets)}."
@@ -82,8 +78,8 @@ class LoaderConfig:
     """to wait for a batch before giving up; 0 for ever"""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0 or self.prefetch < 1 or self.timeout_s < 0:
-            raise ValueError("execution.loader: num_workers and timeout_s must be at least 0, prefetch at least 1.")
+        ranges = {"num_workers": "[0, inf)", "prefetch": "[1, inf)", "timeout_s": "[0, inf)"}
+        check_ranges(self, "execution.loader", ranges)
 
 
 class Steps(Dataset[Batch]):

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from configs.ranges import check_ranges
 from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.writers import TensorBoardWriter, WandbWriter, Writer
 
@@ -38,10 +39,7 @@ class WatchConfig:
     """dense peak of one device in TFLOP/s, for the utilisation; 0: from the table in flops.py, or unknown"""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"watch.every_steps={self.every_steps} must be 1 or more.")
-        if self.peak_tflops < 0:
-            raise ValueError(f"watch.peak_tflops={self.peak_tflops} must be 0 (unknown) or more.")
+        check_ranges(self, "watch", {"every_steps": "[1, inf)", "peak_tflops": "[0, inf)"})
 
 
 class Metrics:
