@@ -75,6 +75,14 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def lost_rank(error: RuntimeError) -> str:
+    """One sentence for what this rank meets because another one ended; empty for any other error."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo" in text or "NCCL" in text:
+        return f"rank {os.environ.get('RANK', '0')} lost the others: one of them ended, and its message says why."
+    return ""
+
+
 def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 

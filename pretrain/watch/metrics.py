@@ -174,8 +174,8 @@ class Metrics:
         means = torch.tensor([sums[name] / counts[name] for name in order], dtype=torch.float64, device=self._device)
         return dict(zip(order, self._mean_over_ranks(means).tolist(), strict=True))
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write what an evaluation found: evaluations.jsonl, and the writers as `evaluation/<name>`."""
+    def evaluation(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """Write what an evaluation found, or `failed`: evaluations.jsonl, and the writers as `evaluation/<name>`."""
         self._write(EVALUATIONS, step, {"step": step, **figures}, prefix="evaluation/")
 
     def alarm(self, step: int, name: str, message: str) -> None:
