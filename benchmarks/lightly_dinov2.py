@@ -141,7 +141,7 @@ class LightlyDinov2:
         )
         decay = cosine_schedule(step, num_steps, optim.weight_decay, optim.weight_decay_end)
         for group in self.optimizer.param_groups:
-            still = group["is_last_layer"] and step < optim.freeze_last_layer_steps
+            still = group["part"] == "last_layer" and step < optim.freeze_last_layer_steps
             group["lr"] = 0.0 if still else lr * group["lr_multiplier"]
             group["weight_decay"] = decay * group["wd_multiplier"]
 

@@ -2,17 +2,19 @@
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parent
 T = TypeVar("T")
+_NUMBER = re.compile(r"[+-]?\d[\d_]*(\.\d*)?([eE][+-]?\d+)?")
 
 
 def config_names(group: str) -> list[str]:
@@ -102,6 +104,7 @@ def _override(merged: Any, overrides: Sequence[str]) -> Any:
 
 def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
     _check_keys(base, change, origin, prefix="")
+    change = {key: _whole_numbers(base._get_node(key), value) for key, value in change.items()}
     try:
         base = copy.deepcopy(base)
         return OmegaConf.merge(base, _set_elements(base, change))
@@ -124,6 +127,28 @@ def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> 
             if not isinstance(value, dict):
                 raise ValueError(f"{origin}: {prefix}{key} is a section; set one of its keys: {', '.join(child)}.")
             _check_keys(child, value, origin, f"{prefix}{key}.")
+
+
+def _whole_numbers(node: Any, value: Any) -> Any:
+    """The same value, but whole numbers as ints (`1e4`, `10000.0`, `65_536`) where a setting is one."""
+    if isinstance(node, IntegerNode):
+        return _whole_number(value)
+    if not OmegaConf.is_config(node):
+        return value
+    element = node._metadata.element_type
+    # Of an entry that is not there yet, its schema's node; what is neither typed nor there is left alone.
+    new = _editable(element) if is_dataclass(element) else IntegerNode() if element is int else None
+    if isinstance(value, dict) and OmegaConf.is_dict(node):
+        return {key: _whole_numbers(node._get_node(key) if key in node else new, v) for key, v in value.items()}
+    if isinstance(value, list) and OmegaConf.is_list(node):
+        return [_whole_numbers(new, entry) for entry in value]
+    return value
+
+
+def _whole_number(value: Any) -> Any:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)  # a word to YAML, which wants a dot before the exponent
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _set_elements(base: Any, change: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import _thread
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from types import FrameType
 import pyarrow.compute as pc
 
 from configs.loader import config_names, load_config
+from configs.messages import os_sentence
 from curation.config import CurationConfig
 from curation.folder import Folder
 from curation.lock import hold
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {_os_sentence(error)}", file=sys.stderr)
+        print(f"error: {os_sentence(error)}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -204,15 +204,6 @@ def _stop_main() -> None:
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _os_sentence(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"the disk is full{where}. Free some space, then run the same command; it continues where it stopped."
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission{where}. Change the permissions or choose another --out, then run the same command."
-    return f"{' '.join(str(error).split())}. Mend that, then run the same command; it continues where it stopped."
 
 
 if __name__ == "__main__":

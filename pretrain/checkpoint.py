@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from configs.messages import os_sentence
+from configs.ranges import check_ranges
 from pretrain.distributed import collectives
 from pretrain.distributed.names import plain_name
 from pretrain.distributed.tensor_files import (
@@ -33,6 +34,7 @@ from pretrain.distributed.tensor_files import (
     header_hash,
     local_rows,
     pieces_of_rank,
+    save_tensors,
     write_pieces,
 )
 
@@ -57,9 +59,12 @@ class CheckpointConfig:
     """Write while training goes on, from a copy in the processor's memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_every_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more.")
+        ranges = {"every_steps": "[1, inf)", "keep_last": "[1, inf)", "keep_every_steps": "[0, inf)"}
+        check_ranges(self, "checkpoint", ranges)
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint is not on the disk; the one before it still is."""
 
 
 class Checkpoints:
@@ -86,7 +91,7 @@ class Checkpoints:
             meta: what JSON can hold, given back by `load` and `read_manifest`.
 
         Raises:
-            RuntimeError: the save before this one (or this one, unless asynchronous) failed on some rank.
+            NotWritten: the save before this one (or this one, unless asynchronous) failed on some rank.
             ValueError: the folder holds a checkpoint of this step that another run wrote.
         """
         self.wait()
@@ -107,15 +112,15 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is on the disk. Raises RuntimeError if it failed on some rank."""
+        """Return when the last save is on the disk. Raises NotWritten if it failed on some rank."""
         if self._thread is None:
             return
         self._thread.join()
         name, self._thread = self._thread.name, None
         error, self._error = self._error, None
         try:
-            self._agree(error, RuntimeError, f"{name} was not written: ")
-        except RuntimeError:
+            self._agree(error, NotWritten, f"{name} was not written: ")
+        except NotWritten:
             self.clean()
             self._run = collectives.from_rank_zero(_new_name)
             raise
@@ -152,6 +157,8 @@ class Checkpoints:
     def _agree(self, error: BaseException | None, kind: type[Exception], prefix: str) -> None:
         """Raise on every rank what any rank met."""
         text = None if error is None else f"{error}" if kind is type(error) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            text = os_sentence(error)
         texts: list[str | None] = [text]
         if collectives.is_distributed():
             texts = [None] * collectives.world_size()
@@ -265,7 +272,7 @@ def write_teacher(folder: Path, state: Mapping[str, Tensor], config: Mapping[str
     """teacher.safetensors and config.json, each replaced in one go, the latter last; call it on one rank."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "teacher.safetensors.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    save_tensors(state, partial)
     partial.chmod(0o644)  # safetensors lets nobody else in
     partial.replace(folder / "teacher.safetensors")
     _write_json(folder / "config.json.partial", config)

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import load_config, merge_config, override_config
+from configs.ranges import check_choice, check_ranges
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.data.crops import CropsConfig
 from pretrain.data.loader import DataConfig, LoaderConfig
 from pretrain.data.masks import MaskConfig
+from pretrain.distributed.collectives import DEVICES
 from pretrain.distributed.fsdp import MODES, PRECISIONS
+from pretrain.losses.gram import NEGATIVES
 from pretrain.models.architectures import ARCHITECTURES
+from pretrain.models.layers.attention import BACKENDS
+from pretrain.models.layers.ffn import FFNS
 from pretrain.optim.schedules import OptimConfig
 from pretrain.watch.evaluation import EvaluationConfig
 from pretrain.watch.metrics import WatchConfig
@@ -28,41 +33,47 @@ class ModelConfig:
     architecture: str = "dinov2_vits14"
     """a name of pretrain.models.architectures"""
     patch_size: int | None = None
+    """pixels, 1 or more"""
     num_registers: int | None = None
+    """0 or more"""
     ffn: str | None = None
     """mlp or swiglu"""
     position_px: int | None = None
     """side of the images that the learned position table is for; a phase that changes it resizes the table"""
+    position_offset: float | None = None
+    """what the learned table's size is enlarged by as it is resized, in [0, 1): 0.1 in the code that DINOv2 without
+    registers was released with, and therefore where such released weights are loaded; else 0"""
     depth: int | None = None
-    """blocks"""
+    """blocks, 1 or more"""
     layerscale: float | None = None
-    """initial factor of the residual branches; 1e-5 as published makes short runs slow"""
+    """initial factor of the residual branches; 1e-5 as published makes short runs slow, 0: none"""
     untied_local_norm: bool | None = None
     """a final norm of their own for CLS and registers of local crops, in training"""
     rope_shift: float | None = None
-    """noise of rotary positions in training: shift in (-s, s)"""
+    """noise of rotary positions in training: shift in (-s, s), 0 or more"""
     rope_jitter: float | None = None
-    """factor in (1/j, j) for each axis"""
+    """factor in (1/j, j) for each axis, 1 or more"""
     rope_rescale: float | None = None
-    """factor in (1/r, r) for both; 2 in DINOv3"""
+    """factor in (1/r, r) for both, 1 or more; 2 in DINOv3"""
     drop_path: float = 0.0
     """stochastic depth: share of the images that a block leaves out, in [0, 1)"""
     attention: str = "sdpa"
     """sdpa (one call per crop size), varlen (packed), xformers"""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"model.architecture={self.architecture!r} is unknown; choose one of "
-                f"{', '.join(sorted(ARCHITECTURES))}."
-            )
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1).")
+        check_choice("model.architecture", self.architecture, sorted(ARCHITECTURES))
+        check_choice("model.attention", self.attention, BACKENDS)
+        if self.ffn is not None:
+            check_choice("model.ffn", self.ffn, FFNS)
+        ranges = dict.fromkeys(("patch_size", "position_px", "depth"), "[1, inf)")
+        ranges |= dict.fromkeys(("num_registers", "layerscale", "rope_shift"), "[0, inf)")
+        ranges |= dict.fromkeys(("rope_jitter", "rope_rescale"), "[1, inf)")
+        check_ranges(self, "model", ranges | {"drop_path": "[0, 1)", "position_offset": "[0, 1)"})
 
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
         changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention}
-        optional = ("patch_size", "num_registers", "ffn", "depth", "layerscale", "untied_local_norm")
+        optional = ("patch_size", "num_registers", "ffn", "depth", "layerscale", "untied_local_norm", "position_offset")
         for name in (*optional, "rope_shift", "rope_jitter", "rope_rescale"):
             if getattr(self, name) is not None:
                 changed[name] = getattr(self, name)
@@ -79,6 +90,7 @@ class HeadConfig:
     """A projection head: an MLP to a unit-norm bottleneck, then prototypes."""
 
     num_prototypes: int = 65_536
+    """2 or more; the other sizes 1 or more"""
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     num_layers: int = 3
@@ -98,6 +110,9 @@ class HeadsConfig:
     """one head for both, as in iBOT; then heads.ibot must equal heads.dino"""
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("hidden_dim", "bottleneck_dim", "num_layers"), "[1, inf)")
+        for name in ("dino", "ibot"):
+            check_ranges(getattr(self, name), f"heads.{name}", {"num_prototypes": "[2, inf)"} | sizes)
         if self.tied and self.ibot != self.dino:
             raise ValueError(
                 "heads.tied=true uses one head for both: set heads.ibot to the same numbers as heads.dino."
@@ -106,7 +121,7 @@ class HeadsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights and temperatures of the sum that is minimised."""
+    """Weights (0 or more; 0 leaves a term out) and temperatures (above 0) of the sum that is minimised."""
 
     dino_weight: float = 1.0
     dino_local_weight: float = 1.0
@@ -123,15 +138,17 @@ class LossConfig:
     centering: str = "sinkhorn"
     """sinkhorn (Sinkhorn-Knopp) or softmax (moving centre)"""
     sinkhorn_iterations: int = 3
+    """1 or more"""
     center_momentum: float = 0.9
+    """in [0, 1)"""
 
     def __post_init__(self) -> None:
-        if self.centering not in CENTERINGS:
-            raise ValueError(f"loss.centering={self.centering!r} is unknown; choose one of {', '.join(CENTERINGS)}.")
-        if self.koleo_crops not in KOLEO_CROPS:
-            raise ValueError(
-                f"loss.koleo_crops={self.koleo_crops!r} is unknown; choose one of {', '.join(KOLEO_CROPS)}."
-            )
+        check_choice("loss.centering", self.centering, CENTERINGS)
+        check_choice("loss.koleo_crops", self.koleo_crops, KOLEO_CROPS)
+        weights = ("dino_weight", "dino_local_weight", "ibot_weight", "koleo_weight", "koleo_group_size")
+        ranges = dict.fromkeys(weights, "[0, inf)")
+        ranges |= {"student_temperature": "(0, inf)", "sinkhorn_iterations": "[1, inf)", "center_momentum": "[0, 1)"}
+        check_ranges(self, "loss", ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +164,10 @@ class GramConfig:
     max_refreshes: int = 3
     negatives: str = "keep"
     """keep, remove or remove_teacher: what happens to negative similarities (pretrain.losses.gram)"""
+
+    def __post_init__(self) -> None:
+        check_choice("gram.negatives", self.negatives, NEGATIVES)
+        check_ranges(self, "gram", dict.fromkeys(("weight", "refresh_every_steps", "max_refreshes"), "[0, inf)"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +188,9 @@ class ExecutionConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if self.parallel not in MODES:
-            raise ValueError(f"execution.parallel={self.parallel!r} is unknown; choose one of {', '.join(MODES)}.")
-        if self.accumulation_steps < 1:
-            raise ValueError(f"execution.accumulation_steps={self.accumulation_steps} must be at least 1.")
+        check_choice("execution.device", self.device, DEVICES)
+        check_choice("execution.parallel", self.parallel, MODES)
+        check_ranges(self, "execution", {"accumulation_steps": "[1, inf)", "threads": "[0, inf)"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +198,7 @@ class TrainConfig:
     """A training run; or, after `phase`, one phase of it."""
 
     seed: int = 0
+    """0 or more"""
     global_batch_size: int = 2048
     """images of a step, over all ranks and micro-batches"""
     steps: int = 125_000
@@ -206,14 +227,22 @@ class TrainConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
-        if self.steps < 1 or self.global_batch_size < 1:
-            raise ValueError(f"steps={self.steps} and global_batch_size={self.global_batch_size} must be at least 1.")
+        check_choice("precision", self.precision, PRECISIONS)
+        check_ranges(self, "", {"seed": "[0, inf)", "steps": "[1, inf)", "global_batch_size": "[1, inf)"})
 
     @property
     def phase_names(self) -> list[str]:
         return list(self.phases) or ["pretrain"]
+
+    @property
+    def uses_dino(self) -> bool:
+        """Whether the loss has the term on CLS tokens."""
+        return self.loss.dino_weight > 0
+
+    @property
+    def uses_ibot(self) -> bool:
+        """Whether the loss has the term on masked patches."""
+        return self.loss.ibot_weight > 0 and self.masks.probability > 0 and self.masks.ratio[1] > 0
 
     @property
     def patch_size(self) -> int:
@@ -267,6 +296,12 @@ def _check_phase(name: str, config: TrainConfig, world_size: int) -> None:
         )
     images = config.global_batch_size // ranks
     loss = config.loss
+    config.optim.check_steps(config.steps, f"phase {name}: ")
+    if not (config.uses_dino or config.uses_ibot or loss.koleo_weight or config.gram.weight):
+        raise ValueError(
+            f"phase {name}: nothing is learned, for every term of the loss is off; set loss.dino_weight, or "
+            "loss.ibot_weight with masks.probability and masks.ratio above 0."
+        )
     if loss.koleo_weight and not loss.koleo_group_size and images < 2:
         raise ValueError(
             f"phase {name}: KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise "

@@ -26,6 +26,7 @@ from pretrain.student_teacher import (
     TeacherOutputs,
     TeacherTargets,
     build_network,
+    freeze_unused,
     gram_targets,
     student_losses,
     teacher_outputs,
@@ -70,6 +71,7 @@ class Phase:
         execution = config.execution
         self.device = next(student.parameters()).device
         depth = len(student.backbone.blocks)
+        freeze_unused(student, config)
         self.wrapped: Wrapped = wrap(
             student,
             teacher,
@@ -89,7 +91,11 @@ class Phase:
         )
         self.optimizer = adamw(groups, config.optim)
         plain = plain_module(self.student)
-        self.modules = {name: list(child.parameters()) for name, child in plain.named_children()}
+        self.modules = {
+            name: parameters
+            for name, child in plain.named_children()
+            if (parameters := [p for p in child.parameters() if p.requires_grad])
+        }
         self.cost = step_cost(config, student, teacher if frozen is None else frozen)
         self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
         self.gram: nn.Module | None = None
@@ -121,7 +127,8 @@ class Phase:
         self._refresh_gram(step)
         with torch.no_grad(), self.wrapped.autocast():
             target_network = self.teacher if self.frozen is None else self.frozen
-            outputs = [target_network(partial(teacher_outputs, crops=crops)) for crops in parts]
+            asked = partial(teacher_outputs, dino=config.uses_dino, ibot=config.uses_ibot)
+            outputs = [target_network(partial(asked, crops=crops)) for crops in parts]
             targets = self.centering(outputs, values.teacher_temperature)
         watched: dict[str, Tensor] = {}
         for i, (crops, target) in enumerate(zip(parts, targets, strict=True)):
@@ -168,8 +175,11 @@ class Phase:
     ) -> dict[str, Tensor]:
         dino, ibot = targets[0].dino, targets[0].ibot
         figures = {"feature_std": feature_std(outputs[0].features)}
-        figures |= target_diagnostics("dino", dino.rows, len(dino), watched["loss/dino_global"])
-        return figures | target_diagnostics("ibot", ibot.rows, len(ibot))
+        if dino is not None:
+            figures |= target_diagnostics("dino", dino.rows, len(dino), watched["loss/dino_global"])
+        if ibot is not None:
+            figures |= target_diagnostics("ibot", ibot.rows, len(ibot))
+        return figures
 
     def start_gram(self, network: Network) -> None:
         """Make `network` the Gram teacher."""
@@ -306,7 +316,7 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
     def head(network: Network, name: str) -> int:
         return matrix_weights(getattr(network, name) or network.dino_head)
 
-    least, most = config.masks.ratio
+    least, most = config.masks.ratio if config.uses_ibot else (0.0, 0.0)
     return StepCost(
         student=backbone_cost(student.backbone),
         teacher=backbone_cost(teacher.backbone),

@@ -117,7 +117,7 @@ def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
 
 def masked_share(config: TrainConfig) -> float:
     """Of all patches of the global crops, the share that iBOT masks."""
-    return config.masks.probability * sum(config.masks.ratio) / 2 if config.loss.ibot_weight else 0.0
+    return config.masks.probability * sum(config.masks.ratio) / 2 if config.uses_ibot else 0.0
 
 
 def flops_per_image(cost: StepCost, sizes: Sequence[CropSizes]) -> float:

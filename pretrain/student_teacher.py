@@ -29,6 +29,8 @@ T = TypeVar("T")
 class Network(nn.Module):
     """A backbone and its heads: the student, its teacher, or a frozen teacher to distil from.
 
+    Without an `ibot_head` the DINO head serves for both.
+
     DDP and FSDP attach to `forward` only, so whatever is computed with the parameters goes through it:
     `network(lambda network: student_losses(network, ...))`.
     """
@@ -55,6 +57,17 @@ def build_network(config: TrainConfig) -> Network:
     dino_head = build_head(backbone.embed_dim, config.heads.dino)
     ibot_head = None if config.heads.tied else build_head(backbone.embed_dim, config.heads.ibot)
     return Network(backbone, dino_head, ibot_head)
+
+
+def freeze_unused(student: Network, config: TrainConfig) -> None:
+    """No gradient for a head that no term of the loss asks: DDP would wait for it, and weight decay wear it down.
+
+    It stays in the network, so that a later phase may use it as it is.
+    """
+    dino, ibot = config.uses_dino, config.uses_ibot
+    student.dino_head.requires_grad_(dino or (ibot and student.ibot_head is None))
+    if student.ibot_head is not None:
+        student.ibot_head.requires_grad_(ibot)
 
 
 def build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:
@@ -108,34 +121,47 @@ class Crops:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What the student of one micro-batch is asked to predict."""
+    """What the student of one micro-batch is asked to predict; None where the loss does not ask."""
 
-    dino: Targets  # V*B rows
-    ibot: Targets  # M rows
+    dino: Targets | None  # V*B rows
+    ibot: Targets | None  # M rows
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The teacher's answers for one micro-batch, before they are centred."""
+    """The teacher's answers for one micro-batch, before they are centred; None where the loss does not ask."""
 
     features: Tensor  # [V*B, D], CLS tokens
-    dino_logits: Tensor  # [V*B, K]
-    ibot_logits: Tensor  # [M, K']
+    dino_logits: Tensor | None  # [V*B, K]
+    ibot_logits: Tensor | None  # [M, K']
 
 
-def teacher_outputs(network: Network, crops: Crops) -> TeacherOutputs:
-    """CLS tokens of the whole global crops, and the patches that the student will not see, through the heads."""
+def teacher_outputs(network: Network, crops: Crops, dino: bool = True, ibot: bool = True) -> TeacherOutputs:
+    """CLS tokens of the whole global crops, and the patches that the student will not see, through the heads.
+
+    Args:
+        dino, ibot: which of the two the loss asks for.
+    """
     (features,) = network.backbone([crops.global_crops])
     patches = features.patches.flatten(0, 1)[crops.masked]
-    if network.ibot_head is None:
-        projected, prototypes = network.dino_head(torch.cat([features.cls, patches]))
-        dino_logits, ibot_logits = (projected @ prototypes.T).split([len(features.cls), len(patches)])
-    else:
-        projected, prototypes = network.dino_head(features.cls)
-        dino_logits = projected @ prototypes.T
-        projected, prototypes = network.ibot_head(patches)
-        ibot_logits = projected @ prototypes.T
-    return TeacherOutputs(features.cls.float(), dino_logits, ibot_logits)
+    cls_projected, patches_projected = _projected(network, features.cls if dino else None, patches if ibot else None)
+    logits = [None if part is None else part[0] @ part[1].T for part in (cls_projected, patches_projected)]
+    return TeacherOutputs(features.cls.float(), *logits)
+
+
+Projected = tuple[Tensor, Tensor]  # what a head makes of its rows [T, d], and its prototypes [K, d]
+
+
+def _projected(
+    network: Network, cls: Tensor | None, patches: Tensor | None
+) -> tuple[Projected | None, Projected | None]:
+    """Both heads' answers, where asked: one pass if one head serves for both."""
+    if network.ibot_head is not None or cls is None or patches is None:
+        ibot_head = network.ibot_head or network.dino_head
+        return None if cls is None else network.dino_head(cls), None if patches is None else ibot_head(patches)
+    projected, prototypes = network.dino_head(torch.cat([cls, patches]))
+    of_cls, of_patches = projected.split([len(cls), len(patches)])
+    return (of_cls, prototypes), (of_patches, prototypes)
 
 
 class Centering(nn.Module):
@@ -154,27 +180,26 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: Sequence[TeacherOutputs], temperature: float) -> list[TeacherTargets]:
-        dino_logits = torch.cat([output.dino_logits for output in outputs])
-        ibot_logits = torch.cat([output.ibot_logits for output in outputs])
-        if self.loss.centering == "sinkhorn":
-            iterations = self.loss.sinkhorn_iterations
-            dino, ibot = sinkhorn_knopp(
-                [dino_logits, ibot_logits], temperature, num_iterations=iterations, sum_over_ranks=self.sum_over_ranks
-            )
-        else:
-            dino, ibot = self.dino(dino_logits, temperature), self.ibot(ibot_logits, temperature)
-            self.dino.update(dino_logits, self.sum_over_ranks)
-            self.ibot.update(ibot_logits, self.sum_over_ranks)
-        targets, cls_row, patch_row = [], 0, 0
-        for output in outputs:
-            cls_end, patch_end = cls_row + len(output.dino_logits), patch_row + len(output.ibot_logits)
-            targets.append(TeacherTargets(_part(dino, cls_row, cls_end), _part(ibot, patch_row, patch_end)))
-            cls_row, patch_row = cls_end, patch_end
-        return targets
+        parts = {name: [getattr(output, f"{name}_logits") for output in outputs] for name in ("dino", "ibot")}
+        logits = {name: torch.cat(part) for name, part in parts.items() if part[0] is not None}
+        centred: list[Targets] = []
+        if self.loss.centering == "softmax":
+            for name, head in logits.items():
+                centring = self.get_submodule(name)
+                centred.append(centring(head, temperature))
+                centring.update(head, self.sum_over_ranks)  # pyright: ignore[reportCallIssue]
+        elif logits:
+            iterations, heads = self.loss.sinkhorn_iterations, list(logits.values())
+            centred = sinkhorn_knopp(heads, temperature, num_iterations=iterations, sum_over_ranks=self.sum_over_ranks)
+        split = {name: _split(one, [len(p) for p in parts[name]]) for name, one in zip(logits, centred, strict=True)}
+        nothing = [None] * len(outputs)
+        of_both = zip(split.get("dino", nothing), split.get("ibot", nothing), strict=True)
+        return [TeacherTargets(dino, ibot) for dino, ibot in of_both]
 
 
-def _part(targets: Targets, start: int, end: int) -> Targets:
-    return replace(targets, logits=targets.logits[start:end], log_sample=targets.log_sample[start:end])
+def _split(targets: Targets, lengths: Sequence[int]) -> list[Targets]:
+    rows = zip(targets.logits.split(list(lengths)), targets.log_sample.split(list(lengths)), strict=True)
+    return [replace(targets, logits=logits, log_sample=log_sample) for logits, log_sample in rows]
 
 
 def student_losses(
@@ -199,34 +224,32 @@ def student_losses(
     koleo_group = loss.koleo_group_size or None
     gather = gather if loss.koleo_group_size > num_images else None
     groups, masks, local = [crops.global_crops], [crops.masks], [False]
-    if crops.local_crops is not None:
+    if crops.local_crops is not None and targets.dino is not None:
         groups, masks, local = [*groups, crops.local_crops], [*masks, None], [*local, True]
     features = network.backbone(groups, masks, local, generator)
     cls = torch.cat([f.cls for f in features])
     patches = features[0].patches.flatten(0, 1)[crops.masked]
-    if network.ibot_head is None:
-        projected, prototypes = network.dino_head(torch.cat([cls, patches]))
-        (cls_projected, patches_projected), ibot_prototypes = projected.split([len(cls), len(patches)]), prototypes
-    else:
-        cls_projected, prototypes = network.dino_head(cls)
-        patches_projected, ibot_prototypes = network.ibot_head(patches)
-
-    views = cls_projected.unflatten(0, (-1, num_images))
-    dino = dino_loss(
-        views[:num_global],
-        views[num_global:] if crops.local_crops is not None else None,
-        prototypes,
-        targets.dino,
-        loss.student_temperature,
-        include_same_crop=loss.same_crop_pairs,
-        local_weight=loss.dino_local_weight,
+    of_cls, of_patches = _projected(
+        network, None if targets.dino is None else cls, None if targets.ibot is None else patches
     )
-    terms = {"dino": loss.dino_weight * dino.total}
-    watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
-    if loss.ibot_weight:
+    terms: dict[str, Tensor] = {}
+    watched: dict[str, Tensor] = {}
+    if of_cls is not None and targets.dino is not None:
+        views = of_cls[0].unflatten(0, (-1, num_images))
+        dino = dino_loss(
+            views[:num_global],
+            views[num_global:] if crops.local_crops is not None else None,
+            of_cls[1],
+            targets.dino,
+            loss.student_temperature,
+            include_same_crop=loss.same_crop_pairs,
+            local_weight=loss.dino_local_weight,
+        )
+        terms["dino"] = loss.dino_weight * dino.total
+        watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
+    if of_patches is not None and targets.ibot is not None:
         ibot = ibot_loss(
-            patches_projected,
-            ibot_prototypes,
+            *of_patches,
             targets.ibot,
             crops.mask_weights,
             num_global * num_images,

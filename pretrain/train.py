@@ -14,38 +14,43 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
 import yaml
+from torch import nn
 
 from configs.loader import config_names
+from configs.messages import os_sentence
 from pretrain import plan
-from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
+from pretrain.checkpoint import Checkpoints, NotWritten, read_manifest, teacher_state, write_teacher
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
-from pretrain.data.loader import Loader, build_loader, read_tables
+from pretrain.data.loader import Loader, build_loader, read_tables, worker_failure
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors
 from pretrain.phase import Phase, fresh_network, start_phase, start_position
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
 from pretrain.watch.alarms import AlarmWatch
-from pretrain.watch.evaluation import run_evaluation
+from pretrain.watch.evaluation import check_evaluation, run_evaluation
 from pretrain.watch.flops import measured_peak_flops, peak_flops
-from pretrain.watch.lines import append_line, drop_after
-from pretrain.watch.metrics import Metrics
+from pretrain.watch.lines import append_line, drop_after, read_lines
+from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
 from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
-FINISHED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 2, 3, 75
+FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 log = logging.getLogger("pretrain")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0: finished, 75: stopped as asked, can continue; 2: a wrong input; 3: a value was not finite."""
+    """Returns 0: finished, 75: stopped as asked, can continue; 2: a wrong input; 3: a value was not finite; 1: the
+    machine failed it (disk, memory, a worker, another rank), and the same command continues."""
     asked = _parser().parse_intermixed_args(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -56,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FINISHED
         if asked.out is None:
             raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
+        if asked.out.exists() and not asked.out.is_dir():
+            raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
         return train(config, asked.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,6 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_FINITE
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not (sentence := failure(error)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return FAILED
+
+
+def failure(error: BaseException) -> str:
+    """One sentence for what the machine or the user's input did to a run; empty for a mistake of ours."""
+    if isinstance(error, OSError):
+        return os_sentence(error)
+    if isinstance(error, OUT_OF_MEMORY):
+        return (
+            "memory has run out: raise execution.accumulation_steps, set execution.activation_checkpointing=true, or "
+            f"lower global_batch_size. ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
+        )
+    if isinstance(error, NotWritten | ValueError):
+        return str(error)
+    if isinstance(error, RuntimeError):
+        return worker_failure(error) or collectives.lost_rank(error)
+    return ""
 
 
 def train(config: TrainConfig, out: Path) -> int:
@@ -103,6 +131,8 @@ class Run:
         collectives.from_rank_zero(lambda: check_run_folder(out))
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint)
         self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+        if self.position.global_step == 0:  # later a set that went missing costs its figures, and no more
+            collectives.from_rank_zero(partial(check_evaluation, config.evaluation))
 
     def open(self, check_lock: Callable[[], None]) -> None:
         """Begin to write to the run folder, whose lock is held as long as `check_lock` does not raise."""
@@ -130,10 +160,11 @@ class Run:
 
     def go(self) -> int:
         with self.progress:
+            self._evaluate_missed()
             while self.position.phase < len(self.phases):
                 phase = start_phase(self.config, self.position, self.checkpoints, self.device)
                 if self.position.global_step == 0:
-                    self._evaluate(phase)
+                    self._evaluate(phase.config, phase.teacher)
                 if not self._run_phase(phase):
                     return STOPPED
                 self.position = self.position.next_phase()
@@ -145,7 +176,8 @@ class Run:
         config, name = phase.config, list(self.phases)[self.position.phase]
         log.info("phase %s: step %d of %d", name, self.position.step, config.steps)
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
-        alarms = AlarmWatch(heads, grace_steps=self.position.global_step + config.optim.warmup_steps)
+        started = self.position.global_step - self.position.step
+        alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
         batches = iter(self._loader(self.position.phase, self.position.step))
         while self.position.step < config.steps:
             with self.metrics.waiting():
@@ -157,6 +189,7 @@ class Run:
             step = self.position.global_step
             watched["skipped"] = float(len(batch.skipped))
             self.metrics.update(watched, config.global_batch_size, phase.flops(batch.sizes) * config.global_batch_size)
+            self.progress.skipped(image.reason for image in batch.skipped)
             for image in batch.skipped:
                 append_line(self.out / "skipped.jsonl", {"step": step, **asdict(image)})
             if due:
@@ -170,10 +203,10 @@ class Run:
             stop = collectives.any_over_ranks(bool(self.asked_to_stop))
             if stop:
                 self.check_lock()  # who lost it must not save there
-            if self.config.evaluation.is_due(step, total_steps(self.config)):
-                self._evaluate(phase)  # before the save, so that a run killed here does not lose it
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
-                self._save(phase)
+                self._save(phase)  # first: no evaluation may cost it
+            if self.config.evaluation.is_due(step, total_steps(self.config)):
+                self._evaluate(phase.config, phase.teacher)
             if stop and self.position.step < config.steps:
                 self.checkpoints.wait()
                 self.progress.message(f"stopped as asked at step {step}; the same command continues.")
@@ -214,21 +247,51 @@ class Run:
         name = list(self.phases)[self.position.phase]
         return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name})
 
-    def _evaluate(self, phase: Phase) -> None:
-        """k-NN and pictures of the teacher as it is, on the first rank; the others wait."""
+    def _evaluate_missed(self) -> None:
+        """The evaluation that a run was killed in, after its checkpoint."""
+        step, latest = self.position.global_step, self.checkpoints.latest()
+        lines = collectives.from_rank_zero(lambda: read_lines(self.out / EVALUATIONS))
+        missed = self.config.evaluation.is_due(step, total_steps(self.config)) and step not in {
+            line["step"] for line in lines
+        }
+        if latest is not None and missed:
+            config = self.phases[read_manifest(latest)["meta"]["phase"]]
+            network = fresh_network(config)
+            network.load_state_dict(teacher_state(latest))
+            self._evaluate(config, network)
+
+    def _evaluate(self, config: TrainConfig, network: nn.Module) -> None:
+        """k-NN and pictures of the teacher as it is, on the first rank; the others wait.
+
+        It changes nothing in the training, so once that goes on, a failure is written down and no more.
+        """
         if not self.config.evaluation.every_steps:
             return
         with self.metrics.untimed():
-            teacher = fresh_network(phase.config)
-            teacher.load_state_dict(dict(full_tensors(phase.teacher)))
+            teacher = fresh_network(config)
+            teacher.load_state_dict(dict(full_tensors(network)))
             step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
 
-            def evaluate() -> dict[str, float]:
-                return run_evaluation(backbone, self.config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
+            def evaluate() -> dict[str, float] | str:
+                try:
+                    return run_evaluation(backbone, self.config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
+                except Exception as error:
+                    if step == 0:
+                        raise
+                    log.debug("evaluation at step %d", step, exc_info=True)
+                    if isinstance(error, OUT_OF_MEMORY):
+                        return "memory has run out: lower evaluation.batch_size."
+                    return failure(error) or f"{type(error).__name__}: {error}"
 
             figures = collectives.from_rank_zero(evaluate)
-        self.metrics.evaluation(step, figures)
-        self.progress.evaluation(figures)
+        if isinstance(figures, str):
+            message = f"the evaluation failed, and training goes on: {figures}"
+            self.metrics.evaluation(step, {"failed": figures})
+            self.metrics.alarm(step, "evaluation_failed", message)
+            self.progress.message(f"alarm at step {step}: {message}")
+        else:
+            self.metrics.evaluation(step, figures)
+            self.progress.evaluation(figures)
 
     def _finish(self) -> None:
         """The teacher's own folder and the report, from the last checkpoint: a run killed just after it lacks them."""

@@ -8,7 +8,6 @@ decoded no larger than its crops need; each crop is one antialiased resize. DINO
 arXiv:2304.07193, arXiv:2508.10104; boxes as torchvision's RandomResizedCrop draws them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.ranges import check_choice, check_ranges
 from pretrain.data.decode import EncodedImage
 from pretrain.data.photometric import Photometric
 from pretrain.data.randomness import Stream, generator
@@ -78,32 +78,27 @@ class CropsConfig:
     """values from 128 on are inverted"""
 
     def __post_init__(self) -> None:
-        if self.blur not in ("as_released", "as_intended"):
-            raise ValueError(f"crops.blur={self.blur!r} is not one of as_released, as_intended.")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"crops.interpolation={self.interpolation!r} is not one of bicubic, bilinear.")
-        for name in ("flip_probability", "jitter_probability", "gray_probability", "local_blur_probability"):
-            _check_probability(name, getattr(self, name))
-        for name in ("global_blur_probability", "global_solarize_probability"):
+        check_choice("crops.blur", self.blur, ("as_released", "as_intended"))
+        check_choice("crops.interpolation", self.interpolation, ("bicubic", "bilinear"))
+        of_the_two = ("global_blur_probability", "global_solarize_probability")
+        intervals = ("global_scale", "local_scale", "aspect", "blur_sigma")
+        one = ("flip_probability", "jitter_probability", "gray_probability", "local_blur_probability")
+        ranges = dict.fromkeys((*one, *of_the_two, "brightness", "contrast", "saturation"), "[0, 1]")
+        ranges |= dict.fromkeys(("global_scale", "local_scale"), "(0, 1]")
+        ranges |= dict.fromkeys(("aspect", "blur_sigma"), "(0, inf)")
+        sides = {"global_px": "[1, inf)", "local_px": "[1, inf)", "gram_px": "[0, inf)"}
+        check_ranges(self, "crops", ranges | sides | {"hue": "[0, 0.5]", "num_local_crops": "[0, inf)"})
+        for number, sizes in enumerate(self.sizes):
+            check_ranges(sizes, f"crops.sizes.{number}", sides | {"probability": "[0, inf)"})
+        for name in of_the_two:
+            if len(getattr(self, name)) != NUM_GLOBAL_CROPS:
+                raise ValueError(
+                    f"crops.{name}={getattr(self, name)} needs one value for each of the two global crops."
+                )
+        for name in intervals:
             values = getattr(self, name)
-            if len(values) != NUM_GLOBAL_CROPS:
-                raise ValueError(f"crops.{name}={values} needs one value for each of the two global crops.")
-            for value in values:
-                _check_probability(name, value)
-        for name, top in (("global_scale", 1.0), ("local_scale", 1.0), ("aspect", math.inf), ("blur_sigma", math.inf)):
-            values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1] <= top:
-                raise ValueError(f"crops.{name}={values} must be [least, most], above 0 and at most {top:g}.")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"crops.{name}={getattr(self, name)} must lie in 0..1.")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"crops.hue={self.hue} must lie in 0..0.5.")
-        if self.num_local_crops < 0:
-            raise ValueError(f"crops.num_local_crops={self.num_local_crops} must be at least 0.")
-        for sizes in self.all_sizes():
-            if sizes.global_px < 1 or sizes.local_px < 1 or sizes.gram_px < 0 or sizes.probability < 0:
-                raise ValueError(f"crops: {sizes} has a side below 1 pixel or a probability below 0.")
+            if len(values) != 2 or values[0] > values[1]:
+                raise ValueError(f"crops.{name}={values} must be [least, most], the smaller number first.")
         if not sum(sizes.probability for sizes in self.all_sizes()) > 0:
             raise ValueError("crops.sizes: the probabilities are all 0.")
         if len({sizes.gram_px > 0 for sizes in self.all_sizes()}) > 1:
@@ -248,8 +243,3 @@ def _scaled(boxes: np.ndarray, vertical: float, horizontal: float) -> list[list[
     start = np.floor(boxes[:, :2] * scale + 0.5)
     stop = np.maximum(np.floor((boxes[:, :2] + boxes[:, 2:]) * scale + 0.5), start + 1)
     return np.concatenate([start, stop - start], axis=1).astype(np.int64).tolist()
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"crops.{name}={value} must lie in 0..1.")

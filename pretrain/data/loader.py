@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from configs.ranges import check_ranges
 from pretrain.data.collate import Batch, Skipped, collate
 from pretrain.data.crops import NUM_GLOBAL_CROPS, Crops, CropsConfig, CropSizes, empty_crops, multi_crop, step_sizes
 from pretrain.data.decode import Damaged, ImageLimits, open_image
@@ -33,10 +34,6 @@ class DatasetConfig:
     weight: float = 1.0
     """share of the heterogeneous batches, relative to the other datasets; 0 only for the homogeneous one"""
 
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"data.datasets: weight={self.weight} must be at least 0.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -53,10 +50,9 @@ class DataConfig:
     limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.homogeneous_share <= 1:
-            raise ValueError(f"data.homogeneous_share={self.homogeneous_share} must lie in 0..1.")
-        if self.shuffle_shards < 0:
-            raise ValueError(f"data.shuffle_shards={self.shuffle_shards} must be at least 0.")
+        check_ranges(self, "data", {"homogeneous_share": "[0, 1]", "shuffle_shards": "[0, inf)"})
+        for name, dataset in self.datasets.items():
+            check_ranges(dataset, f"data.datasets.{name}", {"weight": "[0, inf)"})
         if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
             raise ValueError(
                 f"data.homogeneous={self.homogeneous!r} is none of data.datasets: {', '.join(self.datasets)}."
@@ -82,8 +78,8 @@ class LoaderConfig:
     """to wait for a batch before giving up; 0 for ever"""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0 or self.prefetch < 1 or self.timeout_s < 0:
-            raise ValueError("execution.loader: num_workers and timeout_s must be at least 0, prefetch at least 1.")
+        ranges = {"num_workers": "[0, inf)", "prefetch": "[1, inf)", "timeout_s": "[0, inf)"}
+        check_ranges(self, "execution.loader", ranges)
 
 
 class Steps(Dataset[Batch]):
@@ -172,6 +168,44 @@ class Steps(Dataset[Batch]):
         return torch.from_numpy(masks).view(NUM_GLOBAL_CROPS, len(positions), -1)
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """What a worker says instead of a batch: its exception would arrive with a traceback for a message."""
+
+    message: str
+
+
+class _Answers(Dataset["Batch | _Refused"]):
+    """What Steps gives, and what the user is to be told as an answer."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> Batch | _Refused:
+        try:
+            return self.steps[step]
+        except ValueError as error:
+            return _Refused(str(error))
+
+
+def worker_failure(error: RuntimeError) -> str:
+    """One sentence for an error that torch raises because a loader worker died or is late; empty for any other."""
+    text = " ".join(str(error).split())
+    if "DataLoader timed out" in text:
+        return (
+            "no batch came in execution.loader.timeout_s seconds: the shards cannot be read fast enough, or hang; "
+            "raise it (0: wait for ever), or look at the disk or network that they lie on."
+        )
+    if "DataLoader worker" in text:
+        memory = "; its shared memory is full" if "bus error" in text.lower() or "shm" in text else ""
+        return (
+            f"a loader worker was killed from outside{memory}: most often memory has run out. Lower "
+            "execution.loader.num_workers or execution.loader.prefetch; the same command continues from the last "
+            f"checkpoint. ({text})"
+        )
+    return ""
+
+
 class Loader:
     """One batch a step, from start_step on; iterate it once or again. `tables` says what was found."""
 
@@ -182,19 +216,22 @@ class Loader:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Raises ValueError: a batch that cannot be made. RuntimeError: a worker died (see `worker_failure`)."""
         workers = self.execution.num_workers
-        return iter(
-            DataLoader(
-                self.steps,
-                batch_size=None,
-                sampler=self.numbers,
-                num_workers=workers,
-                prefetch_factor=self.execution.prefetch if workers else None,
-                timeout=self.execution.timeout_s if workers else 0,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # else it draws a number from the global one
-            )
+        answers = DataLoader(
+            _Answers(self.steps),
+            batch_size=None,
+            sampler=self.numbers,
+            num_workers=workers,
+            prefetch_factor=self.execution.prefetch if workers else None,
+            timeout=self.execution.timeout_s if workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it draws a number from the global one
         )
+        for answer in answers:
+            if isinstance(answer, _Refused):
+                raise ValueError(answer.message)
+            yield answer
 
     def fingerprints(self) -> dict[str, str]:
         """What each dataset was, for a checkpoint: equal ones give the same order."""

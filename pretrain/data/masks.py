@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from configs.ranges import check_ranges
 from pretrain.data.randomness import Stream, generator
 
 _BLOCK_ATTEMPTS = 10
@@ -32,12 +33,10 @@ class MaskConfig:
     """blocks can fall short of the ratio; true fills up with single patches (DINOv3), false leaves it so (DINOv2)"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"masks.probability={self.probability} must lie in 0..1.")
-        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
-            raise ValueError(f"masks.ratio={self.ratio} must be [least, most] within 0..1.")
-        if self.min_patches < 1 or not 0 < self.max_share <= 1 or not 0 < self.aspect <= 1:
-            raise ValueError("masks: min_patches must be at least 1, max_share and aspect within 0..1.")
+        ranges = {"probability": "[0, 1]", "ratio": "[0, 1]", "min_patches": "[1, inf)"}
+        check_ranges(self, "masks", ranges | {"max_share": "(0, 1]", "aspect": "(0, 1]"})
+        if len(self.ratio) != 2 or self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"masks.ratio={self.ratio} must be [least, most], the smaller number first.")
 
 
 def step_masks(

@@ -10,7 +10,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+DEVICES = ("auto", "cpu", "cuda")
 TIMEOUT = timedelta(minutes=30)  # the first step compiles, and a rank may wait for another's slow disk
+
+
+def choose_device(name: str, key: str) -> torch.device:
+    """The device that a setting or flag names: auto (a GPU if there is one), cpu, cuda, or cuda:N.
+
+    Args:
+        key: how the user names it, for the message.
+
+    Raises:
+        ValueError: another kind of device, a GPU where torch sees none, or one of a higher number than there are.
+    """
+    kind, colon, number = name.partition(":")
+    if kind not in DEVICES or (colon and (kind != "cuda" or not number.isdecimal())):
+        raise ValueError(f"{key}={name!r} is unknown; choose one of {', '.join(DEVICES)}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{key}={name}, but torch sees no GPU here; use {key}=cpu or check the driver.")
+    if colon and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"{key}={name}, but this machine has {torch.cuda.device_count()} GPU(s), from cuda:0 on.")
+    return torch.device(name if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
@@ -25,17 +45,13 @@ def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     Raises:
         ValueError: cuda asked for and not there, more local ranks than GPUs, or Slurm tasks unknown to each other.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r} must be one of auto, cpu, cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu or check the driver.")
+    on_gpu = choose_device(device, "execution.device").type == "cuda"
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ValueError(
             "Slurm started several tasks that do not know each other: each would train alone, into the same folder. "
             "Use python -m pretrain.launch, or srun one torchrun on each node."
         )
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     here = torch.device("cpu")
     if on_gpu:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -57,6 +73,14 @@ def stop() -> None:
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def lost_rank(error: RuntimeError) -> str:
+    """One sentence for what this rank meets because another one ended; empty for any other error."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo" in text or "NCCL" in text:
+        return f"rank {os.environ.get('RANK', '0')} lost the others: one of them ended, and its message says why."
+    return ""
 
 
 def rank() -> int:

@@ -8,12 +8,15 @@ and no rank needs another one to write or to read, so it works without a process
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -73,6 +76,16 @@ def pieces_of_rank(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> 
             continue
         pieces.append(Piece(name, tuple(tensor.shape), start, local))
     return pieces
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Whole tensors as one safetensors file. Raises OSError as every other write does, which safetensors does not."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:

@@ -48,17 +48,17 @@ def param_groups(
     layerwise_decay: float,
     patch_embed_lr_multiplier: float,
 ) -> list[dict[str, Any]]:
-    """Parameters that need a gradient, one group for each (lr multiplier, wd multiplier, last layer or not).
+    """Parameters that need a gradient, one group for each (lr multiplier, wd multiplier, part).
 
     Args:
         named_parameters: of the student: `backbone.*` and the heads', wrapped or not.
         depth: blocks of the backbone.
 
     Returns:
-        Groups for an optimizer with params, names (plain), lr_multiplier, wd_multiplier and is_last_layer; few groups
-        with many tensors each, so that fused kernels have something to fuse.
+        Groups for an optimizer with params, names (plain), lr_multiplier, wd_multiplier, and part (`backbone`,
+        `last_layer` or `head`); few groups with many tensors each, so that fused kernels have something to fuse.
     """
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, str], dict[str, Any]] = {}
     for wrapped_name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
@@ -66,9 +66,9 @@ def param_groups(
         key = (
             lr_multiplier(name, depth, layerwise_decay, patch_embed_lr_multiplier),
             wd_multiplier(name),
-            "last_layer" in name,
+            "backbone" if name.startswith("backbone.") else "last_layer" if "last_layer" in name else "head",
         )
-        new = {"lr_multiplier": key[0], "wd_multiplier": key[1], "is_last_layer": key[2], "params": [], "names": []}
+        new = {"lr_multiplier": key[0], "wd_multiplier": key[1], "part": key[2], "params": [], "names": []}
         group = groups.setdefault(key, new)
         group["params"].append(parameter)
         group["names"].append(name)
@@ -93,10 +93,13 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
-    """Set each group's learning rate and weight decay for the coming step."""
+    """Set each group's learning rate and weight decay for the coming step; AdamW decays by their product.
+
+    At a rate of 0 a group keeps still to the last bit, while its moments follow the gradients.
+    """
+    rates = {"backbone": values.backbone_lr, "last_layer": values.last_layer_lr, "head": values.lr}
     for group in optimizer.param_groups:
-        lr = values.last_layer_lr if group["is_last_layer"] else values.lr
-        group["lr"] = lr * group["lr_multiplier"]
+        group["lr"] = rates[group["part"]] * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["wd_multiplier"]
 
 

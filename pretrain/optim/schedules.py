@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from configs.ranges import check_choice, check_ranges
+
 LR_RULES: dict[str, Callable[[int], float]] = {
     "sqrt_1024": lambda batch: math.sqrt(batch / 1024),
     "sqrt_1024_x4": lambda batch: 4 * math.sqrt(batch / 1024),
@@ -15,6 +17,15 @@ LR_RULES: dict[str, Callable[[int], float]] = {
     "none": lambda batch: 1.0,
 }
 """Factor on the base learning rate for a global batch size. Source: the released DINOv2 and DINOv3 configurations."""
+
+
+STEP_COUNTS = (
+    "warmup_steps",
+    "freeze_last_layer_steps",
+    "freeze_backbone_steps",
+    "teacher_temperature_warmup_steps",
+)
+"""Settings that say how long the start of a phase is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,8 @@ class OptimConfig:
     """Learning rate of the patch embedding relative to what its depth gives; above 0."""
     freeze_last_layer_steps: int = 1_250
     """Steps in which the prototypes of both heads keep still (their learning rate is 0)."""
+    freeze_backbone_steps: int = 0
+    """Steps in which the backbone keeps still while the heads learn: for new heads on trained weights (`init_from`)."""
     teacher_momentum: float = 0.992
     """Share of the teacher that an EMA update keeps, at the first step; in [0, 1]."""
     teacher_momentum_end: float = 1.0
@@ -60,36 +73,26 @@ class OptimConfig:
     """Steps over which the teacher's temperature changes linearly."""
 
     def __post_init__(self) -> None:
-        _one_of("lr_rule", self.lr_rule, tuple(LR_RULES))
-        _one_of("warmup", self.warmup, ("linear", "cosine"))
-        _one_of("schedule", self.schedule, ("cosine", "constant"))
-        for name in ("base_lr", "patch_embed_lr_multiplier", "teacher_temperature", "teacher_temperature_end"):
-            _check(name, getattr(self, name), "above 0", getattr(self, name) > 0)
-        for name in (
-            "min_lr",
-            "warmup_steps",
-            "weight_decay",
-            "weight_decay_end",
-            "clip_norm",
-            "freeze_last_layer_steps",
-            "teacher_temperature_warmup_steps",
-        ):
-            _check(name, getattr(self, name), "0 or more", getattr(self, name) >= 0)
-        for name in ("beta1", "beta2"):
-            _check(name, getattr(self, name), "in [0, 1)", 0 <= getattr(self, name) < 1)
-        for name in ("teacher_momentum", "teacher_momentum_end"):
-            _check(name, getattr(self, name), "in [0, 1]", 0 <= getattr(self, name) <= 1)
-        _check("layerwise_decay", self.layerwise_decay, "in (0, 1]", 0 < self.layerwise_decay <= 1)
+        check_choice("optim.lr_rule", self.lr_rule, tuple(LR_RULES))
+        check_choice("optim.warmup", self.warmup, ("linear", "cosine"))
+        check_choice("optim.schedule", self.schedule, ("cosine", "constant"))
+        positive = ("base_lr", "patch_embed_lr_multiplier", "teacher_temperature", "teacher_temperature_end")
+        not_negative = ("min_lr", "weight_decay", "weight_decay_end", "clip_norm", *STEP_COUNTS)
+        ranges = dict.fromkeys(positive, "(0, inf)") | dict.fromkeys(not_negative, "[0, inf)")
+        ranges |= dict.fromkeys(("beta1", "beta2"), "[0, 1)")
+        ranges |= dict.fromkeys(("teacher_momentum", "teacher_momentum_end"), "[0, 1]")
+        check_ranges(self, "optim", ranges | {"layerwise_decay": "(0, 1]"})
 
-
-def _check(name: str, value: float, wanted: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"optim.{name}={value} must be {wanted}.")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"optim.{name}={value!r} must be one of {', '.join(choices)}.")
+    def check_steps(self, num_steps: int, prefix: str = "") -> None:
+        """Raises ValueError: warm-ups or freezes that are longer than a phase of `num_steps` steps, all of them."""
+        longer = [name for name in STEP_COUNTS if getattr(self, name) > num_steps]
+        if longer:
+            found = ", ".join(f"optim.{name}={getattr(self, name)}" for name in longer)
+            wanted = " ".join(f"optim.{name}={num_steps // 10}" for name in longer)
+            raise ValueError(
+                f"{prefix}{found}: longer than the phase, steps={num_steps}, so that what follows would never come; "
+                f"set them to that or less (0: none), for example {wanted}."
+            )
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class StepValues:
 
     lr: float
     last_layer_lr: float
+    backbone_lr: float
     weight_decay: float
     teacher_momentum: float
     teacher_temperature: float
@@ -138,6 +142,7 @@ def values_at(config: OptimConfig, step: int, num_steps: int, global_batch_size:
     return StepValues(
         lr=lr,
         last_layer_lr=0.0 if step < config.freeze_last_layer_steps else lr,
+        backbone_lr=0.0 if step < config.freeze_backbone_steps else lr,
         weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, num_steps),
         teacher_momentum=cosine(step, config.teacher_momentum, config.teacher_momentum_end, num_steps),
         teacher_temperature=linear(

@@ -26,18 +26,20 @@ def find_alarms(lines: Sequence[Mapping[str, Any]], num_prototypes: Mapping[str,
         lines: the last lines of metrics.jsonl, in order; fewer than three raise nothing.
         num_prototypes: head -> K, for the heads `dino` and `ibot` that there are.
     """
-    if len(lines) < _LINES:
-        return []
-    lines = lines[-_LINES:]
-    found = [*_spread(lines), *_wait(lines)]
+    return [*_collapse(lines, num_prototypes), *_wait(lines)]
+
+
+def _collapse(lines: Sequence[Mapping[str, Any]], num_prototypes: Mapping[str, int]) -> list[Alarm]:
+    found = _spread(lines)
     for head, prototypes in num_prototypes.items():
         found += [*_entropy(lines, head, prototypes), *_use(lines, head)]
     return found
 
 
 def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float] | None:
-    values = [line.get(name) for line in lines]
-    return None if any(value is None for value in values) else values  # type: ignore[return-value]
+    """A figure in the last lines; None where there are too few of them, or one is without it."""
+    values = [line.get(name) for line in lines[-_LINES:]]
+    return None if len(values) < _LINES or None in values else values  # type: ignore[return-value]
 
 
 def _spread(lines: Sequence[Mapping[str, Any]]) -> list[Alarm]:
@@ -100,20 +102,24 @@ class AlarmWatch:
     """Looks at each new line of metrics and gives the alarms that were not there at the line before.
 
     Args:
-        num_prototypes: head -> K.
-        grace_steps: steps (the warm-up) in which the signs of collapse are normal and nothing is said.
+        num_prototypes: head -> K. A head whose loss is off has no figures, and so no alarm.
+        start_step: steps of the run before this phase.
+        warmup_steps, num_steps: of the phase. While it warms up the signs of collapse are normal, and nothing is said
+            of them; but for half of the phase at most, so that no setting silences them throughout.
     """
 
-    def __init__(self, num_prototypes: Mapping[str, int], grace_steps: int = 0) -> None:
-        self._num_prototypes, self._grace_steps = num_prototypes, grace_steps
+    def __init__(
+        self, num_prototypes: Mapping[str, int], start_step: int = 0, warmup_steps: int = 0, num_steps: int = 0
+    ) -> None:
+        self._num_prototypes = num_prototypes
+        self._grace_steps = start_step + min(warmup_steps, num_steps // 2)
         self._lines: deque[Mapping[str, Any]] = deque(maxlen=_LINES)
         self._raised: set[str] = set()
 
     def look(self, line: Mapping[str, Any]) -> list[Alarm]:
-        if line["step"] <= self._grace_steps:
-            return []
         self._lines.append(line)
-        found = find_alarms(list(self._lines), self._num_prototypes)
+        warmed_up = [line for line in self._lines if line["step"] > self._grace_steps]
+        found = [*_collapse(warmed_up, self._num_prototypes), *_wait(list(self._lines))]
         new = [alarm for alarm in found if alarm.name not in self._raised]
         self._raised = {alarm.name for alarm in found}
         return new

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from configs.ranges import check_ranges
 from pretrain.models.vision_transformer import VisionTransformer
 
 ONLINE = "pretrain.downstream.evals.online"
@@ -44,23 +45,32 @@ class EvaluationConfig:
     """least side of the grid of patches in a picture: smaller images are scaled up to it"""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0 or self.pca_images < 0:
-            raise ValueError("evaluation.every_steps and evaluation.pca_images must be 0 (none) or more.")
+        counts = ("every_steps", "resize_px", "max_train_images", "max_val_images", "pca_images")
+        ranges = dict.fromkeys(counts, "[0, inf)")
+        ranges |= dict.fromkeys(("px", "k", "batch_size", "pca_grid"), "[1, inf)")
+        check_ranges(self, "evaluation", ranges | {"temperature": "(0, inf)"})
         if self.every_steps and not self.val:
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} needs labelled tars: give evaluation.val and, for k-NN, "
                 "evaluation.train, or set evaluation.every_steps=0."
             )
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"evaluation.k={self.k} must be one or more numbers of at least 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"evaluation.temperature={self.temperature} must be above 0.")
+        if not self.k:
+            raise ValueError("evaluation.k=[] must be one or more numbers of neighbours.")
         if 0 < self.resize_px < self.px:
             raise ValueError(f"evaluation.resize_px={self.resize_px} is smaller than evaluation.px={self.px}.")
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether to evaluate when `step` steps are done; 0 gives the starting point."""
         return bool(self.every_steps) and (step % self.every_steps == 0 or step == last_step)
+
+
+def check_evaluation(config: EvaluationConfig) -> None:
+    """Raises ValueError: an evaluation set that is not there; names the setting."""
+    if config.every_steps:
+        try:
+            importlib.import_module(ONLINE).check(asdict(config))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evaluation.train or evaluation.val: {error}") from None
 
 
 def run_evaluation(

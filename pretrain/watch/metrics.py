@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from configs.ranges import check_ranges
 from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.writers import TensorBoardWriter, WandbWriter, Writer
 
@@ -38,10 +39,7 @@ class WatchConfig:
     """dense peak of one device in TFLOP/s, for the utilisation; 0: from the table in flops.py, or unknown"""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"watch.every_steps={self.every_steps} must be 1 or more.")
-        if self.peak_tflops < 0:
-            raise ValueError(f"watch.peak_tflops={self.peak_tflops} must be 0 (unknown) or more.")
+        check_ranges(self, "watch", {"every_steps": "[1, inf)", "peak_tflops": "[0, inf)"})
 
 
 class Metrics:
@@ -176,8 +174,8 @@ class Metrics:
         means = torch.tensor([sums[name] / counts[name] for name in order], dtype=torch.float64, device=self._device)
         return dict(zip(order, self._mean_over_ranks(means).tolist(), strict=True))
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write what an evaluation found: evaluations.jsonl, and the writers as `evaluation/<name>`."""
+    def evaluation(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """Write what an evaluation found, or `failed`: evaluations.jsonl, and the writers as `evaluation/<name>`."""
         self._write(EVALUATIONS, step, {"step": step, **figures}, prefix="evaluation/")
 
     def alarm(self, step: int, name: str, message: str) -> None:

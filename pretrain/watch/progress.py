@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,13 +21,14 @@ class TrainProgress:
     Args:
         total_steps: of the whole run, all phases.
         start_step: steps done before (a resumed run): the time left counts only what is measured now.
-        shown: False writes nothing: for all ranks but the first.
         shown: false on all ranks but the first.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, shown: bool = True) -> None:
         self.total_steps, self.step, self._start_step = total_steps, start_step, start_step
         self.phase, self._line, self._knn = "", {}, None
+        self._skipped: Counter[str] = Counter()
+        self._said = 0  # of them, in the last message
         self._start = self._last_line = time.monotonic()
         self._shown = shown
         console = Console(stderr=True)
@@ -57,6 +59,17 @@ class TrainProgress:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shown:
             print(text, file=sys.stderr, flush=True)
+
+    def skipped(self, reasons: Iterable[str]) -> None:
+        """Damaged images that were replaced; said with counts by reason at the 1st, 10th, 100th ..., and at the end."""
+        self._skipped.update(reasons)
+        if self._skipped and (not self._said or len(str(self._skipped.total())) > len(str(self._said))):
+            self._say_skipped()
+
+    def _say_skipped(self) -> None:
+        self._said = self._skipped.total()
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self._skipped.most_common())
+        self.message(f"damaged images replaced so far: {counts}; skipped.jsonl names each")
 
     def line(self) -> str:
         """For example `step 1,200 of 10,000, loss 8.12, k-NN 45.1%, 1,830 img/s, data wait 1%, 2 h 5 min left`."""
@@ -97,6 +110,8 @@ class TrainProgress:
         elif self._shown and kind is None and self.step > self._start_step:
             took = duration(time.monotonic() - self._start)
             print(f"{self.phase}: {self.line()}; {self.step - self._start_step:,} steps in {took}", file=sys.stderr)
+        if self._skipped.total() > self._said:
+            self._say_skipped()
 
 
 def rate(value: float) -> str:

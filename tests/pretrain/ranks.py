@@ -23,7 +23,14 @@ TIMEOUT_S = 240
 # Forked from a process that has imported torch once and done nothing with it: importing takes longer than the tests.
 PROCESSES = mp.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.checkpoint"])
-VALUES = StepValues(lr=1e-2, last_layer_lr=5e-3, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.05)
+VALUES = StepValues(
+    lr=1e-2,
+    last_layer_lr=5e-3,
+    backbone_lr=1e-2,
+    weight_decay=0.1,
+    teacher_momentum=0.9,
+    teacher_temperature=0.05,
+)
 
 
 def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, num_ranks: int = 2) -> list[Any]:

@@ -94,7 +94,7 @@ def test_certain_targets_on_different_prototypes_are_no_collapse() -> None:
 
 
 def test_watch_says_it_once_and_again_after_it_was_over() -> None:
-    watch = AlarmWatch({"dino": K}, grace_steps=5)
+    watch = AlarmWatch({"dino": K}, warmup_steps=5, num_steps=20)
     sick = {**HEALTHY, "feature_std": 0.0}
     said = [
         [alarm.name for alarm in watch.look({**(HEALTHY if 10 <= step < 13 else sick), "step": step})]

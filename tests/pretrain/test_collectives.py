@@ -144,7 +144,7 @@ def test_cuda_without_a_gpu_is_said() -> None:
     code = "from pretrain.distributed import collectives; collectives.start('cuda')"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": REPOSITORY}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
-    assert "ValueError: device=cuda, but torch sees no GPU here" in done.stderr
+    assert "ValueError: execution.device=cuda, but torch sees no GPU here" in done.stderr
 
 
 @pytest.mark.slow

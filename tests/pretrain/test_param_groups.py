@@ -60,7 +60,7 @@ def test_published_multipliers(wrapped: Any) -> None:
     for name, lr, wd, last in PUBLISHED:
         group = group_with(groups, name)
         assert group["lr_multiplier"] == pytest.approx(lr, rel=1e-12), name
-        assert (group["wd_multiplier"], group["is_last_layer"]) == (wd, last), name
+        assert (group["wd_multiplier"], group["part"] == "last_layer") == (wd, last), name
 
 
 @pytest.mark.parametrize("architecture", ["dinov2_vits14_reg", "dinov3_vits16plus"])
@@ -73,10 +73,10 @@ def test_every_parameter_of_a_model_is_in_one_group(architecture: str) -> None:
     groups = param_groups(student.named_parameters(), DEPTH, 0.9, 0.2)
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in student.named_parameters() if p.requires_grad)
-    assert len({(g["lr_multiplier"], g["wd_multiplier"], g["is_last_layer"]) for g in groups}) == len(groups)
-    # Embeddings, patch embedding and norm by decay or not; twelve blocks by decay or not; heads; last layer.
-    assert len(groups) <= 2 * DEPTH + 6
-    assert len(param_groups(student.named_parameters(), DEPTH, 1.0, 1.0)) == 3
+    assert len({(g["lr_multiplier"], g["wd_multiplier"], g["part"]) for g in groups}) == len(groups)
+    # Embeddings, patch embedding and norm by decay or not; twelve blocks by decay or not; heads; last layer; norm.
+    assert len(groups) <= 2 * DEPTH + 7
+    assert len(param_groups(student.named_parameters(), DEPTH, 1.0, 1.0)) == 5
 
 
 def three_groups() -> list[dict[str, Any]]:
@@ -85,7 +85,14 @@ def three_groups() -> list[dict[str, Any]]:
     return groups_of([(name, nn.Parameter(torch.randn(4, 3))) for name in names])
 
 
-VALUES = StepValues(lr=1e-2, last_layer_lr=0.0, weight_decay=0.3, teacher_momentum=0.9, teacher_temperature=0.05)
+VALUES = StepValues(
+    lr=1e-2,
+    last_layer_lr=0.0,
+    backbone_lr=1e-2,
+    weight_decay=0.3,
+    teacher_momentum=0.9,
+    teacher_temperature=0.05,
+)
 
 
 def test_adamw_takes_the_steps_of_the_formula() -> None:

@@ -29,10 +29,10 @@ TINY = {
     "optim": {
         "base_lr": 0.002,
         "lr_rule": "none",
-        "warmup_steps": 2,
+        "warmup_steps": 1,
         "freeze_last_layer_steps": 1,
         "teacher_momentum": 0.9,
-        "teacher_temperature_warmup_steps": 3,
+        "teacher_temperature_warmup_steps": 1,
     },
     "checkpoint": {"every_steps": 2},
     "watch": {"every_steps": 1},

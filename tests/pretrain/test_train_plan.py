@@ -121,7 +121,9 @@ def test_epochs_of_a_mixture() -> None:
 
 def test_described_with_a_dataset(tmp_path: Path) -> None:
     picture_tar(tmp_path / "shards" / "a.tar", range(10))
-    asked = load_train_config("dinov2_vitl16_short", ["global_batch_size=4", "steps=5"], [str(tmp_path / "shards")])
+    short = ["optim.warmup_steps=0", "optim.freeze_last_layer_steps=0", "optim.teacher_temperature_warmup_steps=0"]
+    overrides = ["global_batch_size=4", "steps=5", *short]
+    asked = load_train_config("dinov2_vitl16_short", overrides, [str(tmp_path / "shards")])
     text = plan.describe(asked)
     assert "shards 2" in text  # 20 images drawn of 10
     assert "65,536 prototypes" in text

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.ranges import check_ranges
 from pretrain.downstream.evals.labelled import batches
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -63,10 +64,11 @@ class KnnConfig:
     def __post_init__(self) -> None:
         if not self.train or not self.val:
             raise ValueError("k-NN needs two labelled sets: give train and val.")
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k={self.k} must be one or more numbers of at least 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
+        ranges = dict.fromkeys(("px", "k", "batch_size"), "[1, inf)")
+        ranges |= dict.fromkeys(("resize_px", "max_train_images", "max_val_images"), "[0, inf)")
+        check_ranges(self, "", ranges | {"temperature": "(0, inf)"})
+        if not self.k:
+            raise ValueError("k=[] must be one or more numbers of neighbours.")
         if 0 < self.resize_px < self.px:
             raise ValueError(f"resize_px={self.resize_px} is smaller than the crop px={self.px}.")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
-from pretrain.downstream.evals.labelled import eval_crop, samples
+from pretrain.downstream.evals.labelled import eval_crop, read_labels, samples, shard_paths
 from pretrain.downstream.pca import write_pictures
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -54,6 +54,15 @@ def run(backbone: VisionTransformer, config: Mapping[str, Any], folder: Path, st
             backbone, images, folder / "evaluation", step, config["mean"], config["std"], config["pca_grid"]
         )
     return figures
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises ValueError or OSError: a set that is not there, before any time is lost on it."""
+    for split in ("train", "val"):
+        if config[split]:
+            shard_paths(config[split])
+            if labels := config[f"{split}_labels"]:
+                read_labels(labels)
 
 
 def _baselines(

@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
+from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone, load_backbone, load_heads
 from pretrain.downstream.export import huggingface, safetensors
 from pretrain.downstream.export.card import model_card
@@ -49,7 +48,7 @@ def write_checked(backbone: Backbone, heads: dict[str, Any], out: Path, format_:
         else:
             huggingface.write_model(backbone, folder)
             if heads:
-                save_file(heads, folder / "heads.safetensors", metadata={"format": "pt"})
+                save_tensors(heads, folder / "heads.safetensors")
             compared = [str(difference) for difference in check_folder(folder, backbone)]
         (folder / "README.md").write_text(model_card(backbone, heads, format_, compared), encoding="utf-8")
         folder.chmod(0o755)  # mkdtemp and safetensors let nobody else in

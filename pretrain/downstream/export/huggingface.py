@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import SEEDBED_FILE, Backbone
 from pretrain.downstream.export.names import huggingface_state
 
@@ -38,7 +38,7 @@ def write_model(backbone: Backbone, folder: Path) -> None:
     )
     if config["model_type"] != "dinov2":  # these classes have the tensor even without registers
         state.setdefault("embeddings.register_tokens", torch.zeros(1, 0, backbone.model.embed_dim))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "model.safetensors")
 
 
 def _explicit(backbone: Backbone) -> dict[str, Tensor]:

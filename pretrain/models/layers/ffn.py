@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FFNS = ("mlp", "swiglu")
+
 
 class Ffn(nn.Module):
     """A feed-forward layer in two parts, so that a factor on its output can go into the matrix of the last."""
@@ -81,4 +83,4 @@ def build_ffn(kind: str, family: str, dim: int, ratio: float, align: int) -> Ffn
         return Mlp(dim, int(dim * ratio))
     if kind == "swiglu":
         return (FusedSwiGLU if family == "dinov2" else SwiGLU)(dim, swiglu_hidden(dim, ratio, align))
-    raise ValueError(f"ffn={kind!r}; known: mlp, swiglu.")
+    raise ValueError(f"ffn={kind!r}; known: {', '.join(FFNS)}.")
