@@ -66,14 +66,15 @@ def train_config(asked: argparse.Namespace, prototypes: int, batch: int, precisi
     )
 
 
-def fixed_batch(config: TrainConfig) -> Batch:
-    """Crops of random pictures, as the loader makes them."""
+def fixed_batch(config: TrainConfig, most_pictures: int = 1 << 30) -> Batch:
+    """Crops of random pictures, as the loader makes them; of `most_pictures` in turns where the batch is larger."""
     rng = np.random.default_rng(0)
     images = []
-    for _ in range(config.global_batch_size):
+    for _ in range(min(config.global_batch_size, most_pictures)):
         content = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(content, "JPEG")
         images.append(multi_crop(open_image(content.getvalue(), ImageLimits()), config.crops, rng))
+    images = [images[i % len(images)] for i in range(config.global_batch_size)]
     size, side = config.global_batch_size, config.crops.global_px // config.patch_size
     masks = step_masks(config.masks, (side, side), np.arange(2 * size), 2 * size, 0, 0, 0)
     return collate(
@@ -92,10 +93,10 @@ def seedbed(config: TrainConfig) -> Step:
     return lambda: phase.step(batch, STEP, diagnose=False)
 
 
-def our_phase(config: TrainConfig) -> Phase:
+def our_phase(config: TrainConfig, device: torch.device | str = "cpu") -> Phase:
     student, teacher = fresh_network(config), fresh_network(config)
     teacher.load_state_dict(student.state_dict())
-    return Phase(config, 0, student, teacher)
+    return Phase(config, 0, student.to(device), teacher.to(device))
 
 
 def views(config: TrainConfig) -> list[torch.Tensor]:

@@ -1,0 +1,109 @@
+"""One section of the benchmark, in a process of its own: parts that are measured and written down one by one."""
+
+import argparse
+import faulthandler
+import gc
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu.results import RESULTS
+from benchmarks.gpu.table import ABSENT, FAILED, OK, SECTIONS, Absent, Figures, Part
+from pretrain.watch.lines import append_line
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.measure import Setting
+
+
+def run(name: str, parts: Iterator[Part], setting: "Setting", out: Path) -> int:
+    """Measure parts one after another, and write each down at once; the exit status."""
+    status = OK
+    while True:
+        try:
+            what, measure = next(parts, (None, None))
+        except Exception as error:  # between two parts: what the later ones share
+            return _note(out, name, "preparation", error)
+        if what is None or measure is None:
+            return status
+        start = time.perf_counter()
+        if start > setting.end:
+            write(out, name, what, {"absent": "not begun: the section's time is over"})
+            continue
+        setting.begin()
+        try:
+            figures = measure()
+            seconds = {"seconds": round(time.perf_counter() - start, 2)}
+            for line in figures if isinstance(figures, list) else [figures]:
+                write(out, name, what, {**line, **seconds})
+        except Exception as error:
+            found = _note(out, name, what, error)
+            status = status if found == ABSENT else found
+        gc.collect()  # a failed part's tensors hang on its traceback
+
+
+def write(out: Path, name: str, what: str, figures: Figures) -> None:
+    append_line(out / RESULTS, {"section": name, "what": what, **figures})
+
+
+def _note(out: Path, name: str, what: str, error: BaseException) -> int:
+    """Write down why there are no figures: a missing package is absent, all else a failure with its traceback."""
+    if isinstance(error, Absent):
+        write(out, name, what, {"absent": str(error)})
+        return ABSENT
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) not in _OURS:
+        write(out, name, what, {"absent": f"{package} is not installed"})
+        return ABSENT
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr)
+    write(out, name, what, {"traceback": text[-4000:]})
+    return FAILED
+
+
+_OURS = ("benchmarks", "configs", "curation", "pretrain", "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.section", description=__doc__)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, required=True, help="results.jsonl of this folder gets the lines")
+    parser.add_argument("--work", type=Path, required=True, help="folder for tars, runs and checkpoints")
+    parser.add_argument("--images", action="append", default=[], help="labelled tar for section J; repeatable")
+    parser.add_argument("--seconds", type=float, help="to measure for; without, read from standard input: the start")
+    asked = parser.parse_args(arguments)
+    section = SECTIONS[asked.section]
+    faulthandler.enable()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    imports, failure, parts = time.perf_counter(), None, None
+    try:
+        measure = importlib.import_module("benchmarks.gpu.measure")
+        parts = getattr(importlib.import_module(f"benchmarks.gpu.{section.module}"), section.function)
+    except Exception as error:
+        failure = error
+    import_s = time.perf_counter() - imports
+    # All of the above happens while the section before this one still has the device.
+    line = str(asked.seconds) if asked.seconds else sys.stdin.readline()
+    if not line.strip():
+        return FAILED  # whoever started this is gone
+    seconds = float(line)
+    faulthandler.dump_traceback_later(max(seconds - 0.5, 0.1))  # where it stood, should it be killed
+    if failure is not None:
+        return _note(asked.out, asked.section, "imports", failure)
+    try:
+        setting = measure.setting(asked.device, seconds, asked.work, asked.images)
+    except Exception as error:
+        return _note(asked.out, asked.section, "device", error)
+    write(asked.out, asked.section, "start", {"device": setting.device_name, "import_s": round(import_s, 2)})
+    return run(asked.section, parts(setting), setting, asked.out)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing may keep a finished section from ending: threads, workers, a process group
