@@ -115,7 +115,9 @@ class Unpacked:
             self._window += piece
             if len(self._window) > 2 * _WINDOW:
                 # What was asked for and has not been given yet stays.
-                del self._window[: len(self._window) - max(_WINDOW, min(self._passed - self._position, len(self._window)))]
+                del self._window[
+                    : len(self._window) - max(_WINDOW, min(self._passed - self._position, len(self._window)))
+                ]
         elif piece == _ZEROS[: len(piece)]:
             self._spool.truncate(self._passed)  # a hole: endless zeros fill no disk
         else:
