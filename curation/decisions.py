@@ -38,6 +38,10 @@ SCHEMA = pa.schema(
         # cosine to: the representative (duplicate), the evaluation image (leak), the seed image (kept); null elsewhere
         ("similarity", pa.float32()),
         ("cluster", pa.int64()),  # finest concept cluster; null unless it survived to clustering
+        # of a rejected row that stands for a shard's damage: bytes that could not be read, and how many images that is
+        # at the shard's mean bytes a sample (null where it has no whole sample); null elsewhere
+        ("unread_bytes", pa.int64()),
+        ("unread_images", pa.int64()),
         ("shard", pa.string()),  # file below shards/; null unless kept and written
     ]
 )
@@ -93,7 +97,7 @@ def decide(run: Run) -> pa.Table:
     similarity[is_duplicate & (final != representative)] = np.nan
     similarity[leak_gids] = leaks["similarity"].to_numpy()
 
-    keys = pool.strings("key")
+    keys = pool.arrow("key")
     evaluation, eval_key = np.full(num, None, object), np.full(num, None, object)
     evaluation[leak_gids] = leaks["evaluation"].to_numpy(zero_copy_only=False)
     eval_key[leak_gids] = _matched_keys(run, leaks)
@@ -103,7 +107,7 @@ def decide(run: Run) -> pa.Table:
     columns = {
         "gid": np.arange(num),
         "key": keys,
-        "source": pool.strings("source"),
+        "source": pool.arrow("source"),
         "status": pa.array(status, pa.string()),
         "reason": pa.array(reason, pa.string()),
         "duplicate_of": duplicate_of,
@@ -116,6 +120,8 @@ def decide(run: Run) -> pa.Table:
         "seed_match": pa.array(seed_key, pa.string()),
         "similarity": pa.array(similarity, mask=np.isnan(similarity)),
         "cluster": pa.array(cluster, mask=cluster < 0),
+        "unread_bytes": pool.arrow("unread_bytes"),
+        "unread_images": pool.arrow("unread_images"),
     }
     names = [name for name in SCHEMA.names if name != "shard"]
     return pa.table({name: columns[name] for name in names}, schema=pa.schema([SCHEMA.field(name) for name in names]))
@@ -179,5 +185,5 @@ def _matched_keys(run: Run, leaks: pa.Table) -> np.ndarray:
 
 def _keys_of(images: ImageSet, gids: np.ndarray) -> np.ndarray:
     """Keys by gid of a set; None for gid -1."""
-    keys = np.append(images.strings("key").to_numpy(), None)
+    keys = np.append(images.arrow("key").to_numpy(), None)
     return keys[gids]

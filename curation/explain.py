@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
 from curation.report.account import Account, open_account
-from curation.report.wording import plural, reason_meaning, step_words, visible, words
+from curation.report.wording import plural, reason_meaning, step_words, unread, visible, words
 from curation.stages.dedup import Duplicates
 from curation.stages.kmeans import unit_rows
 from curation.stages.shard import index_name
@@ -87,6 +87,8 @@ def _verdict(row: dict[str, Any]) -> str:
 
 def _origin(index: dict[str, Any]) -> str:
     member = index["image"]
+    if index["unread_bytes"] is not None:
+        return f"{visible(index['source'])}; {unread(index['unread_bytes'], index['unread_images'])}."
     if member is None:
         return f"{visible(index['source'])}; no image could be located there."
     if index["source_kind"] == "parquet":

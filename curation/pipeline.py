@@ -317,16 +317,17 @@ def _embed(
     c = run.config
     files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
     images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
-    reasons = pa.concat_tables([images.index(p, ["status", "reason"]) for p in range(images.num_parts)])
-    counts = {"images": images.num_images}
-    for entry in reasons["reason"].value_counts().to_pylist():
-        if entry["values"] is not None:
-            counts[f"rejected: {entry['values']}"] = entry["counts"]
-    rejected = images.num_images - counts.get("images", 0) + sum(n for r, n in counts.items() if r != "images")
-    if images.num_images and rejected > c.embed.max_rejected_fraction * images.num_images:
-        worst = max((r for r in counts if r != "images"), key=lambda r: counts[r])
+    counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    if total and lost > c.embed.max_rejected_fraction * total:
+        worst = max((r for r in counts if r.startswith("rejected: ")), key=lambda r: counts[r])
+        unread = ""
+        if counts.get("unread bytes"):
+            unread = (
+                f" ({counts['damaged shards']:,} damaged shards, in which {counts['unread bytes']:,} bytes cannot be "
+                f"read, about {counts['unread images']:,} images)"
+            )
         raise ValueError(
-            f"{name}: {rejected:,} of {images.num_images:,} images cannot be read, most with {worst!r}; that is more "
+            f"{name}: {lost:,} of {total:,} images cannot be read{unread}, most with {worst!r}; that is more "
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )

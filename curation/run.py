@@ -143,8 +143,8 @@ def losses(run: Run) -> list[str]:
     if lost := {reason: written[reason] for reason in LOST_REASONS if reason in written}:
         reasons = ", ".join(f"{count:,} {words(reason)}" for reason, count in lost.items())
         lines.append(
-            f"{plural(sum(lost.values()), 'chosen image')} not in the shards ({reasons}); decisions.parquet says which, "
-            "and the same command reads anew what changed."
+            f"{plural(sum(lost.values()), 'chosen image')} not in the shards ({reasons}); decisions.parquet says "
+            "which, and the same command reads anew what changed."
         )
     for step, listing in run.inputs.listings().items():
         if step not in run.manifests:

@@ -71,7 +71,8 @@ class ImageSet:
         """One column over all gids: numbers as they are (0 for null), fixed-size binary as uint8 [N, width]."""
         return np.concatenate([_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
 
-    def strings(self, name: str) -> pa.ChunkedArray:
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        """One column over all gids, as it is."""
         tables = [self.index(part, [name]) for part in range(self.num_parts)]
         return pa.concat_tables(tables).column(name)
 

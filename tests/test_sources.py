@@ -66,7 +66,7 @@ def test_empty_and_foreign_files_never_raise(tmp_path, content):
     assert len(samples) == (1 if b"not" in content or not content else 0)
 
 
-def test_hostile_members_are_skipped_or_cleaned(tmp_path):
+def test_hostile_members_are_cleaned_or_rows_with_a_reason(tmp_path):
     link = tarfile.TarInfo("evil.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     long = "k" * 3000
@@ -80,7 +80,7 @@ def test_hostile_members_are_skipped_or_cleaned(tmp_path):
             tar.addfile(info, io.BytesIO(content))
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
     samples = samples_of(tmp_path / "a.tar")
-    assert [len(s.key) for s in samples] == [8, 513, 3]
+    assert [(len(s.key), s.reason) for s in samples] == [(4, "unresolved_link"), (8, None), (513, None), (3, None)]
     assert all(s.key.encode() for s in samples)
 
 

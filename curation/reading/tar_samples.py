@@ -6,8 +6,8 @@ Members belong to one sample when their names agree up to the first dot of the l
 - Files of one key that lie apart (all pictures, then all texts) are joined, unless each part has an image of its own:
   then they are two samples of one key. For that the headers are read first, of the tars that need it: on local disks
   they are looked at beforehand; a compressed or remote tar is read on trust, until `HeadersFirst` says otherwise.
-- Links to earlier members of the tar are those members again. A link to anything else, a sparse file or one that goes on
-  in another volume has no bytes here: a row with a reason, or a warning where a sample has lost something beside its image.
+- Links to earlier members of the tar are those members again. A link to anything else, a sparse file, or one that goes
+  on in another volume has no bytes here: a row with a reason, or a warning where the sample still has its image.
 - Samples before and behind damage are whole. One that the damage cuts is a row with the reason `damaged_shard`: its
   own bytes are cut off, the damage lies between its members, or it stands beside the damage and has no image, or lacks
   what every sample of this tar had so far. Rows about damage come last, when the mean size of a sample is known.
@@ -25,7 +25,8 @@ from curation.reading.places import is_local
 from curation.reading.samples import Member, Part, Sample, clean, group_sample, split_key
 from curation.reading.tars import BLOCK, NO_END, Gap, Links, Padding, Span, TarMember, walk
 
-DAMAGED, CUT_OR_UNMARKED, UNRESOLVED, UNSUPPORTED = "damaged_shard", "no_end_marker", "unresolved_link", "not_unpacked"
+DAMAGED = "damaged_shard"
+NO_END_MARKER = "no_end_marker"
 _MAX_JOINED_BYTES = 64 << 30  # of a compressed tar whose files are read out of order, from a temporary file
 
 
@@ -244,7 +245,7 @@ def _finish(runs: list[_Run], totals: _Totals) -> Iterator[Sample]:
     yield sample
 
 
-_PROBLEMS = {"hardlink": UNRESOLVED, "symlink": UNRESOLVED, "unreadable": UNSUPPORTED}
+_PROBLEMS = {"hardlink": "unresolved_link", "symlink": "unresolved_link", "unreadable": "not_unpacked"}
 
 
 def _as_member(member: TarMember) -> Member:
@@ -302,6 +303,6 @@ def _damage_rows(name: str, totals: _Totals) -> Iterator[Sample]:
         if totals.samples:
             images = round(gap.size * totals.samples / totals.bytes)
             images = max(images, 1) if gap.size >= 2 * BLOCK else images  # a member takes two blocks
-        reason = CUT_OR_UNMARKED if gap.why == NO_END and not damage.keys else DAMAGED
+        reason = NO_END_MARKER if gap.why == NO_END and not damage.keys else DAMAGED
         for i, key in enumerate(damage.keys or [f"{name}@{gap.offset}"]):
             yield Sample(key, reason=reason, unread_bytes=0 if i else gap.size, unread_images=0 if i else images)

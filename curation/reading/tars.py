@@ -1,6 +1,6 @@
 """The headers of a tar -> its members, its padding, and every gap that is neither. Standard library only.
 
-`walk` gives each byte of a tar to exactly one member, padding or gap, in order, and never raises for what the tar holds:
+`walk` gives each byte of a tar to one member, padding or gap, in order, and never raises for what the tar holds:
 
 - A header counts when its checksum holds, its type is a letter or digit that tar knows, and its size is a number that
   ends within the file. Anything else opens a gap; reading goes on at the next block that is such a header.

@@ -46,7 +46,7 @@ def report_page(run: Run, decisions: pa.Table, figures: Mapping[str, Any]) -> st
         "duplicates": ("Duplicates", sections.duplicate_groups(chosen.groups, figures, pictures)),
         "threshold": ("At the threshold", sections.near_pairs(chosen.above, chosen.below, figures, pictures)),
         "leaks": ("Evaluation leaks", sections.leaks(chosen.leaks, figures, pictures)),
-        "rejected": ("Rejected", sections.rejections(chosen.rejections, pictures)),
+        "rejected": ("Rejected", sections.rejections(chosen.rejections, figures, pictures)),
         "balance": ("Cluster balance", sections.clusters(figures)),
         "recall": ("Certified recall", sections.recall(figures)),
         "time": ("Time", sections.times(figures)),

@@ -12,7 +12,7 @@ from curation.progress import duration
 from curation.report.charts import bars, clean, jpeg_url, percent, rank_sizes, scatter_map, stacked_bar
 from curation.report.choices import Group, Leak, Map, Pair, Rejection, Row
 from curation.report.pictures import Picture, Ref
-from curation.report.wording import plural, reason_meaning, step_words, words
+from curation.report.wording import plural, reason_meaning, step_words, unread, words
 
 Pictures = Mapping[Ref, Picture]
 
@@ -232,8 +232,8 @@ def pool_map(chosen: Map | None, pictures: Pictures) -> str:
     )
 
 
-def rejections(chosen: list[Rejection], pictures: Pictures) -> str:
-    """Every reason with its count and a few of its images."""
+def rejections(chosen: list[Rejection], figures: Mapping[str, Any], pictures: Pictures) -> str:
+    """Every reason with its count and a few of its images; first, what damaged shards hold that nobody could read."""
     if not chosen:
         return "<p class='empty'>Nothing was rejected: every image could be read and passed the filters.</p>"
     parts = []
@@ -243,6 +243,11 @@ def rejections(chosen: list[Rejection], pictures: Pictures) -> str:
         head = f"<header><b>{clean(words(r.reason))} · {r.count:,}</b>{meaning}</header>"
         parts.append(f"<article>{head}<div class='tiles'>{tiles}</div></article>")
     text = "<p>Nothing is lost silently: each of these is a row with a reason.</p>"
+    damage = figures["funnel"]["unread"]
+    if damage["damaged shards"]:
+        told = unread(damage["unread bytes"], damage["unread images"])
+        shards = plural(damage["damaged shards"], "damaged shard")
+        text += f"<p>{shards}: {told}. What stands around the damage was read.</p>"
     return f"{text}<div class='rejections'>{''.join(parts)}</div>"
 
 

@@ -5,15 +5,16 @@ _REASONS = {
     "blank": "hardly any contrast, so there is nothing to see",
     "changed_since_indexing": "chosen, but when its bytes were to be copied they were not those that had been judged",
     "damaged": "the image data is cut off or broken",
-    "damaged_shard": "the shard ends or breaks here",
+    "damaged_shard": "the shard is cut off or broken here; what stands before and behind was read",
     "dark_16_bit": "16 bits a sample, of which only the lower ones are used, so it is nearly black",
     "empty": "a file of 0 bytes",
     "extreme_aspect": "much longer on one side than on the other",
     "file_too_large": "more bytes than embed.max_file_bytes",
     "gone_since_indexing": "chosen, but its file was gone when its bytes were to be copied",
+    "no_end_marker": "the tar has no end marker: it was cut between two files, or written without one",
     "no_image": "the sample holds no image file",
     "no_image_column": "the Parquet file has no column of images",
-    "no_end_marker": "every pixel is there, but not the mark of the end",
+    "not_unpacked": "a sparse file, or one that goes on in another volume of the tar",
     "not_an_image": "not in any known image format, whatever its name says",
     "too_long": "a side is longer than the limit",
     "too_many_pixels": "refused from its header, before its pixels could fill the memory",
@@ -22,6 +23,8 @@ _REASONS = {
     "unreadable": "the file could not be opened",
     "unsupported_format": "a picture of a kind that is not read (HEIC and JPEG XL are, with seedbed[formats])",
     "unreadable_since_indexing": "chosen, but its file could not be opened any more when its bytes were to be copied",
+    "unresolved_link": "a link to what does not stand before it in the same tar",
+    "unsupported_compression": "packed in a way that is not read; gzip, bzip2 and xz are",
 }
 _STEPS = {
     "exact": "same bytes",
@@ -56,6 +59,16 @@ def reason_meaning(reason: str) -> str:
 def plural(count: int, one: str, many: str = "") -> str:
     """`1 image`, `2 images`, `1,200 images`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def unread(num_bytes: int, num_images: int | None) -> str:
+    """What a row about damage stands for: `12,345 bytes cannot be read, about 3 images at the shard's mean size`."""
+    if not num_bytes:
+        return "no byte of it is unread"
+    about = "it has no whole sample to say how many images that is"
+    if num_images is not None:
+        about = f"about {plural(num_images, 'image')} at the shard's mean size"
+    return f"{plural(num_bytes, 'byte')} cannot be read, {about}"
 
 
 def visible(name: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from curation.encoders import Encoder, View, load_encoder
@@ -19,8 +20,8 @@ from curation.ops.hashes import perceptual_hash
 from curation.reading.images import ImageLimits, Rejected, decode, luma_deviation
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
-from curation.reading.tar_samples import HeadersFirst
-from curation.store import INDEX_SCHEMA, encoder_folder
+from curation.reading.tar_samples import NO_END_MARKER, HeadersFirst
+from curation.store import INDEX_SCHEMA, ImageSet, encoder_folder
 from curation.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 
 VERSION = 2
@@ -47,7 +48,8 @@ class EmbedConfig:
     images_per_folder_part: int = 1000
     """a folder of loose images is cut into parts of this many"""
     max_rejected_fraction: float = 0.5
-    """more rejected images than this share of a set stops the run: the input is probably not what was meant"""
+    """more rejected images than this share of a set stops the run: the input is probably not what was meant; counts the
+    images that the unread bytes of damaged shards would hold"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.images_per_folder_part < 1:
@@ -256,6 +258,41 @@ def write_part(folder: Folder, part: Part, rows: list[dict[str, Any]], vectors: 
     files = [folder.write_table(f"index/part-{part.id}.parquet", pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))]
     files += [folder.write_array(f"{name}/part-{part.id}.npy", values) for name, values in vectors.items()]
     folder.write_bytes(f"done/part-{part.id}.json", json.dumps([asdict(file) for file in files]).encode())
+
+
+def count_losses(images: ImageSet, bytes_read: int) -> tuple[dict[str, int], int, int]:
+    """What a set holds, for its manifest, and what of it cannot be read.
+
+    Args:
+        bytes_read: of all parts of the set.
+
+    Returns:
+        counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
+        lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
+            missing end marker is no loss.
+    """
+    columns = ["reason", "source", "unread_bytes", "unread_images"]
+    table = pa.concat_tables([images.index(part, columns) for part in range(images.num_parts)])
+    counts = {"images": images.num_images}
+    for entry in table["reason"].drop_null().value_counts().to_pylist():
+        counts[f"rejected: {entry['values']}"] = entry["counts"]
+    lost = len(table["reason"].drop_null()) - counts.get(f"rejected: {NO_END_MARKER}", 0)
+    damage = table.filter(pc.is_valid(table["unread_bytes"])).to_pylist()
+    unread_bytes = sum(row["unread_bytes"] for row in damage)
+    good = max(images.num_images - len(table["reason"].drop_null()), 1)
+    mean = max((bytes_read - unread_bytes) / good, 1)
+    unread = []
+    for row in damage:
+        known = row["unread_images"]  # else the shard has no whole sample: at the mean of the set
+        unread.append(known if known is not None else max(1, round(row["unread_bytes"] / mean)))
+    beyond_rows = sum(max(number - 1, 0) for number in unread)
+    figures = {
+        "damaged shards": len({row["source"] for row in damage}),
+        "unread bytes": unread_bytes,
+        "unread images": sum(unread),
+    }
+    counts |= {name: number for name, number in figures.items() if number}
+    return counts, lost + beyond_rows, images.num_images + beyond_rows
 
 
 def _read_record(folder: Folder, part: Part) -> list[File]:

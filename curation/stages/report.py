@@ -62,6 +62,10 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
         "images": decisions.num_rows,
         "status": counts,
         "reasons": reasons,
+        "unread": {
+            name: run.manifests["embed/pool"].counts.get(name, 0)
+            for name in ("damaged shards", "unread bytes", "unread images")
+        },
         "stages": [
             ["in the pool", decisions.num_rows],
             ["readable and past the filters", decisions.num_rows - counts["rejected"] + lost],

@@ -269,7 +269,7 @@ def _read_shard(shard: Shard, limits: ImageLimits) -> _Listing:
             offsets, sizes, damage = scan(file, shard.size, IMAGE_SUFFIXES)
         if damage:
             refused["damaged_shard"] += 1
-            _logger.warning("%s is damaged after its first %d images: %s", shard.url, len(sizes), damage)
+            _logger.warning("%s is damaged, and %d of its images are used: %s.", shard.url, len(sizes), damage)
     block = _block_bytes(shard.url)
     reasons = {
         "misplaced": (offsets % block != 0) | (offsets < block) | (offsets // block >= 1 << 32),

@@ -1,7 +1,9 @@
 """The table of a dataset's images: where each lies, what is refused and why, and the reader."""
 
+import gzip
 import io
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -21,13 +23,14 @@ LIMITS = ImageLimits()
 
 
 def with_tarfile(path: Path) -> list[tuple[int, int]]:
-    """Offsets and sizes of the image members, by the standard library."""
+    """Offsets and sizes of the image members, by the standard library, which resolves a link to what it links to."""
+    found = []
     with tarfile.open(path) as tar:
-        return [
-            (member.offset_data, member.size)
-            for member in tar
-            if member.isreg() and member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_SUFFIXES
-        ]
+        for member in tar:
+            if member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_SUFFIXES:
+                file = tar._find_link_target(member) if member.issym() or member.islnk() else member
+                found.append((file.offset_data, file.size))
+    return found
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -44,13 +47,13 @@ def test_scan_finds_what_tarfile_finds(tmp_path: Path, tar_format: int) -> None:
             tar.addfile(info, io.BytesIO(bytes(100 * i)))
         for name, kind in (("folder", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a.jpg"
+            info.type, info.linkname = kind, "b/c.PNG"
             tar.addfile(info)
     with path.open("rb") as file:
         offsets, sizes, damage = scan(file, path.stat().st_size, IMAGE_SUFFIXES)
     assert damage == ""
     assert list(zip(offsets.tolist(), sizes.tolist(), strict=True)) == with_tarfile(path)
-    assert len(offsets) == 5
+    assert len(offsets) == 5 + 2
 
 
 def test_a_large_pax_size_and_base_256_are_read(tmp_path: Path) -> None:
@@ -59,9 +62,13 @@ def test_a_large_pax_size_and_base_256_are_read(tmp_path: Path) -> None:
         info = tarfile.TarInfo("a.jpg")
         info.size = 9 << 30
         header = info.tobuf(tar_format, "utf-8", "surrogateescape")
-        _, sizes, damage = scan(io.BytesIO(header), len(header), IMAGE_SUFFIXES)
-        assert sizes.tolist() == [9 << 30]
-        assert "ends inside" in damage
+        size = len(header) + (9 << 30) + 1024
+        with (tmp_path / "a.tar").open("w+b") as file:  # a hole: it takes no disk
+            file.write(header)
+            file.truncate(size)
+            offsets, sizes, damage = scan(file, size, IMAGE_SUFFIXES)
+            assert (offsets.tolist(), sizes.tolist(), damage) == ([len(header)], [9 << 30], "")
+            assert "ends inside" in scan(file, size - 2048, IMAGE_SUFFIXES)[2]
 
 
 @pytest.mark.parametrize("cut", [100, 512, 700, 5000, 10239])
@@ -90,7 +97,39 @@ def test_noise_links_and_bombs_are_refused_with_a_reason(tmp_path: Path) -> None
     write_tar(tmp_path / "e.tar", [("big.jpg", bytes(3000)), ("none.jpg", b""), ("ok.jpg", bytes(2000))])
     table = read_table(str(tmp_path), ImageLimits(max_file_bytes=2500))
     assert len(table) == 3 + 1
-    assert table.refused == {"damaged_shard": 3, "empty": 1, "file_too_large": 2}
+    assert table.refused == {"damaged_shard": 3, "empty": 1, "file_too_large": 1}
+
+
+def in_the_middle(content: bytes, start: int) -> bytes:
+    """One bit of a header flipped."""
+    return content[: start + 130] + bytes([content[start + 130] ^ 1]) + content[start + 131 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "words"),
+    [
+        (in_the_middle, 9, r"no tar header at byte \d+; [\d,]+ bytes cannot be read"),
+        (lambda content, start: content[:start], 3, "its end marker is missing$"),
+        (lambda content, start: content[:start] + bytes(10240) + content[start:], 10, ""),
+        (lambda content, start: content + content, 20, ""),
+        (lambda content, start: gzip.compress(content), 0, r"compressed \(gzip\); .* unpack it"),
+    ],
+    ids=["flipped header", "cut between members", "zeros in the middle", "concatenated", "gzip"],
+)
+def test_what_stands_around_damage_is_used(tmp_path: Path, damage, left: int, words: str) -> None:
+    path = picture_tar(tmp_path / "a.tar", range(10))
+    with tarfile.open(path) as tar:
+        start = tar.getmember("p0003.jpg").offset
+    content = damage(path.read_bytes(), start)
+    _, sizes, said = scan(io.BytesIO(content), len(content), IMAGE_SUFFIXES)
+    assert len(sizes) == left
+    assert re.search(words, said) if words else said == ""
+    path.write_bytes(content)
+    if left:
+        assert read_table(str(path), LIMITS).refused == ({"damaged_shard": 1} if words else {})
+    else:
+        with pytest.raises(ValueError, match=r"Refused: {'damaged_shard': 1}"):
+            read_table(str(path), LIMITS)
 
 
 def test_hostile_headers_never_raise() -> None:
