@@ -1,5 +1,6 @@
 """A folder at any fsspec URL, with whole files that appear at once or not at all."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -91,9 +92,10 @@ class Folder:
         found = self._fs[0].find(self.path())
         return sorted(path.removeprefix(root) for path in found if not path.endswith(".tmp"))
 
-    def remove(self, name: str) -> None:
-        """Delete one file."""
-        self._fs[0].rm_file(self.path(name))
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs[0].rm_file(self.path(name))
 
     def clear(self) -> None:
         """Delete every file below, temporary ones included."""

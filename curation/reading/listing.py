@@ -9,6 +9,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
+from curation.reading.own_shards import own_shards
 from curation.reading.samples import Part, split_key
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -52,10 +53,13 @@ def _parts_at(fs: fsspec.AbstractFileSystem, path: str, images_per_folder_part: 
     if not fs.isdir(path):
         return [_file_part(fs, fs.info(path))]
     files = fs.find(path, detail=True)
+    root = path.rstrip("/") + "/"
+    own = own_shards({name.removeprefix(root) for name in files}, lambda name: bytes(fs.cat_file(root + name)))
+    if own is not None:
+        return [_file_part(fs, files[root + name]) for name in own]
     shards = [info for name, info in sorted(files.items()) if _kind(name) is not None]
     if shards:
         return [_file_part(fs, info) for info in shards]
-    root = path.rstrip("/") + "/"
     names = [name.removeprefix(root) for name in sorted(files)]
     if not names:
         raise ValueError("the folder is empty")

@@ -152,7 +152,7 @@ def write_shards(
     if lost.num_rows > max_lost_fraction * len(gids) or lost.num_rows == len(gids):
         for name, record in zip(names, records, strict=True):
             if record["lost"]:
-                folder.remove(f"index/{name}.parquet")
+                folder.delete(f"index/{name}.parquet")
         raise ValueError(_too_many_lost(lost, len(gids), max_lost_fraction))
     files = [File(**record["file"]) for record in records if record["file"] is not None]
     assert sum(file.rows for file in files) + lost.num_rows == len(gids)
