@@ -1,5 +1,6 @@
 """Reading from and writing to a real S3 server (moto, on loopback)."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import fsspec
 import pytest
 
 from curation.folder import Folder
+from curation.reading.again import Lost, SecondReader
 from curation.reading.listing import find_parts
 from curation.reading.sources import MemberReader, read_samples
 from tests.conftest import REPOSITORY, picture_tar
@@ -75,3 +77,15 @@ def test_the_command_from_bucket_to_bucket(s3, tmp_path):
     assert written
     assert all(sample.content == originals[sample.key] for sample in written)
     assert {Path(name).name for name in s3.ls("bucket/runs/one")} >= {"report.html", "report.json", "decisions.parquet"}
+
+
+def test_an_object_that_is_gone_is_told_from_a_store_that_does_not_answer(s3, tmp_path):
+    path = picture_tar(tmp_path / "a.tar", range(2))
+    s3.put(str(path), "bucket/raw/a.tar")
+    sample = next(iter(read_samples(find_parts([str(path)])[0], 1 << 20)))
+    digest = hashlib.sha256(sample.content).digest()
+    with SecondReader(pauses_s=()) as reader:
+        assert reader.image("tar", "s3://bucket/raw/a.tar", sample.image, digest) == sample.content
+        for gone in ("s3://bucket/raw/b.tar", "s3://no-such-bucket/a.tar"):
+            with pytest.raises(Lost, match="gone_since_indexing"):
+                reader.image("tar", gone, sample.image, digest)

@@ -10,6 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from curation.reading.listing import find_parts
+from curation.reading.sources import read_samples
 from curation.shard_samples import ABOUT, assign_roles, find_layout, read_label, read_text, unpack_others
 from pretrain.data.decode import ImageLimits, open_image
 from pretrain.data.shards import ShardReader, read_table
@@ -94,11 +96,9 @@ def test_our_trainer(shards):
     assert read_table(f"{shards}/*.tar", ImageLimits()).fingerprint() == table.fingerprint()  # with and without index
 
 
-def test_our_own_sources(shards, tmp_path):
-    from curation.reading.listing import find_parts
-    from curation.reading.sources import read_samples
-
-    samples = [s for url in urls(shards) for part in find_parts([url]) for s in read_samples(part, 1 << 20)]
+@pytest.mark.parametrize("asked", [lambda s: str(s.parent), str, lambda s: f"{s}/*.tar"], ids=["run", "shards", "glob"])
+def test_our_own_sources(shards, asked):
+    samples = [s for part in find_parts([asked(shards)]) for s in read_samples(part, 1 << 20)]
     assert_original([(s.content, json.loads(s.metadata)) for s in samples])
     assert all({m.suffix for m in s.others} == MEMBERS - {"jpeg"} for s in samples)
 

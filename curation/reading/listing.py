@@ -8,8 +8,9 @@ from typing import overload
 
 from curation.reading.folders import clusters, has_image_name
 from curation.reading.images import sniff
+from curation.reading.own_shards import own_shards
 from curation.reading.parquet import has_column, holds_images
-from curation.reading.places import is_local, join, read_head
+from curation.reading.places import is_local, join, read_file, read_head
 from curation.reading.samples import Part, PartKind
 from curation.reading.walking import Found, Ledger, files_at, resolved
 
@@ -19,8 +20,8 @@ _METADATA_NAMES += ("dataset_dict.json", "state.json", "readme.md", "_success", 
 _METADATA_ENDS = ("_stats.json",)  # img2dataset, beside each shard
 _FOOTERS_AT_ONCE = 16
 _EXAMPLES = 3
-
-METADATA, UNKNOWN = "known metadata", "unknown kind"
+_MAX_MANIFEST_BYTES = 1 << 30
+METADATA, UNKNOWN, ACCOUNT = "known metadata", "unknown kind", "a run's files beside its shards"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def choose_column(sets: Sequence[Listing], column: str) -> list[Listing]:
 
 
 def _parts(url: str, files: Sequence[Found], images_per_folder_part: int, ledger: Ledger) -> list[Part]:
+    files = _without_accounts(files, ledger)
     kinds = [_kind(file) for file in files]
     shards = [(file, kind) for file, kind in zip(files, kinds, strict=True) if kind is not None]
     loose = [file for file, kind in zip(files, kinds, strict=True) if kind is None]
@@ -135,6 +137,28 @@ def _parts(url: str, files: Sequence[Found], images_per_folder_part: int, ledger
     for root, named in by_root.items():
         parts += _folder_parts(root, named, images_per_folder_part, has_shards, ledger)
     return parts
+
+
+def _without_accounts(files: Sequence[Found], ledger: Ledger) -> list[Found]:
+    """Of each folder that curation wrote, its shards alone: the tables and pictures beside them are an account."""
+    names: dict[str, set[str]] = {}
+    for file in files:
+        if not file.is_named:
+            names.setdefault(file.root, set()).add(file.name)
+    own = {root: own_shards(found, lambda name, root=root: _whole(join(root, name))) for root, found in names.items()}
+    left = []
+    for file in files:
+        shards = None if file.is_named else own[file.root]
+        if shards is None or file.name in shards:
+            left.append(file)
+        else:
+            ledger.ignore(ACCOUNT, join(file.root, file.name))
+    return left
+
+
+def _whole(url: str) -> bytes:
+    content = read_file(url, _MAX_MANIFEST_BYTES)[1]
+    return b"" if content is None else content
 
 
 def _folder_parts(
@@ -175,7 +199,7 @@ def _kind(file: Found) -> PartKind | None:
         return "tar"
     if head[:4] == b"PAR1":
         return "parquet"
-    if not sniff(head[:16]):
+    if not sniff(head):
         raise ValueError(
             f"{join(file.root, file.name)} is neither a .tar nor a .parquet file nor an image; "
             "give one of these, or the folder of loose images"
