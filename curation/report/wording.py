@@ -11,7 +11,7 @@ _REASONS = {
     "file_too_large": "more bytes than embed.max_file_bytes",
     "no_image": "the sample holds no image file",
     "no_image_column": "the Parquet file has no column of images",
-    "no_end_marker": "every pixel is there, but not the mark of the end",
+    "jpeg_without_end": "every pixel is there, but not the mark of the end",
     "not_an_image": "not in any known image format, whatever its name says",
     "too_long": "a side is longer than the limit",
     "too_many_pixels": "refused from its header, before its pixels could fill the memory",
