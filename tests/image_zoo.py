@@ -335,7 +335,7 @@ SOUND: dict[str, Callable[[], Odd]] = {
         for size in (16, 20, 36, 48, 64, 128)
     },
     "bmp_bytes_behind": lambda: Odd(bmp() + _RANDOM[:5000], bmp()),
-    "avif_exif_nonsense": lambda: Odd(avif(exif=b"Exif\0\0" + b"II*\0\x08\0\0\0").replace(b"II*\0", b"nope"), avif()),
+    "avif_exif_nonsense": lambda: Odd(avif(exif=exif(turned(1))).replace(b"II*\0", b"nope"), avif()),
     "avif_xmp_nonsense": lambda: Odd(avif(xmp=b"\xff\xfe<x:xmpmeta"), avif()),
     "avif_bytes_behind": lambda: Odd(avif() + _RANDOM[:5000], avif()),
 }

@@ -199,11 +199,13 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> EncodedImag
     kind = recognise(content[:_HEAD_BYTES])
     if kind and not is_read(kind):
         raise Damaged("unsupported_format", format_=kind)
+    if kind == "ICO" and _icon_pixels(content) > limits.max_pixels:  # Pillow decodes it as it opens it
+        raise Damaged("too_many_pixels", format_=kind)
     image = _open_jpeg(content, kind) if kind == "JPEG" else _open_other(content, kind)
     width, height = image.width, image.height
     if width < 1 or height < 1:
         raise Damaged("damaged", width, height, image.format)
-    if max(width * height, _icon_pixels(content) if kind == "ICO" else 0) > limits.max_pixels:
+    if width * height > limits.max_pixels:
         raise Damaged("too_many_pixels", width, height, image.format)
     if image.jpeg is not None and jpeg.count_scans(content, image.jpeg, _MAX_JPEG_SCANS) > _MAX_JPEG_SCANS:
         raise Damaged("too_many_scans", width, height, image.format)
