@@ -20,15 +20,8 @@ LIGHT = sorted(
     ]
 )
 HEAVY = ("ray", "torch")
-FROM_CURATION = (
-    "curation.lock",
-    "curation.manifest",
-    "curation.reading.compression",
-    "curation.reading.images",
-    "curation.reading.samples",
-    "curation.reading.tars",
-)
-"""what pretrain may import: one lock, and one reader of images and tars, for both halves"""
+FROM_CURATION = ("curation.lock", "curation.manifest", "curation.reading")
+"""what pretrain may import: the lock of run folders, the manifests, and the one reader of images and samples"""
 
 
 def imported_names(path: Path) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import signal

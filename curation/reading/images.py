@@ -10,7 +10,6 @@ through Pillow, which is given the file without what carries no pixels (bare.py)
 """
 
 import io
-import sys
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from PIL import Image, ImageFile
 from curation.reading import jpeg
 from curation.reading.bare import Bare, bare
 from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, FORMATS, SUFFIXES, is_read, recognise, sniff
+from curation.reading.rgb import to_rgb
 
 __all__ = [
     "EXTRA_SUFFIXES",
@@ -42,8 +42,6 @@ __all__ = [
 
 _MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; thousands make a small file take minutes
 _JPEG_MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}  # others are CMYK: Pillow knows which of them are inverted
-_WHITE_16_BIT = 65535.0
-_DARK_16_BIT = 1 << 14  # a picture of 16 bits with no sample above: 14, 12 or 10 bits that were not scaled up
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -103,10 +101,12 @@ class EncodedImage:
     """the mode in the file: L, RGB, CMYK, P, I;16 ..."""
     bare: Bare = field(repr=False)
     jpeg: "jpeg.Header | None" = field(default=None, repr=False)
+    opened: list[Image.Image] = field(default_factory=list, repr=False, compare=False)
+    """what Pillow opened for the header, until it is decoded"""
     is_plain_jpeg: bool = False
     """libjpeg-turbo turns it into RGB by itself"""
     notes: list[str] = field(default_factory=list)
-    """what is odd, though the image is good: animated, rotated; once decoded dark_16_bit, no_end_marker, too"""
+    """what is odd, though the image is good: animated, rotated; once decoded dark_16_bit, jpeg_without_end, too"""
 
     def decode(self, scale: float = 1.0) -> np.ndarray:
         """uint8 RGB [H, W, 3], C-contiguous, at least `scale` times the full size and at most full size.
@@ -115,7 +115,7 @@ class EncodedImage:
             Damaged: the pixels cannot be decoded.
         """
         pixels = self._pixels(scale)
-        return pixels if isinstance(pixels, np.ndarray) else np.array(pixels)
+        return _upright(pixels if isinstance(pixels, np.ndarray) else np.array(pixels), self.orientation)
 
     def image(self) -> Image.Image:
         """The same at full size as a Pillow image.
@@ -124,10 +124,12 @@ class EncodedImage:
             Damaged: the pixels cannot be decoded.
         """
         pixels = self._pixels(1.0)
-        return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+        turn = _TURNS.get(self.orientation)
+        return image if turn is None else image.transpose(turn)
 
     def _pixels(self, scale: float) -> np.ndarray | Image.Image:
-        """Whichever of the two is there without a copy."""
+        """As they lie in the file, not turned; whichever of the two is there without a copy."""
         if self.is_plain_jpeg:
             try:
                 return self._turbo(self.content, scale)
@@ -140,7 +142,7 @@ class EncodedImage:
             whole = None if self.jpeg is None else self._with_end(content, self.jpeg)
             if whole is None:
                 raise
-        self.notes.append("no_end_marker")
+        self.notes.append("jpeg_without_end")
         return self._turbo(whole, scale) if self.is_plain_jpeg else self._pillow(whole)
 
     def _turbo(self, content: bytes, scale: float) -> np.ndarray:
@@ -150,23 +152,24 @@ class EncodedImage:
         """
         height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
         divisor = next((d for d in (8, 4, 2) if scale * d <= 1), 1)
-        pixels = simplejpeg.decode_jpeg(
+        return simplejpeg.decode_jpeg(
             content, "RGB", min_height=-(-height // divisor), min_width=-(-width // divisor), min_factor=divisor
         )
-        return _upright_array(pixels, self.orientation)
 
     def _pillow(self, content: bytes) -> Image.Image:
         with _quiet:
             try:
-                image = _reader(content, self.format)
+                image = self.opened.pop() if self.opened else _reader(content, self.format)
                 image.load()
-                image = self._rgb(image, content)
+                bits = self.bare.depth, self.bare.significant
+                rgb, is_dark = to_rgb(image, *bits, lambda: _reader(content, self.format))
             except MemoryError:
                 raise Damaged("too_many_pixels", self.width, self.height, self.format) from None
             except Exception:  # whatever a decoder raises on hostile bytes, the answer is the same
                 raise Damaged("damaged", self.width, self.height, self.format) from None
-        turn = _TURNS.get(self.orientation)
-        return image if turn is None else image.transpose(turn)
+        if is_dark and "dark_16_bit" not in self.notes:
+            self.notes.append("dark_16_bit")
+        return rgb
 
     def _with_end(self, content: bytes, header: "jpeg.Header") -> bytes | None:
         """A JPEG that lacks nothing but its end marker, with one; None for one that is cut in its pixels."""
@@ -180,47 +183,6 @@ class EncodedImage:
             except ValueError:  # a row of blocks is missing, or cut
                 continue
         return None
-
-    def _rgb(self, image: Image.Image, content: bytes) -> Image.Image:
-        """8-bit RGB: 16 bits are scaled, transparency is composited over white."""
-        if image.mode.startswith("I"):  # 16 bits a pixel (PNG gives I;16, some files I)
-            values = np.asarray(image, np.float32)
-            return _gray(values * (255 / self._white(values)) + 0.5)
-        if image.mode == "F":
-            values = np.nan_to_num(np.asarray(image, np.float32))
-            return _gray(values * (255 if values.max() <= 1 else 1))
-        if self.bare.depth == 16 and image.mode in ("RGB", "RGBA"):
-            image = self._brightened(image, content)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-    def _brightened(self, image: Image.Image, content: bytes) -> Image.Image:
-        """Colours of 16 bits, of which Pillow keeps the upper 8: where those are dark, the lower ones are looked at."""
-        upper = np.asarray(image)
-        if upper[:, :, :3].max() >= _DARK_16_BIT >> 8:
-            return image
-        lower = np.asarray(_lower_bytes(content, self.format))
-        values = upper[:, :, :3].astype(np.float32) * 256 + lower[:, :, :3]
-        white = self._white(values)
-        if white == _WHITE_16_BIT:
-            return image
-        colours = np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
-        return Image.fromarray(np.concatenate([colours, upper[:, :, 3:]], axis=2))
-
-    def _white(self, values: np.ndarray) -> float:
-        """What is white: 65,535, or less where the file declares fewer bits and its samples are not scaled up yet."""
-        bits, top = self.bare.significant, int(values.max())
-        if self.bare.depth != 16 or not 0 < top < _DARK_16_BIT:
-            return _WHITE_16_BIT
-        if 8 <= bits < 16 and top < 1 << bits:
-            # Scaled up, as PNG asks of its writers, the lower bits of a dark picture would be empty.
-            scaled_up = not (values.astype(np.int64) & ((1 << (16 - bits)) - 1)).any()
-            return _WHITE_16_BIT if scaled_up else float((1 << bits) - 1)
-        if "dark_16_bit" not in self.notes:
-            self.notes.append("dark_16_bit")
-        return _WHITE_16_BIT
 
 
 def open_image(content: bytes, limits: ImageLimits | None = None) -> EncodedImage:
@@ -237,11 +199,13 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> EncodedImag
     kind = recognise(content[:_HEAD_BYTES])
     if kind and not is_read(kind):
         raise Damaged("unsupported_format", format_=kind)
+    if kind == "ICO" and _icon_pixels(content) > limits.max_pixels:  # Pillow decodes it as it opens it
+        raise Damaged("too_many_pixels", format_=kind)
     image = _open_jpeg(content, kind) if kind == "JPEG" else _open_other(content, kind)
     width, height = image.width, image.height
     if width < 1 or height < 1:
         raise Damaged("damaged", width, height, image.format)
-    if max(width * height, _icon_pixels(content) if kind == "ICO" else 0) > limits.max_pixels:
+    if width * height > limits.max_pixels:
         raise Damaged("too_many_pixels", width, height, image.format)
     if image.jpeg is not None and jpeg.count_scans(content, image.jpeg, _MAX_JPEG_SCANS) > _MAX_JPEG_SCANS:
         raise Damaged("too_many_scans", width, height, image.format)
@@ -272,7 +236,7 @@ class Decoded:
     mode: str
     """the mode in the file: L, RGB, CMYK, P, I;16 ..."""
     warning: str | None = None
-    """what was odd, though the image is good: 'dark_16_bit', 'no_end_marker', 'animated' or 'rotated'"""
+    """what was odd, though the image is good: 'dark_16_bit', 'jpeg_without_end', 'animated' or 'rotated'"""
 
 
 @dataclass(frozen=True)
@@ -296,7 +260,7 @@ def decode(content: bytes, limits: ImageLimits) -> Decoded | Rejected:
         image = encoded.image()
     except Damaged as damage:
         return Rejected(damage.reason, damage.width, damage.height, damage.format)
-    notes = [note for note in ("dark_16_bit", "no_end_marker", "animated", "rotated") if note in encoded.notes]
+    notes = [note for note in ("dark_16_bit", "jpeg_without_end", "animated", "rotated") if note in encoded.notes]
     warning = notes[0] if notes else None
     return Decoded(image, image.width, image.height, encoded.format, encoded.mode, warning)
 
@@ -350,7 +314,15 @@ def _open_jpeg(content: bytes, kind: str) -> EncodedImage:
     if mode is not None:
         height, width = (width, height) if swapped else (height, width)
         return EncodedImage(
-            content, int(height), int(width), header.orientation, kind, mode, Bare(content), header, True
+            content=content,
+            height=int(height),
+            width=int(width),
+            orientation=header.orientation,
+            format=kind,
+            mode=mode,
+            bare=Bare(content),
+            jpeg=header,
+            is_plain_jpeg=True,
         )
     return _open_with_pillow(content, Bare(jpeg.without_extras(content, header), header.orientation), kind, header)
 
@@ -373,7 +345,7 @@ def _open_with_pillow(content: bytes, stripped: Bare, kind: str, header: "jpeg.H
         except Exception:  # whatever a decoder raises on hostile bytes, the answer is the same
             raise Damaged("not_an_image") from None
     width, height = (height, width) if orientation >= 5 else (width, height)
-    return EncodedImage(content, height, width, orientation, format_, mode, stripped, header)
+    return EncodedImage(content, height, width, orientation, format_, mode, bare=stripped, jpeg=header, opened=[image])
 
 
 def _reader(content: bytes, kind: str) -> Image.Image:
@@ -389,25 +361,7 @@ def _reader(content: bytes, kind: str) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
-def _lower_bytes(content: bytes, kind: str) -> Image.Image:
-    """The lower 8 bits of 16-bit colours: Pillow is told that their bytes come in the other order."""
-    image = _reader(content, kind)
-    other = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
-    tiles = []
-    for tile in image.tile:
-        mode, *more = [tile.args] if isinstance(tile.args, str) else tile.args
-        mode = f"{mode[:-3]}{other[mode[-3:]]}"
-        tiles.append(tile._replace(args=mode if isinstance(tile.args, str) else (mode, *more)))
-    image.tile = tiles
-    image.load()
-    return image
-
-
-def _gray(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _upright_array(image: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     """Undo the EXIF orientation. image [H, W, 3]."""
     if orientation == 1:
         return image

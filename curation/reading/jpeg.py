@@ -8,7 +8,7 @@ import numpy as np
 
 from curation.reading.bare import exif_orientation
 
-_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # neither a stuffed byte, nor a restart, nor filling
 _FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)

@@ -92,7 +92,9 @@ def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Samp
         sample.reason = "no_image"
         return sample
     sample.image, sample.content = group[chosen]
-    if sample.content is None:
+    if sample.image.suffix.lower() in FOREIGN_SUFFIXES and chosen not in by_content:
+        sample.content, sample.reason = None, "unsupported_format"
+    elif sample.content is None:
         sample.reason = "unreadable" if sample.image.size < 0 else "file_too_large"
     return sample
 

@@ -15,6 +15,7 @@ _REASONS = {
     "no_image": "the sample holds no image file",
     "no_image_column": "the Parquet file has no column of images",
     "not_unpacked": "a sparse file, or one that goes on in another volume of the tar",
+    "jpeg_without_end": "every pixel is there, but not the mark of the end",
     "not_an_image": "not in any known image format, whatever its name says",
     "too_long": "a side is longer than the limit",
     "too_many_pixels": "refused from its header, before its pixels could fill the memory",

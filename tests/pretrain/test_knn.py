@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pretrain.downstream.evals.knn import (
     pixel_features,
     random_like,
 )
-from pretrain.downstream.evals.labelled import batches, eval_crop, samples, shard_paths
+from pretrain.downstream.evals.labelled import batches, eval_crop, find_sets, samples
 from pretrain.models.architectures import build
 from tests.conftest import encoded, picture, write_tar
 
@@ -92,21 +93,28 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found 0 that vote"):
         knn_accuracy(train[0][:0], [], *val, [1], 0.07)
     with pytest.raises(ValueError, match="no class of the validation set"):
-        knn_accuracy(*train, val[0], ["owl"] * 5, [1], 0.07)
+        knn_accuracy(*train, val[0], ["owl", "elk"] * 2 + ["owl"], [1], 0.07)
     with pytest.raises(ValueError, match="two labelled sets"):
         KnnConfig(train="x")
     with pytest.raises(ValueError, match="resize_px=16 is smaller"):
         KnnConfig(train="x", val="x", px=32, resize_px=16)
-    with pytest.raises(ValueError, match=r"no tar matches '.*none-\*\.tar'"):
-        shard_paths(f"{tmp_path}/none-*.tar")
+    with pytest.raises(ValueError, match="all images of the training set have the label 'cat'"):
+        knn_accuracy(train[0], ["cat"] * 10, *val, [1], 0.07)
+    with pytest.raises(ValueError, match="all images of the validation set have the label 'dog'"):
+        knn_accuracy(*train, val[0], ["dog"] * 5, [1], 0.07)
+    with pytest.raises(ValueError, match="two images or more on both sides, found 10 that vote and 1"):
+        knn_accuracy(*train, val[0][:1], ["dog"], [1], 0.07)
+    with pytest.raises(ValueError, match=r"nothing found at '.*none-\*\.tar'"):
+        find_sets(f"{tmp_path}/none-*.tar")
+
+
+def labelled_members(n: int) -> list[tuple[str, bytes]]:
+    label = json.dumps({"label": CLASSES[n % 3]}).encode()
+    return [(f"k{n:03d}.json", label), (f"k{n:03d}.png", encoded(picture(n, (40, 32)), "PNG"))]
 
 
 def labelled_tar(path: Path, count: int, start: int = 0) -> Path:
-    members = []
-    for n in range(start, start + count):
-        members.append((f"k{n:03d}.json", json.dumps({"label": CLASSES[n % 3]}).encode()))
-        members.append((f"k{n:03d}.png", encoded(picture(n, (40, 32)), "PNG")))
-    return write_tar(path, members)
+    return write_tar(path, [member for n in range(start, start + count) for member in labelled_members(n)])
 
 
 def test_samples_come_in_order_with_labels_of_json_or_csv(tmp_path: Path) -> None:
@@ -127,18 +135,101 @@ def test_batches_do_not_depend_on_their_size_or_the_threads(tmp_path: Path) -> N
     assert one.shape == (7, 3, 24, 24)
 
 
+DAMAGED = encoded(picture(0), "PNG")[:-3000]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", b"no image"), ("a.json", b'{"label": "x"}')], "image a of .* cannot be decoded"),
-        ([("a.png", encoded(picture(0), "PNG"))], 'image a of .* has no label: it needs a json member with "label"'),
-        ([("a.png", encoded(picture(0), "PNG")), ("a.json", b"[1]")], "has no label"),
+        ([("a.jpg", b"no image"), ("a.json", b'{"label": "x"}')], r"\(1 not_an_image\): a \(not_an_image\)"),
+        ([("a.png", DAMAGED), ("a.json", b'{"label": "x"}')], r"1 of the 1 images of .* \(1 damaged\)"),
+        ([("a.psd", b"8BPS"), ("a.json", b'{"label": "x"}')], r"\(1 unsupported_format\)"),
+        ([("a.png", encoded(picture(0), "PNG"))], 'a \\(no label\\).* A label is a json member with "label"'),
+        ([("a.png", encoded(picture(0), "PNG")), ("a.json", b"[1]")], "no label"),
+        ([("a.png", encoded(picture(0), "PNG")), ("a.json", b'{"label": ""}')], "no label"),
+        ([("a.txt", b"a caption")], "holds no image"),
     ],
 )
-def test_bad_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
-    write_tar(tmp_path / "a.tar", members)
+def test_sets_that_say_nothing_fail_by_name(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(ValueError, match=message):
-        list(batches(str(tmp_path), 24, 28, 4))
+        list(batches(str(tar), 24, 28, 4))
+    good = str(labelled_tar(tmp_path / "good.tar", 6))
+    assert main(["--baseline", "pixels", "--train", good, "--val", str(tar), "--px", "24", "--k", "1"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (range(1), "found 6 that vote and 1 to classify"),
+        (range(0, 9, 3), "all images of the validation set have the label 'cat'"),
+        (range(4), "k=7 neighbours asked for, but the training set has 6"),
+    ],
+)
+def test_a_figure_that_means_nothing_is_an_error(
+    tmp_path: Path, val: range, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = labelled_tar(tmp_path / "train.tar", 6)
+    write_tar(tmp_path / "val.tar", [member for n in val for member in labelled_members(n)])
+    asked = ["--baseline", "pixels", "--train", str(train), "--val", f"{tmp_path}/val.tar", "--px", "24"]
+    assert main([*asked, "--k", "7" if "k=7" in message else "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_few_left_out_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One damaged image and one without a label in three hundred: the figure stands, and says so."""
+    train = labelled_tar(tmp_path / "train.tar", 6)
+    members = [member for n in range(300) for member in labelled_members(n)]
+    members[1] = (members[1][0], DAMAGED)
+    del members[6]  # a json
+    write_tar(tmp_path / "val.tar", members)
+    asked = ["--baseline", "pixels", "--train", str(train), "--val", f"{tmp_path}/val.tar", "--px", "24", "--k", "1"]
+    assert main(asked) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["num_val"] == 298
+    assert result["left_out"]["val"] == {"images": 2, "first": ["k000 (damaged)", "k003 (no label)"]}
+    assert "val: 2 images left out: k000 (damaged), k003 (no label)" in shown.err
+    assert "train:" not in shown.err
+
+
+def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
+    tar = labelled_tar(tmp_path / "a.tar", 9)
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        list(batches(str(tar), 24, 28, 4))
+
+
+@pytest.mark.parametrize("prefix", ["./", "folder.v2/", "./deep/er/"])
+def test_names_end_at_the_first_dot_of_their_last_part(tmp_path: Path, prefix: str) -> None:
+    """`tar -C folder -cf x.tar .` names members `./a.jpg`: once all images of such a tar were one, with accuracy 0."""
+    names = {"train": range(9), "val": range(6)}
+    for split, those in names.items():
+        members = [(prefix + name, content) for n in those for name, content in labelled_members(n)]
+        write_tar(tmp_path / f"{split}.tar", members)
+    config = KnnConfig(train=f"{tmp_path}/train.tar", val=f"{tmp_path}/val.tar", px=24, resize_px=28, k=[1])
+    result = evaluate(pixel_features, config, CPU)
+    assert (result["num_train"], result["num_val"], result["accuracy"]) == (9, 6, 1.0)
+    key = f"{prefix}k000".removeprefix("./")
+    (tmp_path / "labels.csv").write_text(f"key,label\n{key},owl\n")
+    first = next(samples(f"{tmp_path}/val.tar", f"{tmp_path}/labels.csv"))
+    assert (first.key, first.label) == (key, "owl")
+
+
+def test_a_tar_of_the_command_line(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for n in range(6):
+        for name, content in labelled_members(n):
+            (folder / name).write_bytes(content)
+    subprocess.run(["tar", "--sort=name", "-C", str(folder), "-cf", str(tmp_path / "x.tar"), "."], check=True)
+    found = {sample.key: sample.label for sample in samples(str(tmp_path / "x.tar"))}
+    assert found == {f"k{n:03d}": CLASSES[n % 3] for n in range(6)}
 
 
 def test_crop_is_the_centre_of_the_resized_image() -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.ranges import check_ranges
-from pretrain.downstream.evals.labelled import batches
+from pretrain.downstream.evals.labelled import LeftOut, batches
 from pretrain.models.vision_transformer import VisionTransformer
 
 BASELINES = ("pixels", "random")
@@ -113,13 +113,19 @@ def knn_accuracy(
         train: [M, D], val: [N, D]; any length, normalised here in float32.
 
     Raises:
-        ValueError: an empty set, a k beyond the number of training images, or labels that the sets do not share.
+        ValueError: a set of fewer than two images or classes, a k beyond the number of training images, or labels that
+            the sets do not share.
     """
-    if not len(train) or not len(val):
-        raise ValueError(f"k-NN needs images on both sides, found {len(train)} that vote and {len(val)} to classify.")
+    if len(train) < 2 or len(val) < 2:
+        raise ValueError(
+            f"k-NN needs two images or more on both sides, found {len(train)} that vote and {len(val)} to classify."
+        )
     if max(k) > len(train):
         raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {len(train)} images.")
     names = sorted(set(train_labels))
+    for side, labels_there in (("training", names), ("validation", sorted(set(val_labels)))):
+        if len(labels_there) < 2:
+            raise ValueError(f"all images of the {side} set have the label {labels_there[0]!r}: any features would do.")
     number = {name: n for n, name in enumerate(names)}
     if not number.keys() & set(val_labels):
         raise ValueError(f"no class of the validation set is in the training set, which has {', '.join(names[:5])} ...")
@@ -134,8 +140,14 @@ def knn_accuracy(
     return {n: count / len(val) for n, count in correct.items()}
 
 
-def extract(features: Features, config: KnnConfig, split: str, device: torch.device) -> tuple[Tensor, list[str]]:
-    """Features [N, D] float32 of one split (`train` or `val`), and its labels."""
+def extract(
+    features: Features, config: KnnConfig, split: str, device: torch.device, left_out: LeftOut | None = None
+) -> tuple[Tensor, list[str]]:
+    """Features [N, D] float32 of one split (`train` or `val`), and its labels.
+
+    Args:
+        left_out: filled with the images that could not be used.
+    """
     rows, names = [], []
     reading = batches(
         getattr(config, split),
@@ -144,6 +156,7 @@ def extract(features: Features, config: KnnConfig, split: str, device: torch.dev
         config.batch_size,
         getattr(config, f"{split}_labels"),
         getattr(config, f"max_{split}_images"),
+        left_out=left_out,
     )
     for images, labels in reading:
         rows.append(features(images.to(device, non_blocking=True)).float())
@@ -195,10 +208,12 @@ def random_like(backbone: VisionTransformer, seed: int = 0) -> VisionTransformer
 def evaluate(features: Features, config: KnnConfig, device: torch.device) -> dict[str, Any]:
     """Accuracies of one kind of feature, as result.json has them: `accuracy` at the first of config.k, `by_k` at each.
 
-    The first, and not the best, so that nothing is chosen by looking at the answers.
+    The first, and not the best, so that nothing is chosen by looking at the answers. `left_out` counts and names the
+    images of each set that are damaged or have no label.
     """
-    train, train_labels = extract(features, config, "train", device)
-    val, val_labels = extract(features, config, "val", device)
+    left_out = {"train": LeftOut(), "val": LeftOut()}
+    train, train_labels = extract(features, config, "train", device, left_out["train"])
+    val, val_labels = extract(features, config, "val", device, left_out["val"])
     by_k = knn_accuracy(train, train_labels, val, val_labels, config.k, config.temperature)
     return {
         "accuracy": by_k[config.k[0]],
@@ -206,6 +221,7 @@ def evaluate(features: Features, config: KnnConfig, device: torch.device) -> dic
         "num_train": len(train),
         "num_val": len(val),
         "num_classes": len(set(train_labels)),
+        "left_out": {split: {"images": len(those), "first": those.names} for split, those in left_out.items()},
     }
 
 
@@ -235,6 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for split, those in result["left_out"].items():
+        if those["images"]:
+            print(f"{split}: {those['images']} images left out: {', '.join(those['first'])}", file=sys.stderr)
     print(json.dumps(result, indent=1))
     return 0
 

@@ -1,15 +1,12 @@
-"""Labelled images of WebDataset tars, decoded and cropped for evaluation, in order."""
+"""Labelled images of WebDataset tars (or folders, or Parquet), read as training reads them, cropped for evaluation."""
 
 import csv
-import glob
-import io
 import itertools
 import json
-import os
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +14,74 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm"])
+from curation.reading.listing import find_parts
+from curation.reading.samples import Part
+from curation.reading.sources import read_samples
+from pretrain.data.decode import Damaged, ImageLimits, open_image
+
+MAX_LEFT_OUT = 0.01
+"""share of a set's images that may be damaged or without a label; a figure on the others is still one on that set"""
+_LIMITS = ImageLimits()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as it lies in the tar: key, encoded bytes, and its label (None where the set is not labelled)."""
+    """An image as it lies in the set: key, encoded bytes, and its label (None where the set is not labelled)."""
 
     key: str
-    content: bytes
+    content: bytes | None
     label: str | None
+    reason: str = ""
+    """why there is no content"""
 
 
-def shard_paths(pattern: str) -> list[str]:
-    """Tars of a glob, a folder, or several of either joined by commas, sorted.
+@dataclass
+class LeftOut:
+    """What of a set could not be used: counted, and the first ones named."""
+
+    images: int = 0
+    """of the whole set, the good ones too"""
+    reasons: Counter[str] = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+    """the first few: `key (reason)`"""
+
+    def add(self, key: str, reason: str) -> None:
+        self.reasons[reason] += 1
+        if len(self.names) < 5:
+            self.names.append(f"{key} ({reason})")
+
+    def __len__(self) -> int:
+        return sum(self.reasons.values())
+
+    def check(self, pattern: str, labels: str) -> None:
+        """
+        Raises:
+            ValueError: no image at all, or more than MAX_LEFT_OUT of them left out.
+        """
+        if not self.images:
+            raise ValueError(f"{pattern!r} holds no image.")
+        if len(self) > MAX_LEFT_OUT * self.images:
+            counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+            where = f"a row of {labels}" if labels else 'a json member with "label"'
+            advice = f" A label is {where}." if self.reasons["no label"] else ""
+            raise ValueError(
+                f"{len(self)} of the {self.images} images of {pattern!r} cannot be used ({counted}): "
+                f"{', '.join(self.names)}{' ...' if len(self) > len(self.names) else ''}. An evaluation leaves out at "
+                f"most {MAX_LEFT_OUT:.0%}.{advice}"
+            )
+
+
+def find_sets(pattern: str) -> list[Part]:
+    """The tars (or folders of images, or Parquet files) of a path, glob, brace pattern or folder, or of several of them
+    joined by commas.
 
     Raises:
         ValueError: one of them matches nothing.
     """
-    found: list[str] = []
-    for part in filter(None, (p.strip() for p in pattern.split(","))):
-        paths = sorted(glob.glob(os.path.join(part, "*.tar") if os.path.isdir(part) else part))
-        if not paths:
-            raise ValueError(f"no tar matches {part!r}: give a path, a glob such as eval/val-*.tar, or a folder.")
-        found += paths
-    if not found:
-        raise ValueError("no evaluation tar given: name one or a glob such as eval/val-*.tar.")
-    return found
+    urls = [url for url in (part.strip() for part in pattern.split(",")) if url]
+    if not urls:
+        raise ValueError("no evaluation set given: name a tar, a folder, or a glob such as eval/val-*.tar.")
+    return [part for url in urls for part in find_parts([url])]
 
 
 def read_labels(path: str) -> dict[str, str]:
@@ -56,60 +94,60 @@ def read_labels(path: str) -> dict[str, str]:
         reader = csv.DictReader(file)
         if not {"key", "label"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} needs the columns key and label, found {', '.join(reader.fieldnames or ())}.")
-        return {row["key"]: row["label"] for row in reader}
+        return {_plain(row["key"]): row["label"] for row in reader}
 
 
 def samples(pattern: str, labels: str = "", max_images: int = 0) -> Iterator[Sample]:
-    """Samples of the tars in order; the label is that of the csv file `labels` or of the json member beside the image.
+    """Images of the sets in order; the label is that of the csv file `labels` or of the json member beside the image.
 
     Args:
         max_images: 0 for all; otherwise the first ones.
 
     Raises:
-        ValueError: a tar that cannot be read, or a csv without a needed column.
+        ValueError: a tar that is damaged or cannot be read, or a csv without a needed column.
     """
     table = read_labels(labels) if labels else None
-    found = itertools.chain.from_iterable(_tar_samples(path, table) for path in shard_paths(pattern))
+    found = itertools.chain.from_iterable(_part_samples(part, table) for part in find_sets(pattern))
     return itertools.islice(found, max_images or None)
 
 
-def _tar_samples(path: str, table: dict[str, str] | None) -> Iterator[Sample]:
-    """Members of one key stand together, image and json in any order."""
+def _part_samples(part: Part, table: dict[str, str] | None) -> Iterator[Sample]:
     try:
-        with tarfile.open(path) as tar:
-            files = (member for member in tar if member.isfile())
-            for key, group in itertools.groupby(files, key=lambda member: member.name.partition(".")[0]):
-                content, label = None, None if table is None else table.get(key)
-                for member in group:
-                    suffix = member.name.rpartition(".")[2].lower()
-                    if suffix in _SUFFIXES and content is None:
-                        content = tar.extractfile(member).read()  # type: ignore[union-attr]  # a file has content
-                    elif suffix == "json" and table is None:
-                        label = _json_label(tar.extractfile(member).read())  # type: ignore[union-attr]
-                if content is not None:
-                    yield Sample(key, content, label)
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path} is not readable as a tar: {error}") from None
+        for sample in read_samples(part, _LIMITS.max_file_bytes):
+            if sample.reason == "damaged_shard":
+                raise ValueError(
+                    f"{part.url} is damaged at {sample.key}: the set is not what it was, so copy it again."
+                )
+            if sample.image is None and sample.content is None:  # a text, a note beside the images
+                continue
+            key = _plain(sample.key)
+            label = _json_label(sample.metadata) if table is None else table.get(key)
+            yield Sample(key, sample.content, label, sample.reason or "")
+    except OSError as error:
+        raise ValueError(f"{part.url} is not readable: {error}") from None
 
 
-def _json_label(content: bytes) -> str | None:
-    try:
-        label = json.loads(content).get("label")
-    except (ValueError, AttributeError):
-        return None
+def _plain(key: str) -> str:
+    """A tar packed as `tar -C folder -cf x.tar .` names its members `./a.jpg`; labels say `a`."""
+    return key.removeprefix("./")
+
+
+def _json_label(metadata: str | None) -> str | None:
+    label = json.loads(metadata).get("label") if metadata else None
     return None if label in (None, "") else str(label)
 
 
 def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
     """Encoded image -> uint8 [px, px, 3]: shorter side to `resize_px` by antialiased bicubic, then the centre.
 
+    Read as in training: upright, transparency over white, 16 bits scaled. A JPEG is decoded at a scale that is still
+    twice what is needed.
+
     Raises:
-        OSError: the bytes are no image.
+        Damaged: the bytes are no image.
     """
-    image = Image.open(io.BytesIO(content))
-    if image.format == "JPEG":
-        image.draft("RGB", (2 * resize_px, 2 * resize_px))  # decodes at a scale that is still twice what is needed
-    image = image.convert("RGB")
+    encoded = open_image(content, _LIMITS)
+    image = Image.fromarray(encoded.decode(min(1.0, 2 * resize_px / min(encoded.width, encoded.height))))
     scale = resize_px / min(image.size)
     width, height = (max(px, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
@@ -119,28 +157,50 @@ def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
 
 
 def batches(
-    pattern: str, px: int, resize_px: int, batch_size: int, labels: str = "", max_images: int = 0, num_threads: int = 4
+    pattern: str,
+    px: int,
+    resize_px: int,
+    batch_size: int,
+    labels: str = "",
+    max_images: int = 0,
+    num_threads: int = 4,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """(uint8 [B, 3, px, px], labels) in order; decoded by threads, at most one batch ahead.
 
-    Raises:
-        ValueError: an image that cannot be decoded or that has no label, named by its key.
-    """
+    Args:
+        left_out: filled with what could not be used.
 
-    def load(sample: Sample) -> tuple[np.ndarray, str]:
+    Raises:
+        ValueError: no image, or more than MAX_LEFT_OUT of them damaged or without a label; at the end.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+
+    def load(sample: Sample) -> np.ndarray | str:
+        if sample.content is None:
+            return sample.reason
         if sample.label is None:
-            where = f"a row of {labels}" if labels else 'a json member with "label"'
-            raise ValueError(f"image {sample.key} of {pattern} has no label: it needs {where}.")
+            return "no label"
         try:
-            return eval_crop(sample.content, px, resize_px), sample.label
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {sample.key} of {pattern} cannot be decoded: {error}") from None
+            return eval_crop(sample.content, px, resize_px)
+        except Damaged as damage:
+            return damage.reason
 
     with ThreadPoolExecutor(num_threads) as pool:
         todo = samples(pattern, labels, max_images)
-        ahead = [pool.submit(load, sample) for sample in itertools.islice(todo, batch_size)]
+        ahead = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
         while ahead:
-            following = [pool.submit(load, sample) for sample in itertools.islice(todo, batch_size)]
-            images, names = zip(*(future.result() for future in ahead), strict=True)
-            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), list(names)
+            following = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
+            images, names = [], []
+            for sample, future in ahead:
+                left_out.images += 1
+                result = future.result()
+                if isinstance(result, str):
+                    left_out.add(sample.key, result)
+                else:
+                    images.append(result)
+                    names.append(str(sample.label))
+            if images:
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), names
             ahead = following
+    left_out.check(pattern, labels)

@@ -5,7 +5,6 @@ holds what raw pixels and an untrained backbone reach on the same sets, computed
 over time.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.data.decode import Damaged
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
 from pretrain.downstream.evals.labelled import eval_crop, read_labels, samples, shard_paths
 from pretrain.downstream.pca import write_pictures
@@ -82,10 +82,23 @@ def _baselines(
 
 
 def first_images(config: Mapping[str, Any]) -> Tensor:
-    """uint8 [I, 3, px, px]: the first images of the validation set."""
+    """uint8 [I, 3, px, px]: the first images of the validation set that can be decoded.
+
+    Raises:
+        ValueError: none of them can.
+    """
     px, resize_px = config["px"], config["resize_px"] or round(config["px"] * 256 / 224)
-    found = itertools.islice(samples(config["val"]), config["pca_images"])
-    images = [torch.from_numpy(eval_crop(sample.content, px, resize_px).copy()) for sample in found]
+    images: list[Tensor] = []
+    for sample in samples(config["val"]):
+        try:
+            if sample.content is not None:
+                images.append(torch.from_numpy(eval_crop(sample.content, px, resize_px).copy()))
+        except Damaged:  # the k-NN on the same set counts and names it
+            continue
+        if len(images) == config["pca_images"]:
+            break
+    if not images:
+        raise ValueError(f"evaluation.val={config['val']!r} holds no image that can be decoded.")
     return torch.stack(images).permute(0, 3, 1, 2)
 
 
