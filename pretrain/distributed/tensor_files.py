@@ -126,6 +126,10 @@ class _Entry:
     places: list[_Place]
 
 
+class DamagedFile(ValueError):
+    """What was written is not what is there."""
+
+
 class TensorFiles:
     """The tensors that lie in pieces in several files; headers are read now, tensors when asked for.
 
@@ -139,7 +143,7 @@ class TensorFiles:
             try:
                 self._read_header(path)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged: its header is not readable ({error!r}).") from error
+                raise DamagedFile(f"{path} is damaged: its header is not readable ({error!r}).") from error
 
     def _read_header(self, path: Path) -> None:
         size = path.stat().st_size
@@ -187,7 +191,7 @@ class TensorFiles:
                 result[first - start : last - start] = rows[first - place.start : last - place.start]
                 filled += last - first
         if filled != stop - start:
-            raise ValueError(f"{name} is incomplete: {filled} of the rows {start} to {stop} are there.")
+            raise DamagedFile(f"{name} is incomplete: {filled} of the rows {start} to {stop} are there.")
         return result
 
     def _read_place(self, name: str, entry: _Entry, place: _Place) -> Tensor:
@@ -197,7 +201,7 @@ class TensorFiles:
             file.seek(place.offset)
             got = file.readinto(content)  # type: ignore[attr-defined]  # a buffered reader has it
         if got != len(content) or hashlib.sha256(content).hexdigest() != place.sha256:
-            raise ValueError(f"{place.path} is damaged: the bytes of {name} are not those that were written.")
+            raise DamagedFile(f"{place.path} is damaged: the bytes of {name} are not those that were written.")
         return tensor
 
 

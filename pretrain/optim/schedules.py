@@ -48,6 +48,8 @@ class OptimConfig:
     """Learning rate of the patch embedding relative to what its depth gives; above 0."""
     freeze_last_layer_steps: int = 1_250
     """Steps in which the prototypes of both heads keep still (their learning rate is 0)."""
+    max_skipped_steps: int = 3
+    """Steps in a row that are skipped, since a loss or gradient is not finite; one more ends the run."""
     teacher_momentum: float = 0.992
     """Share of the teacher that an EMA update keeps, at the first step; in [0, 1]."""
     teacher_momentum_end: float = 1.0
@@ -73,6 +75,7 @@ class OptimConfig:
             "clip_norm",
             "freeze_last_layer_steps",
             "teacher_temperature_warmup_steps",
+            "max_skipped_steps",
         ):
             _check(name, getattr(self, name), "0 or more", getattr(self, name) >= 0)
         for name in ("beta1", "beta2"):

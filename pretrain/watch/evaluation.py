@@ -63,6 +63,11 @@ class EvaluationConfig:
         return bool(self.every_steps) and (step % self.every_steps == 0 or step == last_step)
 
 
+def check_sets(config: EvaluationConfig) -> None:
+    """Raises ValueError: a labelled set that is not there, or has no image or label to begin with."""
+    importlib.import_module(ONLINE).check_sets(asdict(config))
+
+
 def run_evaluation(
     backbone: VisionTransformer,
     config: EvaluationConfig,

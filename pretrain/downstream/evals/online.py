@@ -56,6 +56,26 @@ def run(backbone: VisionTransformer, config: Mapping[str, Any], folder: Path, st
     return figures
 
 
+def check_sets(config: Mapping[str, Any]) -> None:
+    """Look at the first image of each set.
+
+    Raises:
+        ValueError: a set without tars or images, or an image without the label that k-NN needs; names the key.
+    """
+    needs_label = bool(config["train"])
+    for key in ("train", "val"):
+        if not config[key]:
+            continue
+        try:
+            first = next(samples(config[key], config[f"{key}_labels"], 1), None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evaluation.{key}={config[key]}: {error}") from None
+        if first is None:
+            raise ValueError(f"evaluation.{key}={config[key]} holds no image.")
+        if needs_label and first.label is None:
+            raise ValueError(f"evaluation.{key}={config[key]}: image {first.key} has no label.")
+
+
 def _baselines(
     backbone: VisionTransformer, config: Mapping[str, Any], knn: KnnConfig, folder: Path, device: torch.device
 ) -> dict[str, float]:
