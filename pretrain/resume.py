@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from configs.loader import merge_config
 from pretrain.checkpoint import MANIFEST, PREFIX, Checkpoints, read_manifest
 from pretrain.config import TrainConfig
+from pretrain.data.loader import read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.watch.lines import read_lines
@@ -115,31 +117,40 @@ def saved_position(config: TrainConfig, out: Path | None) -> Position:
 
 
 def compare_images(
-    config: TrainConfig, standing: Standing, tables: Mapping[str, ImageTable], allowed: Sequence[str]
+    config: TrainConfig, standing: Standing, tables: Sequence[Mapping[str, ImageTable]], allowed: Sequence[str]
 ) -> Standing:
-    """Compare the images of the phase in progress; a change that is allowed joins the standing's.
+    """Compare the images of the phases that have begun; a change that is allowed joins the standing's.
+
+    Those of a phase that is over are looked at where another place is named for them, and may be gone.
+
+    Args:
+        tables: of each phase; {} of those that are over.
 
     Raises:
         ValueError: they are others than before, or the same in another order.
     """
     position = standing.position
-    if position.step == 0:
-        return standing
-    name = config.phase_names[position.phase]
-    before, now = standing.images.get(name, {}), {key: table.fingerprint() for key, table in tables.items()}
-    if list(before.values()) == list(now.values()):
-        return standing
-    pairs = zip(now, [*before.values(), *[None] * len(now)], strict=False)
-    changed = [key for key, found in pairs if now[key] != found] or list(now)
-    key = f"data.datasets.{changed[0]}"
-    if not _is_allowed(f"{key}.shards", name, allowed):
-        raise ValueError(
-            f"{standing.latest} was trained on other images: {key} has changed (names, sizes or order of its shards "
-            f"and images). Name the former shards, wherever they lie now; give another --out; or, to go on with these, "
-            f"--allow-changed {key}.shards."
-        )
-    change = _change(position, name, f"{key}.shards", before.get(changed[0]), now[changed[0]])
-    return replace(standing, changes=[*standing.changes, change])
+    moved = {change["phase"] for change in standing.changes if change["key"].endswith(".shards")}
+    changes = list(standing.changes)
+    for index, name in enumerate(config.phase_names[: position.phase + (position.step > 0)]):
+        now: Mapping[str, ImageTable] = tables[index] if index == position.phase else {}
+        if index < position.phase and name in moved:
+            with suppress(ValueError):
+                now = read_tables(config.phase(name).data)
+        before, found = standing.images.get(name, {}), {key: table.fingerprint() for key, table in now.items()}
+        if not found or list(before.values()) == list(found.values()):
+            continue
+        pairs = zip(found, [*before.values(), *[None] * len(found)], strict=False)
+        changed = next((key for key, former in pairs if found[key] != former), next(iter(found)))
+        key = f"data.datasets.{changed}.shards"
+        if not _is_allowed(key, name, allowed):
+            raise ValueError(
+                f"{standing.latest} was trained on other images: data.datasets.{changed} has changed (names, sizes or "
+                "order of its shards and images). Name the former shards, wherever they lie now; give another --out; "
+                f"or, to go on with these, --allow-changed {key}."
+            )
+        changes.append(_change(position, name, key, before.get(changed), found[changed]))
+    return replace(standing, changes=changes)
 
 
 def write_changes(out: Path, standing: Standing) -> None:

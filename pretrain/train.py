@@ -118,15 +118,14 @@ class Run:
         self.position = standing.position
         self.tables = check_run(config, collectives.world_size(), out, self.position)
         self.loaders = {index: self._loader(index) for index in range(self.position.phase, len(self.phases))}
-        if self.position.phase < len(self.phases):
-            standing = compare_images(config, standing, self.tables[self.position.phase], allowed)
-        self.standing = standing
+        self.standing = compare_images(config, standing, self.tables, allowed)
         self.nonfinite = NonFinite(out, self.checkpoints)
         if self.is_first:
             out.mkdir(parents=True, exist_ok=True)
             drop_after(out / "skipped.jsonl", self.position.global_step)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-            write_changes(out, standing)
+            if self.position.phase < len(self.phases):
+                write_changes(out, self.standing)
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         if not self.peak:  # a CPU: what a matrix product reaches here, now
             self.peak = measured_peak_flops(device, getattr(torch, config.precision))

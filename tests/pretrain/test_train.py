@@ -185,10 +185,10 @@ def test_softmax_centring_tied_heads_and_checkpointing_train(config: Path, shard
 
 
 def test_the_moving_centre_goes_on_in_the_next_phase(config: Path, shards: Path, tmp_path: Path) -> None:
-    out, phases = tmp_path / "run", json.dumps({"pretrain": {"steps": 4}, "next": {"steps": 1}})
+    out, phases = tmp_path / "run", json.dumps({"pretrain": {"steps": 4}, "next": {"steps": 2}})
     assert run(config, shards, out, f"phases={phases}", "loss.centering=softmax") == FINISHED
-    first, last = (teacher_state(out / "checkpoints" / f"step-0000000{n}", "centering.") for n in (4, 5))
-    # A tenth is new at each step: a centre that started again would be a third as long.
+    first, last = (teacher_state(out / "checkpoints" / f"step-0000000{n}", "centering.") for n in (4, 6))
+    # A tenth is new at each step: a centre that started again would be half as long.
     assert last["dino.center"].norm() > 0.8 * first["dino.center"].norm()
 
 
@@ -217,6 +217,7 @@ def test_distillation_from_a_larger_frozen_teacher(config: Path, shards: Path, t
 def test_a_run_starts_from_another_teacher(config: Path, shards: Path, tmp_path: Path) -> None:
     assert run(config, shards, tmp_path / "first", "steps=2") == FINISHED
     still = [f"init_from={tmp_path / 'first'}", "optim.base_lr=1e-12", "model.position_px=48", "crops.global_px=48"]
+    still += ["optim.warmup_steps=0", "optim.freeze_last_layer_steps=0"]
     assert run(config, shards, tmp_path / "second", "steps=1", *still) == FINISHED
     first, second = load_backbone(tmp_path / "first").model, load_backbone(tmp_path / "second").model
     assert second.pos_embed.shape[1] == 37
