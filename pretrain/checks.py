@@ -55,9 +55,10 @@ def check_run(
     for name, phase in phases:
         with _of_phase(name), torch.device("meta"):
             networks.append(build_network(phase))
-    for index, (before, after) in enumerate(pairwise(phases)):
-        with _of_phase(after[0]):
-            _check_goes_on(before[1], networks[index], after[1], networks[index + 1])
+    for (name, phase), (former, network) in zip(phases[1:], pairwise(networks), strict=True):
+        if not phase.reset_optimizer:
+            with _of_phase(name):
+                _check_moments(former, network)
     known: dict[tuple, ImageTable] = {}
     tables: list[Tables] = []
     for index, (name, phase) in enumerate(phases):
@@ -77,8 +78,11 @@ def check_run(
 
 def check_numbers(config: TrainConfig, world_size: int) -> None:
     """Raises ValueError: settings of a phase that do not fit each other, or these ranks."""
-    for name in config.phase_names:
-        phase = config.phase(name)
+    phases = [(name, config.phase(name)) for name in config.phase_names]
+    for (_, before), (name, phase) in pairwise(phases):
+        with _of_phase(name):
+            _check_goes_on(before, phase)
+    for name, phase in phases:
         with _of_phase(name):
             _check_batch(phase, world_size)
             check_sizes(phase.crops, phase.patch_size)
@@ -149,8 +153,8 @@ def _check_gram(config: TrainConfig) -> None:
         raise ValueError("gram.weight and distill_from together are not a published recipe; choose one.")
 
 
-def _check_goes_on(before: TrainConfig, former: Network, config: TrainConfig, network: Network) -> None:
-    """A phase takes over the weights of the one before it, and its optimizer where that is asked for."""
+def _check_goes_on(before: TrainConfig, config: TrainConfig) -> None:
+    """A phase takes over the weights of the one before it."""
     found, asked = (architecture(c.model.architecture, **c.model.changes()) for c in (before, config))
     keys = [field.name for field in fields(ModelConfig) if field.name not in _FREE_MODEL]
     for key in keys:
@@ -172,15 +176,18 @@ def _check_goes_on(before: TrainConfig, former: Network, config: TrainConfig, ne
                 raise ValueError(
                     f"heads.{head}.{key}={now} differs from {was} of the phase before, whose heads it goes on with."
                 )
-    if not config.reset_optimizer:
-        moments, parameters = _trained(former), _trained(network)
-        for name in sorted(moments.keys() | parameters.keys()):
-            if moments.get(name) != parameters.get(name):
-                raise ValueError(
-                    f"reset_optimizer=false keeps the moments of the phase before, and {name} is "
-                    f"{moments.get(name, 'not trained')} there and {parameters.get(name, 'not trained')} here; set "
-                    "reset_optimizer=true, or leave model.position_px and heads.*.train_lengths as they were."
-                )
+
+
+def _check_moments(former: Network, network: Network) -> None:
+    """A phase that keeps the optimizer of the one before it trains the same parameters."""
+    moments, parameters = _trained(former), _trained(network)
+    for name in sorted(moments.keys() | parameters.keys()):
+        if moments.get(name) != parameters.get(name):
+            raise ValueError(
+                f"reset_optimizer=false keeps the moments of the phase before, and {name} is "
+                f"{moments.get(name, 'not trained')} there and {parameters.get(name, 'not trained')} here; set "
+                "reset_optimizer=true, or leave model.position_px and heads.*.train_lengths as they were."
+            )
 
 
 def _trained(network: nn.Module) -> dict[str, list[int]]:

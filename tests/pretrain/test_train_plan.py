@@ -14,7 +14,6 @@ from pretrain.data.loader import DataConfig, DatasetConfig
 from pretrain.models.architectures import build
 from tests.conftest import picture_tar
 
-
 SHORT = ("optim.warmup_steps=1", "optim.freeze_last_layer_steps=1")
 
 
