@@ -26,8 +26,8 @@ from pretrain.data.loader import read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.watch.lines import read_lines
+from pretrain.watch.metrics import CHANGES
 
-CHANGES = "changes.jsonl"
 # How a run is computed and watched, not what is computed.
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.

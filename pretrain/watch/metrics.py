@@ -23,6 +23,7 @@ from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.writers import TensorBoardWriter, WandbWriter, Writer
 
 METRICS, EVALUATIONS, ALARMS, SESSIONS = "metrics.jsonl", "evaluations.jsonl", "alarms.jsonl", "sessions.jsonl"
+CHANGES = "changes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
