@@ -98,8 +98,44 @@ def _override(merged: Any, overrides: Sequence[str]) -> Any:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"{override!r} is not readable as key=value: {_first_line(error)}") from None
         assert isinstance(change, dict)
-        merged = _merge(merged, change, f"{override!r}")
+        merged = copy.deepcopy(merged)
+        if not _drop_named(merged, key.split("."), change, f"{override!r}"):
+            merged = _merge(merged, change, f"{override!r}")
     return merged
+
+
+def _drop_named(base: Any, path: list[str], change: dict[str, Any], origin: str) -> bool:
+    """Take out of `base` what an override replaces or drops; whether that is all there is to do.
+
+    A mapping of free names (`phases`, `data.datasets`) is written whole by `KEY={...}`, and loses an entry by
+    `KEY.NAME=null`. Sections have fixed keys: there a value in braces changes some of them.
+    """
+    value: Any = change
+    parent, node = None, base
+    for depth, name in enumerate(path):
+        value = value.get(name) if isinstance(value, dict) else None
+        is_last, names = depth == len(path) - 1, list(node) if OmegaConf.is_dict(node) else []
+        is_field = parent is not None and is_dataclass(OmegaConf.get_type(parent))  # not a mapping inside `phases`
+        if is_field and OmegaConf.get_type(node) is dict and name not in names:
+            untyped = node._metadata.element_type is Any
+            if (is_last and value is None) or (untyped and not is_last):
+                where = ".".join(path[:depth])
+                raise ValueError(
+                    f"{origin}: {where} has no {name!r}; it has {', '.join(names) or 'none'}."
+                    + _nearest(name, names)
+                    + (f" Write {where}.{name}={{...}} to add one." if untyped and not is_last else "")
+                )
+        if name not in names:
+            return False
+        child = node._get_node(name)
+        if is_last and is_field and OmegaConf.get_type(node) is dict and value is None:
+            del node[name]
+            return True
+        if is_last and isinstance(value, dict) and OmegaConf.is_dict(child) and OmegaConf.get_type(child) is dict:
+            for entry in list(child):
+                del child[entry]
+        parent, node = node, child
+    return False
 
 
 def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
@@ -123,6 +159,11 @@ def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> 
                 + _nearest(str(key), known)
             )
         child = base._get_node(key)
+        kinds = {dict: ("mapping", "{}"), list: ("list", "[]")}
+        kind = OmegaConf.get_type(child) if OmegaConf.is_config(child) else None
+        if kind in kinds and not isinstance(value, kind):
+            what, none = kinds[kind]
+            raise ValueError(f"{origin}: {prefix}{key} is a {what}, found {value!r}; write {none} for none.")
         if OmegaConf.is_dict(child) and OmegaConf.get_type(child) not in (dict, None):
             if not isinstance(value, dict):
                 raise ValueError(f"{origin}: {prefix}{key} is a section; set one of its keys: {', '.join(child)}.")

@@ -29,6 +29,7 @@ from configs.ranges import check_ranges
 from pretrain.distributed import collectives
 from pretrain.distributed.names import plain_name
 from pretrain.distributed.tensor_files import (
+    DamagedFile,
     Piece,
     TensorFiles,
     header_hash,
@@ -81,6 +82,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._own: set[int] = set()  # steps saved by this run or loaded into it
+        self.keep: set[str] = set()  # names of checkpoints that stay, whatever their age
 
     def save(self, state: State, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the state and write it, in the background when `asynchronous`; waits for the save before this one.
@@ -129,6 +131,11 @@ class Checkpoints:
         """The newest whole checkpoint, as rank 0 sees it."""
         return collectives.from_rank_zero(lambda: self._whole()[-1] if self._whole() else None)
 
+    def before(self, step: int) -> Path | None:
+        """The newest whole checkpoint of fewer steps, as rank 0 sees it."""
+        name = f"{PREFIX}{step:08d}"
+        return collectives.from_rank_zero(lambda: max((p for p in self._whole() if p.name < name), default=None))
+
     def load(self, path: Path, state: State) -> dict[str, Any]:
         """Fill the state in place from a checkpoint that any number of ranks wrote; other names in it are left alone.
 
@@ -149,10 +156,19 @@ class Checkpoints:
                 rows = files.read(name, start, start + len(local)) if local.ndim else files.read(name)
                 local.copy_(rows)
             self._own.add(manifest["step"])
+        except DamagedFile as found:
+            error = ValueError(f"{found} {self.without(path)}")
         except ValueError as found:
             error = found
         self._agree(error, ValueError, "")
         return meta
+
+    def without(self, path: Path) -> str:
+        """What happens when one of these checkpoints is deleted, for a message that says it is damaged."""
+        before = [other for other in self._whole() if other.name < path.name]
+        if not before:
+            return f"Delete {path}, and the same command starts again: there is no checkpoint before it."
+        return f"Delete {path}, and the same command continues from {before[-1]}."
 
     def _agree(self, error: BaseException | None, kind: type[Exception], prefix: str) -> None:
         """Raise on every rank what any rank met."""
@@ -226,7 +242,9 @@ class Checkpoints:
         whole = self._whole()
         every = self.config.keep_every_steps
         for path in whole[: -self.config.keep_last]:
-            if (not every or int(path.name.removeprefix(PREFIX)) % every) and _is_ours(path):
+            if path.name in self.keep or not _is_ours(path):
+                continue
+            if not every or int(path.name.removeprefix(PREFIX)) % every:
                 # First out of sight: half a checkpoint must not have the name of a whole one.
                 shutil.rmtree(path.rename(self.folder / f"{TEMPORARY}removed-{path.name}"))
 
@@ -247,8 +265,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged: {error}.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedFile(f"{path / MANIFEST} is damaged: {error}.") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise DamagedFile(f"{path / MANIFEST} is damaged: it does not say what it is.")
+    if manifest["format"] != FORMAT:
         raise ValueError(f"{path / MANIFEST} is not of the format {FORMAT!r} that this version reads.")
     return manifest
 
@@ -301,9 +321,9 @@ def _open(path: Path) -> tuple[dict[str, Any], TensorFiles]:
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != expected["bytes"]:
-            raise ValueError(f"{file} is damaged: {expected['bytes']} bytes were written, found {found or 'no file'}.")
+            raise DamagedFile(f"{file} is damaged: {expected['bytes']} bytes were written, found {found or 'no file'}.")
         if header_hash(file) != expected["header_sha256"]:
-            raise ValueError(f"{file} is damaged: its header is not the one that was written.")
+            raise DamagedFile(f"{file} is damaged: its header is not the one that was written.")
     return manifest, TensorFiles(path / name for name in manifest["files"])
 
 

@@ -1,7 +1,9 @@
 """TrainConfig: the components' configs put together. A phase is the whole config with that phase's differences."""
 
+import logging
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from pretrain.watch.evaluation import EvaluationConfig
 from pretrain.watch.metrics import WatchConfig
 
 GROUP = "pretrain"
+log = logging.getLogger(__name__)
 CENTERINGS = ("sinkhorn", "softmax")
 KOLEO_CROPS = ("all", "first")
+# Keys that a phase may not have, and why.
+_OF_THE_RUN = ("phases", "seed", "execution", "checkpoint", "watch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +217,11 @@ class TrainConfig:
     distill_from: str = ""
     """folder of a frozen teacher with heads; the student's EMA is then the product. Empty: self-distillation"""
     phases: dict[str, Any] = field(default_factory=dict)
-    """name -> what differs from the settings of this file, in the order they run; empty: one, named pretrain"""
+    """name -> what differs from the settings of this file, in the order they run; empty: one, named pretrain.
+
+    `data.datasets` of a phase are all that it draws from; those of the run lend what an entry leaves out. On the
+    command line `phases={...}` replaces them all, `phases.NAME={...}` one, `phases.NAME=null` drops one.
+    """
     model: ModelConfig = field(default_factory=ModelConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -251,16 +260,18 @@ class TrainConfig:
     def phase(self, name: str) -> "TrainConfig":
         """This config with the differences of one phase."""
         differences = self.phases.get(name) or {}
-        forbidden = [key for key in ("phases", "execution", "checkpoint", "seed") if key in differences]
-        if forbidden:
-            raise ValueError(f"phases.{name}.{forbidden[0]} cannot differ by phase; set {forbidden[0]} for the run.")
-        # `phases` stays: a phase knows the run it belongs to.
-        return merge_config(self, differences, f"phases.{name}")
-
-    def check(self, world_size: int) -> None:
-        """What can be known to be wrong before any time is lost, in one sentence each (ValueError)."""
-        for name in self.phase_names:
-            _check_phase(name, self.phase(name), world_size)
+        if not isinstance(differences, dict):
+            raise ValueError(f"phases.{name} is a mapping of settings, found {differences!r}.")
+        _check_differences(name, differences, is_first=name == self.phase_names[0])
+        base, differences = _with_datasets(self, name, differences)
+        try:
+            # `phases` stays: a phase knows the run it belongs to.
+            phase = merge_config(base, differences, f"phases.{name}")
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith("phases.") else f"phases.{name}: {text}") from None
+        _check_one_size(phase.crops, differences.get("crops") or {}, f"phases.{name}.crops")
+        return phase
 
 
 def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]) -> TrainConfig:
@@ -275,50 +286,73 @@ def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]
         config = replace(config, data=replace(config.data, datasets={}))
         config = merge_config(config, {"data": {"datasets": datasets}}, "--shards")
     config = override_config(config, overrides)
-    for phase in config.phase_names:
-        config.phase(phase)  # a wrong key in a phase is an error now, not after the first phase
+    _check_one_size(config.crops, _not_default(config.crops), "crops")
+    for name in config.phase_names:
+        config.phase(name)  # a wrong key in a phase is an error now, not after the first phase
+        if shards and (own := datasets_of_phase(config.phases.get(name))):
+            log.info("phase %s draws from its own data.datasets (%s), not from --shards as such", name, ", ".join(own))
     return config
+
+
+def datasets_of_phase(differences: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The `data.datasets` that a phase names itself; None: it draws from those of the run."""
+    data = (differences or {}).get("data")
+    return data.get("datasets") if isinstance(data, dict) else None
+
+
+def _check_differences(name: str, differences: dict[str, Any], is_first: bool) -> None:
+    """Raise ValueError for a key that would do nothing in this phase."""
+    for key in _OF_THE_RUN:
+        if key in differences:
+            raise ValueError(f"phases.{name}.{key} cannot differ by phase; set {key} for the run.")
+    if not is_first and "init_from" in differences:
+        raise ValueError(
+            f"phases.{name}.init_from: a phase after the first starts from the one before it; set init_from for the "
+            "first phase, or drop the phases before this one."
+        )
+    if is_first and "reset_optimizer" in differences:
+        raise ValueError(f"phases.{name}.reset_optimizer: the first phase has no optimizer to keep; leave it out.")
+
+
+def _not_default(crops: CropsConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(crops).items() if value != getattr(CropsConfig(), key)}
+
+
+def _check_one_size(crops: CropsConfig, given: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a side that `sizes` would leave unused."""
+    unused = [key for key in ("global_px", "local_px", "gram_px") if key in given]
+    if crops.sizes and unused:
+        raise ValueError(
+            f"{where}.{unused[0]}={getattr(crops, unused[0])} does nothing where crops.sizes is given: change sizes, "
+            f"or set {where}.sizes=[]."
+        )
+
+
+def _with_datasets(config: TrainConfig, name: str, differences: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """The run's config and a phase's differences, such that merging them leaves the phase's own datasets."""
+    own = datasets_of_phase(differences)
+    if own is None:
+        return config, differences
+    of_run = config.data.datasets
+    if not isinstance(own, dict) or not own:
+        raise ValueError(f"phases.{name}.data.datasets must name its datasets, NAME: {{shards: ...}}; found {own!r}.")
+    complete = {}
+    for dataset, entry in own.items():
+        if not isinstance(entry, dict | None):
+            raise ValueError(f"phases.{name}.data.datasets.{dataset} is a mapping, found {entry!r}.")
+        complete[dataset] = (asdict(of_run[dataset]) if dataset in of_run else {}) | (entry or {})
+        if "shards" not in complete[dataset]:
+            raise ValueError(
+                f"phases.{name}.data.datasets.{dataset}.shards is missing, and no dataset of the run has that name "
+                f"(it has {', '.join(of_run) or 'none'})."
+            )
+    base = replace(config, data=replace(config.data, datasets={}))
+    return base, {**differences, "data": {**differences["data"], "datasets": complete}}
 
 
 def _dataset_name(path: str, index: int, count: int) -> str:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(path).stem).strip("-") or "shards"
     return "shards" if count == 1 else f"{index}-{readable}"
-
-
-def _check_phase(name: str, config: TrainConfig, world_size: int) -> None:
-    ranks = world_size * config.execution.accumulation_steps
-    if config.global_batch_size % ranks:
-        below = config.global_batch_size // ranks * ranks
-        nearest = f"{below} and {below + ranks}" if below else f"{ranks}"
-        raise ValueError(
-            f"global_batch_size={config.global_batch_size} does not split over {world_size} ranks of "
-            f"{config.execution.accumulation_steps} micro-batches; the nearest that do are {nearest}."
-        )
-    images = config.global_batch_size // ranks
-    loss = config.loss
-    config.optim.check_steps(config.steps, f"phase {name}: ")
-    if not (config.uses_dino or config.uses_ibot or loss.koleo_weight or config.gram.weight):
-        raise ValueError(
-            f"phase {name}: nothing is learned, for every term of the loss is off; set loss.dino_weight, or "
-            "loss.ibot_weight with masks.probability and masks.ratio above 0."
-        )
-    if loss.koleo_weight and not loss.koleo_group_size and images < 2:
-        raise ValueError(
-            f"phase {name}: KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise "
-            "global_batch_size, set loss.koleo_group_size, or loss.koleo_weight=0."
-        )
-    if loss.koleo_group_size and (loss.koleo_group_size % images or config.global_batch_size % loss.koleo_group_size):
-        raise ValueError(
-            f"phase {name}: loss.koleo_group_size={loss.koleo_group_size} must be a multiple of the {images} images of "
-            f"a micro-batch and divide global_batch_size={config.global_batch_size}."
-        )
-    config.model.changes()
-    if config.gram.weight and not config.crops.all_sizes()[0].gram_px:
-        raise ValueError(
-            f"phase {name}: gram.weight={config.gram.weight} needs crops.gram_px, the Gram teacher's crop."
-        )
-    if config.gram.weight and config.distill_from:
-        raise ValueError(f"phase {name}: gram.weight and distill_from together are not a published recipe; choose one.")
 
 
 def micro_batch_size(config: TrainConfig, world_size: int) -> int:

@@ -20,12 +20,14 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
+
+from pretrain.stopping import StopRequest, stop_signals
 
 FINISHED, STOPPED = 0, 75  # of pretrain.train.main
 TRAIN = "pretrain.train"
@@ -206,14 +208,22 @@ def submission_text(folder: Path, resources: Resources, name: str, cluster: str,
     return f"{slurm._make_submission_file_text(slurm._submitit_command_str, 'JOB')}# in every task: {command}"
 
 
-def follow(job: submitit.Job, every_s: float = 0.5) -> int:
+def follow(job: submitit.Job, stop: StopRequest | None = None, every_s: float = 0.5) -> int:
     """Copy the first task's log to standard output until the job is over.
+
+    Args:
+        stop: what was received here is passed on once as SIGTERM: the job saves and ends.
 
     Returns:
         The status of the training: 0 finished, 75 stopped after a checkpoint, 1 failed.
     """
-    position, over = 0, False
+    position, over, passed_on = 0, False, False
     while not over:
+        if stop and not passed_on:
+            log.info("asked to stop: the job ends after a checkpoint; a second Ctrl-C leaves it alone")
+            with suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+            passed_on = True
         over = job.done()
         if job.paths.stdout.exists():
             with job.paths.stdout.open() as file:
@@ -245,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(asked: argparse.Namespace) -> int:
     from pretrain import plan
+    from pretrain.checks import check_run
     from pretrain.config import load_train_config
     from pretrain.run_folder import check_run_folder
 
@@ -252,26 +263,39 @@ def _launch(asked: argparse.Namespace) -> int:
     resources = Resources(**{name: getattr(asked, name) for name in names})
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.shards)
-    config.check(resources.world_size)  # now, not after a day in the queue
+    check_run(config, resources.world_size, asked.out)  # now, not after a day in the queue
     if cluster == "local" and resources.nodes > 1:
         raise ValueError(f"--nodes {resources.nodes} needs Slurm, and there is no sbatch here; use --nodes 1.")
     shards = [argument for path in asked.shards for argument in ("--shards", path)]
-    arguments = ["--config", asked.config, *shards, "--out", str(asked.out), *asked.overrides]
+    allowed = [argument for key in asked.allow_changed for argument in ("--allow-changed", key)]
+    arguments = ["--config", asked.config, *shards, "--out", str(asked.out), *allowed, *asked.overrides]
     training = Training(arguments, cpus=resources.cpus_per_task)
     check_run_folder(asked.out)
     folder, name = asked.out / "jobs", f"seedbed-{Path(asked.config).stem}"
     if asked.dry_run:
-        print(plan.describe(config, resources.world_size))
+        print(plan.describe(config, resources.world_size, asked.out))
         print(f"\nwould submit to {cluster}:\n{submission_text(folder, resources, name, cluster, training)}")
         return FINISHED
     folder.mkdir(parents=True, exist_ok=True)
     executor = make_executor(folder, resources, name, cluster)
-    job = executor.submit(training)
+    with _shielded():
+        job = executor.submit(training)
     log.info("job %s on %s; its log: %s", job.job_id, cluster, job.paths.stdout)
     if cluster == "slurm":
         return FINISHED
-    log.info("it ends after a checkpoint with: kill %s", job.job_id)
-    return follow(job)
+    log.info("it ends after a checkpoint with Ctrl-C, or: kill %s", job.job_id)
+    with stop_signals() as stop:
+        return follow(job, stop)
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, which Submitit would answer by killing them: `follow` stops them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -296,6 +320,9 @@ def _parser() -> argparse.ArgumentParser:
         ("qos", str, ""),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument(
+        "--allow-changed", action="append", default=[], metavar="KEY", help="as for pretrain.train; repeatable"
+    )
     parser.add_argument("--cluster", choices=("slurm", "local"), help="default: slurm where there is sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the submission, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for pretrain.train")

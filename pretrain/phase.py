@@ -1,7 +1,6 @@
 """One phase of a run: its networks, optimizer and step; started afresh, from the phase before, or from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -9,16 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import Checkpoints, read_manifest
+from pretrain.checkpoint import Checkpoints
 from pretrain.config import TrainConfig
 from pretrain.data.collate import Batch
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
+from pretrain.data.loader import Loader, build_loader
+from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import Wrapped, plain_module, wrap
+from pretrain.distributed.fsdp import Wrapped, local_tensor, plain_module, wrap
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
 from pretrain.optim.schedules import StepValues, values_at
+from pretrain.resume import Standing, check_distilled, network_hash
 from pretrain.student_teacher import (
     Centering,
     Crops,
@@ -37,21 +39,6 @@ from pretrain.weights import load_network, load_teacher
 
 # Streams of randomness, so that no two uses of (seed, phase, step) draw the same numbers.
 _WEIGHTS, _STEP = 1, 2
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: so many steps of this phase, and of all phases, are done."""
-
-    phase: int = 0
-    step: int = 0
-    global_step: int = 0
-
-    def next_step(self) -> "Position":
-        return Position(self.phase, self.step + 1, self.global_step + 1)
-
-    def next_phase(self) -> "Position":
-        return Position(self.phase + 1, 0, self.global_step)
 
 
 class Phase:
@@ -99,7 +86,8 @@ class Phase:
         self.cost = step_cost(config, student, teacher if frozen is None else frozen)
         self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
         self.gram: nn.Module | None = None
-        self.finite = FiniteWatch()
+        self.distilled: str | None = None  # the hash of `frozen`
+        self.finite = FiniteWatch(config.optim.max_skipped_steps)
         self.student.train()
 
     def flops(self, sizes: CropSizes) -> float:
@@ -116,8 +104,10 @@ class Phase:
             step: steps of this phase done before.
             diagnose: also measure teacher entropy, prototype use and feature spread.
 
+        A step with a loss or gradient that is not finite leaves everything as it was: weights, moments, EMA, centre.
+
         Raises:
-            FloatingPointError: a loss or gradient was not finite, in this step or (on a GPU) the one before.
+            FloatingPointError: too many such steps in a row, this one or (on a GPU) the one before being the last.
         """
         config, values = self.config, self.values(step)
         apply_schedule(self.optimizer, values)
@@ -129,6 +119,7 @@ class Phase:
             target_network = self.teacher if self.frozen is None else self.frozen
             asked = partial(teacher_outputs, dino=config.uses_dino, ibot=config.uses_ibot)
             outputs = [target_network(partial(asked, crops=crops)) for crops in parts]
+            centre = [buffer.clone() for buffer in self.centering.buffers()]
             targets = self.centering(outputs, values.teacher_temperature)
         watched: dict[str, Tensor] = {}
         for i, (crops, target) in enumerate(zip(parts, targets, strict=True)):
@@ -140,13 +131,22 @@ class Phase:
                 watched[name] = watched.get(name, 0) + value.detach() / len(parts)
         norms = clip_by_module(self.modules, config.optim.clip_norm)
         watched |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        step_unless(self.optimizer, self.finite.watch(step, watched))
-        self.finite.check()
+        skip = self.finite.watch(step, watched)
+        step_unless(self.optimizer, skip)
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.pairs, values.teacher_momentum)
+        update_ema(self.pairs, values.teacher_momentum, skip)
+        for buffer, before in zip(self.centering.buffers(), centre, strict=True):
+            buffer.copy_(torch.where(skip > 0, before, buffer))
         if diagnose:
             watched |= self._diagnostics(outputs, targets, watched)
+        self.finite.check()
         return watched
+
+    def has_finite_weights(self) -> bool:
+        """Whether student and teacher are finite on all ranks; waits for the device."""
+        parameters = [local_tensor(p.detach()) for net in (self.student, self.teacher) for p in net.parameters()]
+        finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
+        return not collectives.any_over_ranks(not finite.item())
 
     def _student_losses(
         self, crops: Crops, targets: TeacherTargets, step: int, part: int
@@ -210,56 +210,20 @@ class Phase:
         return state
 
 
-# What may differ between the parts of one run: how it is computed and watched, not what is computed.
-_FREE = ("execution", "checkpoint", "evaluation", "watch")
-
-
-def start_position(config: TrainConfig, data: Mapping[str, str], checkpoints: Checkpoints) -> Position:
-    """Where the run folder's last checkpoint stands; the start, without one.
-
-    Args:
-        data: fingerprints of the datasets.
-
-    Raises:
-        ValueError: that checkpoint was trained with other settings, or on other shards.
-    """
-    latest = checkpoints.latest()
-    if latest is None:
-        return Position()
-    meta = read_manifest(latest)["meta"]
-    # A setting that an older version did not have is taken at its default.
-    asked, found = flat(asdict(config)), flat(asdict(TrainConfig())) | flat(meta["config"])
-    for key in sorted(asked.keys() | found.keys()):
-        if key.split(".")[0] not in _FREE and asked.get(key) != found.get(key):
-            raise ValueError(
-                f"{latest} was trained with {key}={found.get(key)}, and now {key}={asked.get(key)} is asked for: give "
-                f"another --out (and init_from={latest} to start from its teacher), or the former setting."
-            )
-    if dict(data) != meta["data"]:
-        name = next(name for name in data if data[name] != meta["data"].get(name))
-        raise ValueError(f"{latest} was trained on other images: data.datasets.{name} has changed; give another --out.")
-    position = Position(**meta["position"])
-    finished = position.step == config.phase(meta["phase"]).steps
-    return position.next_phase() if finished else position
-
-
-def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"base_lr": 1}} -> {"optim.base_lr": 1}."""
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
-
-
-def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoints, device: torch.device) -> Phase:
+def start_phase(
+    config: TrainConfig, standing: Standing, checkpoints: Checkpoints, device: torch.device, allowed: Sequence[str] = ()
+) -> Phase:
     """The phase that the run stands in, ready for its next step.
 
     Its networks start at random (or from `init_from`), from the last checkpoint of the phase before it, whose position
     table is resized where the new phase asks for another, or from a checkpoint of its own.
+
+    Args:
+        allowed: what may have changed since that checkpoint (`pretrain.resume`).
     """
+    position, latest = standing.position, standing.latest
     name = config.phase_names[position.phase]
     phase_config = config.phase(name)
-    latest = checkpoints.latest()
     student, teacher = fresh_network(phase_config), fresh_network(phase_config)
     if position.step == 0 and latest is not None:
         load_network(student, latest, "student")
@@ -268,19 +232,23 @@ def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoint
         load_network(student, phase_config.init_from)
     if position.step == 0 and latest is None:
         teacher.load_state_dict(student.state_dict())
-    frozen = None
+    frozen, distilled = None, None
     if phase_config.distill_from:
         dtype = torch.bfloat16 if phase_config.precision == "bfloat16" and device.type == "cuda" else torch.float32
-        frozen = load_teacher(phase_config.distill_from).to(device, dtype).requires_grad_(False).eval()
+        frozen = load_teacher(phase_config.distill_from)
         check_distillation(frozen, phase_config)
+        distilled = network_hash(frozen)
+        check_distilled(config, distilled, standing, allowed)
+        frozen = frozen.to(device, dtype).requires_grad_(False).eval()
     gram = None
     if phase_config.gram.weight:
         gram = fresh_network(phase_config)
-        if phase_config.gram.teacher == "ema":
-            gram.load_state_dict(teacher.state_dict())
-        else:
+        if position.step == 0 and phase_config.gram.teacher != "ema":
             load_network(gram, phase_config.gram.teacher)
+        elif position.step == 0:
+            gram.load_state_dict(teacher.state_dict())
     phase = Phase(phase_config, position.phase, student.to(device), teacher.to(device), frozen)
+    phase.distilled = distilled
     if gram is not None:
         phase.start_gram(gram.to(device))
     if position.step > 0:
@@ -293,6 +261,30 @@ def start_phase(config: TrainConfig, position: Position, checkpoints: Checkpoint
         if not phase_config.reset_optimizer:
             checkpoints.load(latest, {"optimizer": phase.optimizer})
     return phase
+
+
+def phase_loader(config: TrainConfig, index: int, start_step: int, tables: dict[str, ImageTable]) -> Loader:
+    """The batches of a phase for this rank, from a step of it on."""
+    name = config.phase_names[index]
+    phase = config.phase(name)
+    try:
+        return build_loader(
+            phase.data,
+            phase.crops,
+            phase.masks,
+            patch_size=phase.patch_size,
+            seed=phase.seed,
+            phase=index,
+            start_step=start_step,
+            num_steps=phase.steps - start_step,
+            global_batch_size=phase.global_batch_size,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            execution=phase.execution.loader,
+            tables=tables,
+        )
+    except ValueError as error:
+        raise ValueError(f"phase {name}: {error}") from None
 
 
 def fresh_network(config: TrainConfig) -> Network:

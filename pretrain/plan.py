@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pretrain.checks import check_numbers, check_run
 from pretrain.config import HeadConfig, TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
-from pretrain.data.loader import DataConfig, check_sizes, read_tables
+from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.optim.schedules import scaled_lr
@@ -71,18 +72,19 @@ class PhasePlan:
         return self.images * self.flops_per_image
 
 
-def describe(config: TrainConfig, world_size: int = 1) -> str:
+def describe(config: TrainConfig, world_size: int = 1, out: Path | None = None) -> str:
     """The plan as text, 120 columns wide.
 
     Args:
         config: of the run; its datasets, where it names some, are listed to count epochs.
         world_size: processes, one a GPU.
+        out: the run folder, where it is known.
 
     Raises:
         ValueError: the settings do not fit each other, or a dataset cannot be read.
     """
+    images = [{name: len(table) for name, table in tables.items()} for tables in check_run(config, world_size, out)]
     plans = plan_phases(config, world_size)
-    images = {name: len(table) for name, table in read_tables(config.data).items()}
     lines = io.StringIO()
     console = Console(file=lines, width=_WIDTH, no_color=True, highlight=False)
     console.print(_parameters(plans[0]), _steps(plans, images), _memory(plans, world_size), _times(plans, world_size))
@@ -93,11 +95,10 @@ def describe(config: TrainConfig, world_size: int = 1) -> str:
 
 def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
     """The numbers of every phase; ValueError for settings that do not fit each other."""
-    config.check(world_size)
+    check_numbers(config, world_size)
     plans = []
     for name in config.phase_names:
         phase = config.phase(name)
-        check_sizes(phase.crops, phase.patch_size)
         with torch.device("meta"):
             network = build_network(phase)
         frozen = _frozen_teacher(phase, network)
@@ -194,7 +195,7 @@ def epochs(data: DataConfig, images_drawn: int, images_of: Mapping[str, int]) ->
 
 
 def _frozen_teacher(config: TrainConfig, network: Network) -> Network:
-    """On `meta`: the teacher of a distillation, from its description; the student's like where it is not there yet."""
+    """On `meta`: the teacher of a distillation, from its description; without one, the student's like."""
     folder = Path(config.distill_from)
     file = next((f / TEACHER_CONFIG for f in (folder, folder / "teacher") if (f / TEACHER_CONFIG).is_file()), None)
     if not config.distill_from or file is None:
@@ -248,11 +249,11 @@ def _parameters(plan: PhasePlan) -> Table:
     return table
 
 
-def _steps(plans: Sequence[PhasePlan], images_of: Mapping[str, int]) -> Table:
+def _steps(plans: Sequence[PhasePlan], images_of: Sequence[Mapping[str, int]]) -> Table:
     table = _table("Phases", "phase", ">steps", ">batch", ">images", "crops", ">an image", ">in all", "epochs")
-    for plan in plans:
+    for plan, images in zip(plans, images_of, strict=True):
         config = plan.config
-        seen = epochs(config.data, plan.images, images_of)
+        seen = epochs(config.data, plan.images, images)
         table.add_row(
             plan.name,
             f"{config.steps:,}",
@@ -301,10 +302,7 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
             f"({optim.base_lr:g} by rule {optim.lr_rule} for batch {batch:,}), "
             f"{optim.schedule} after {optim.warmup_steps:,} steps"
         )
-        source = plan.config.distill_from
-        if source and not Path(source).exists():
-            yield f"{plan.name}: distill_from={source} is not there yet; counted as large as the student"
-    if not plans[0].config.data.datasets:
+    if not all(plan.config.data.datasets for plan in plans):
         yield "no dataset is named, so epochs are not known: give --shards"
 
 

@@ -1,40 +1,50 @@
 """Train a backbone on shards: torchrun -m pretrain.train --config NAME --shards PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
-same losses to the last bit on the same ranks. SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit status 75).
+same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
+status 75); a second Ctrl-C ends it at once.
 
 A run folder holds checkpoints/step-*, metrics.jsonl, evaluation/, config.yaml; in the end teacher/ and report.html.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # While torch is imported there is nothing to save: Ctrl-C ends the process, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 import yaml
 from torch import nn
 
 from configs.loader import config_names
-from configs.messages import os_sentence
 from pretrain import plan
-from pretrain.checkpoint import Checkpoints, NotWritten, read_manifest, teacher_state, write_teacher
+from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
+from pretrain.checks import check_numbers, check_run
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
-from pretrain.data.loader import Loader, build_loader, read_tables, worker_failure
+from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors
-from pretrain.phase import Phase, fresh_network, start_phase, start_position
+from pretrain.distributed.tensor_files import DamagedFile
+from pretrain.failures import OUT_OF_MEMORY, failure
+from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
+from pretrain.replay import NonFinite
+from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
-from pretrain.watch.alarms import AlarmWatch
-from pretrain.watch.evaluation import check_evaluation, run_evaluation
+from pretrain.stopping import Stopped, StopRequest, stop_signals
+from pretrain.watch.alarms import Alarm, AlarmWatch
+from pretrain.watch.evaluation import run_evaluation
 from pretrain.watch.flops import measured_peak_flops, peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
@@ -43,8 +53,6 @@ from pretrain.watch.report.page import write_report
 from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 log = logging.getLogger("pretrain")
 
 
@@ -54,63 +62,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_intermixed_args(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        config = load_train_config(asked.config, asked.overrides, asked.shards)
-        if asked.dry_run:
-            print(plan.describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
-            return FINISHED
-        if asked.out is None:
-            raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
-        if asked.out.exists() and not asked.out.is_dir():
-            raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
-        return train(config, asked.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NOT_FINITE
-    except (OSError, RuntimeError, MemoryError) as error:
-        if not (sentence := failure(error)):
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return FAILED
+    with stop_signals() as stop:
+        try:
+            with stop.leaving_waits("RANK" not in os.environ):
+                config = load_train_config(asked.config, asked.overrides, asked.shards)
+                check_allowed(config, asked.allow_changed)
+                if asked.dry_run:
+                    print(plan.describe(config, int(os.environ.get("WORLD_SIZE", "1")), asked.out))
+                    return FINISHED
+            if asked.out is None:
+                raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
+            if asked.out.exists() and not asked.out.is_dir():
+                raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
+            return train(config, asked.out, stop, asked.allow_changed)
+        except Stopped:
+            print("stopped as asked before a step was done; the same command continues.", file=sys.stderr)
+            return STOPPED
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return WRONG_INPUT
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_FINITE
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not (sentence := failure(error)):
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
+            return FAILED
 
 
-def failure(error: BaseException) -> str:
-    """One sentence for what the machine or the user's input did to a run; empty for a mistake of ours."""
-    if isinstance(error, OSError):
-        return os_sentence(error)
-    if isinstance(error, OUT_OF_MEMORY):
-        return (
-            "memory has run out: raise execution.accumulation_steps, set execution.activation_checkpointing=true, or "
-            f"lower global_batch_size. ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
-        )
-    if isinstance(error, NotWritten | ValueError):
-        return str(error)
-    if isinstance(error, RuntimeError):
-        return worker_failure(error) or collectives.lost_rank(error)
-    return ""
-
-
-def train(config: TrainConfig, out: Path) -> int:
+def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[str] = ()) -> int:
     """Run every phase from where the run folder stands; see `main` for what is returned.
+
+    Args:
+        allowed: settings that may differ from those of the last checkpoint (`pretrain.resume`).
 
     Raises:
         ValueError: settings, shards or checkpoints that do not fit, before any time is lost.
-        FloatingPointError: a value was not finite; the message names the step and the term.
+        FloatingPointError: too many steps in a row were not finite; the message names the step and the term.
     """
     device = collectives.start(config.execution.device)
     try:
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
-        config.check(collectives.world_size())
-        with stop_signals() as asked_to_stop:
-            run = Run(config, out, device, asked_to_stop)
-            # Only now may anything be written or cleaned: a command that is refused disturbs no run that goes on there.
-            with hold_run_folder(out, on_lost=lambda: asked_to_stop.append(signal.SIGTERM)) as check_lock:
+        check_numbers(config, collectives.world_size())
+        # A rank that leaves alone would leave the others waiting: with several, the first step is done before stopping.
+        is_alone = collectives.world_size() == 1
+        with stop.leaving_waits(is_alone):
+            run = Run(config, out, device, stop, allowed)
+        # Only now may anything be written or cleaned: a command that is refused disturbs no run that goes on there.
+        with hold_run_folder(out, on_lost=lambda: stop.received.append(signal.SIGTERM)) as check_lock:
+            with stop.leaving_waits(is_alone):
                 run.open(check_lock)
-                return run.go()
+            return run.go()
     finally:
         collectives.stop()
 
@@ -121,29 +125,38 @@ class Run:
     Making one only looks at the shards and the run folder; `open` then writes to the folder, which must be locked.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, device: torch.device, asked_to_stop: list[int]) -> None:
-        self.config, self.out, self.device, self.asked_to_stop = config, out, device, asked_to_stop
+    def __init__(
+        self, config: TrainConfig, out: Path, device: torch.device, stop: StopRequest, allowed: Sequence[str] = ()
+    ) -> None:
+        self.config, self.out, self.device, self.stop, self.allowed = config, out, device, stop, allowed
         self.phases = {name: config.phase(name) for name in config.phase_names}
-        self.is_first = collectives.rank() == 0
+        self.is_first, self.is_alone = collectives.rank() == 0, collectives.world_size() == 1
         # What is wrong with the shards or the run folder is found before a model is built.
-        self.tables = read_tables(config.data)
-        self.loaders = [self._loader(index) for index in range(len(self.phases))]
         collectives.from_rank_zero(lambda: check_run_folder(out))
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint)
-        self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
-        if self.position.global_step == 0:  # later a set that went missing costs its figures, and no more
-            collectives.from_rank_zero(partial(check_evaluation, config.evaluation))
+        self._look()
+
+    def _look(self) -> None:
+        """See where the run stands, and that everything fits."""
+        standing = find_standing(self.config, self.checkpoints, self.allowed)
+        self.position = standing.position
+        self.tables = check_run(self.config, collectives.world_size(), self.out, self.position)
+        self.loaders = {index: self._loader(index) for index in range(self.position.phase, len(self.phases))}
+        self.standing = compare_images(self.config, standing, self.tables, self.allowed)
 
     def open(self, check_lock: Callable[[], None]) -> None:
         """Begin to write to the run folder, whose lock is held as long as `check_lock` does not raise."""
         config, out, device = self.config, self.out, self.device
         self.check_lock = check_lock
-        # Again: the run that had the lock before may have gone on since.
-        self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+        if self.checkpoints.latest() != self.standing.latest:  # the run that had the lock before has gone on since
+            self._look()
         self.checkpoints.clean()
+        self.nonfinite = NonFinite(out, self.checkpoints)
         if self.is_first:
             drop_after(out / "skipped.jsonl", self.position.global_step)
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
+            if self.position.phase < len(self.phases):
+                write_changes(out, self.standing)
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         if not self.peak:  # a CPU: what a matrix product reaches here, now
             self.peak = measured_peak_flops(device, getattr(torch, config.precision))
@@ -159,31 +172,46 @@ class Run:
         self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
 
     def go(self) -> int:
+        """Returns FINISHED or STOPPED."""
         with self.progress:
             self._evaluate_missed()
             while self.position.phase < len(self.phases):
-                phase = start_phase(self.config, self.position, self.checkpoints, self.device)
-                if self.position.global_step == 0:
-                    self._evaluate(phase.config, phase.teacher)
+                with self.stop.leaving_waits(self.is_alone):
+                    phase = self._start_phase()
                 if not self._run_phase(phase):
                     return STOPPED
                 self.position = self.position.next_phase()
             self._finish()
         return FINISHED
 
+    def _start_phase(self) -> Phase:
+        name = self.config.phase_names[self.position.phase]
+        self.standing = replace(self.standing, position=self.position, latest=self.checkpoints.latest())
+        log.info("phase %s: step %d of %d", name, self.position.step, self.phases[name].steps)
+        log.info("phase %s draws from %s", name, ", ".join(self.phases[name].data.datasets))
+        return start_phase(self.config, self.standing, self.checkpoints, self.device, self.allowed)
+
     def _run_phase(self, phase: Phase) -> bool:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
         config, name = phase.config, list(self.phases)[self.position.phase]
-        log.info("phase %s: step %d of %d", name, self.position.step, config.steps)
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
         alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
-        batches = iter(self._loader(self.position.phase, self.position.step))
+        loader = self._loader(self.position.phase, self.position.step)
+        if self.position.global_step == 0 and self._is_evaluation_owed(config):
+            self._evaluate(config, phase.teacher)
+        batches = iter(loader)
         while self.position.step < config.steps:
-            with self.metrics.waiting():
-                batch = next(batches)
+            try:
+                with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
+                    batch = next(batches)
+            except Stopped:
+                return self._stop_before_a_step(phase)
             due = self.metrics.is_due(self.position.global_step + 1) or self.position.step + 1 == config.steps
-            watched = phase.step(batch, self.position.step, diagnose=due)
+            with self._not_finite(phase, loader):
+                watched = phase.step(batch, self.position.step, diagnose=due)
+                if due:
+                    phase.finite.check(wait=True)
             values = phase.values(self.position.step)
             self.position = self.position.next_step()
             step = self.position.global_step
@@ -194,53 +222,89 @@ class Run:
                 append_line(self.out / "skipped.jsonl", {"step": step, **asdict(image)})
             if due:
                 facts = {"phase": name, "images": step * config.global_batch_size, **asdict(values)}
-                line = self.metrics.flush(step, facts)
+                line = self.metrics.flush(step, facts | {"skipped_steps": self.nonfinite.take()})
                 self.progress.metrics(line)
                 for alarm in alarms.look(line):
-                    self.metrics.alarm(step, alarm.name, alarm.message)
-                    self.progress.message(f"alarm at step {step}: {alarm.message}")
+                    self._alarm(alarm)
             self.progress.advance(step, name)
-            stop = collectives.any_over_ranks(bool(self.asked_to_stop))
+            stop = collectives.any_over_ranks(bool(self.stop))
             if stop:
                 self.check_lock()  # who lost it must not save there
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
-                self._save(phase)  # first: no evaluation may cost it
-            if self.config.evaluation.is_due(step, total_steps(self.config)):
-                self._evaluate(phase.config, phase.teacher)
+                with self._not_finite(phase, loader):
+                    self._save(phase, always=stop)  # first: no evaluation may cost it
+            if config.evaluation.is_due(step, total_steps(self.config)):
+                self._evaluate(config, phase.teacher, may_leave=self.position.step < config.steps)
             if stop and self.position.step < config.steps:
-                self.checkpoints.wait()
-                self.progress.message(f"stopped as asked at step {step}; the same command continues.")
-                return False
+                return self._stopped()
         self.checkpoints.wait()
         return True
 
-    def _loader(self, phase: int, start_step: int = 0) -> Loader:
-        config = list(self.phases.values())[phase]
-        return build_loader(
-            config.data,
-            config.crops,
-            config.masks,
-            patch_size=config.patch_size,
-            seed=config.seed,
-            phase=phase,
-            start_step=start_step,
-            num_steps=config.steps - start_step,
-            global_batch_size=config.global_batch_size,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            execution=config.execution.loader,
-            tables=self.tables,
-        )
+    def _stop_before_a_step(self, phase: Phase) -> bool:
+        """Asked to stop while waiting for images: everything done so far is saved."""
+        self.check_lock()
+        if self.position.step:
+            self._save(phase, always=True)
+        return self._stopped()
 
-    def _save(self, phase: Phase) -> None:
+    def _stopped(self) -> bool:
+        self.checkpoints.wait()
+        self.progress.message(f"stopped as asked at step {self.position.global_step}; the same command continues.")
+        return False
+
+    @contextmanager
+    def _not_finite(self, phase: Phase, loader: Loader) -> Iterator[None]:
+        """Around what finds steps with values that are not finite: they are recorded, said, and may end the run."""
+        offset, name = self.position.global_step - self.position.step, self.config.phase_names[phase.index]
+        try:
+            yield
+        except FloatingPointError as error:
+            self._record_skipped(phase, loader, offset)
+            raise FloatingPointError(self.nonfinite.advice(str(error), self.config, name)) from None
+        self._record_skipped(phase, loader, offset)
+
+    def _record_skipped(self, phase: Phase, loader: Loader, offset: int) -> None:
+        for skipped in phase.finite.take():
+            name, step = self.config.phase_names[phase.index], offset + skipped.step + 1
+            path = self.nonfinite.record(step, name, skipped, self.config, loader)
+            self._alarm(
+                Alarm(
+                    "skipped_step",
+                    f"Step {step} was skipped, {', '.join(skipped.terms)} not being finite: nothing was learned from "
+                    f"it. python -m pretrain.replay {path} repeats it.",
+                )
+            )
+
+    def _alarm(self, alarm: Alarm) -> None:
+        step = self.position.global_step
+        self.metrics.alarm(step, alarm.name, alarm.message)
+        self.progress.message(f"alarm at step {step}: {alarm.message}")
+
+    def _loader(self, phase: int, start_step: int = 0) -> Loader:
+        return phase_loader(self.config, phase, start_step, self.tables[phase])
+
+    def _save(self, phase: Phase, always: bool = False) -> None:
+        """A checkpoint; none of weights that are not finite, nor (unless `always`) when the last step was skipped."""
         phase.finite.check(wait=True)
+        if phase.finite.in_a_row and not always and self.position.step < phase.config.steps:
+            return
+        if not phase.has_finite_weights():
+            raise FloatingPointError(
+                f"the weights are not finite after step {self.position.global_step}, so no checkpoint of them was "
+                "written."
+            )
+        name = list(self.phases)[self.position.phase]
+        now = {key: table.fingerprint() for key, table in self.tables[self.position.phase].items()}
         meta = {
             "position": asdict(self.position),
-            "phase": list(self.phases)[self.position.phase],
+            "phase": name,
             "config": asdict(self.config),
-            "data": self.loaders[0].fingerprints(),
+            "data": {**self.standing.images, name: now},
+            "distilled": phase.distilled,
+            "changes": list(self.standing.changes),
             "teacher": self._description(phase),
         }
+        self.standing = replace(self.standing, images=meta["data"])
         self.checkpoints.save(phase.state(), self.position.global_step, meta)
 
     def _description(self, phase: Phase) -> dict:
@@ -248,33 +312,39 @@ class Run:
         return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name})
 
     def _evaluate_missed(self) -> None:
-        """The evaluation that a run was killed in, after its checkpoint."""
-        step, latest = self.position.global_step, self.checkpoints.latest()
-        lines = collectives.from_rank_zero(lambda: read_lines(self.out / EVALUATIONS))
-        missed = self.config.evaluation.is_due(step, total_steps(self.config)) and step not in {
-            line["step"] for line in lines
-        }
-        if latest is not None and missed:
+        """The evaluation that a run was killed in, or stopped instead of, after its checkpoint."""
+        latest = self.checkpoints.latest()
+        if latest is not None:
             config = self.phases[read_manifest(latest)["meta"]["phase"]]
-            network = fresh_network(config)
-            network.load_state_dict(teacher_state(latest))
-            self._evaluate(config, network)
+            if self._is_evaluation_owed(config):
+                network = fresh_network(config)
+                network.load_state_dict(teacher_state(latest))
+                self._evaluate(config, network)
 
-    def _evaluate(self, config: TrainConfig, network: nn.Module) -> None:
+    def _is_evaluation_owed(self, config: TrainConfig) -> bool:
+        step = self.position.global_step
+        if not config.evaluation.is_due(step, total_steps(self.config)):
+            return False
+        lines = collectives.from_rank_zero(lambda: read_lines(self.out / EVALUATIONS))
+        return all(line.get("step") != step for line in lines)
+
+    def _evaluate(self, config: TrainConfig, network: nn.Module, may_leave: bool = True) -> None:
         """k-NN and pictures of the teacher as it is, on the first rank; the others wait.
 
-        It changes nothing in the training, so once that goes on, a failure is written down and no more.
+        It changes nothing in the training, so once that goes on, a failure is written down and no more. A stop signal
+        ends it where it `may_leave`, and the run evaluates when it goes on.
         """
-        if not self.config.evaluation.every_steps:
-            return
         with self.metrics.untimed():
             teacher = fresh_network(config)
             teacher.load_state_dict(dict(full_tensors(network)))
             step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
 
-            def evaluate() -> dict[str, float] | str:
+            def evaluate() -> dict[str, float] | str | None:
                 try:
-                    return run_evaluation(backbone, self.config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
+                    with self.stop.leaving_waits(may_leave):
+                        return run_evaluation(backbone, config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
+                except Stopped:
+                    return None
                 except Exception as error:
                     if step == 0:
                         raise
@@ -285,11 +355,9 @@ class Run:
 
             figures = collectives.from_rank_zero(evaluate)
         if isinstance(figures, str):
-            message = f"the evaluation failed, and training goes on: {figures}"
             self.metrics.evaluation(step, {"failed": figures})
-            self.metrics.alarm(step, "evaluation_failed", message)
-            self.progress.message(f"alarm at step {step}: {message}")
-        else:
+            self._alarm(Alarm("evaluation_failed", f"the evaluation failed, and training goes on: {figures}"))
+        elif figures is not None:
             self.metrics.evaluation(step, figures)
             self.progress.evaluation(figures)
 
@@ -298,26 +366,28 @@ class Run:
         self.metrics.close()
         last, teacher, report = self.checkpoints.latest(), self.out / "teacher", self.out / "report.html"
         assert last is not None, "every phase ends with a checkpoint"
-        if self.is_first and not (report.exists() and (teacher / TEACHER_CONFIG).exists()):
-            write_teacher(teacher, teacher_state(last), read_manifest(last)["meta"]["teacher"])
-            write_report(self.out)
-            self.progress.message(f"the teacher: {teacher}; the report: {report}")
+        if not self.is_first:
+            return
+        description = read_manifest(last)["meta"]["teacher"]
+        if report.exists() and _described_step(teacher) == description["step"]:
+            self.progress.message(
+                f"this run is finished, {self.position.global_step:,} steps: its teacher is {teacher}, its report "
+                f"{report}. For more steps: --allow-changed steps steps=N."
+            )
+            return
+        try:
+            state = teacher_state(last)
+        except DamagedFile as error:
+            raise ValueError(f"{error} {self.checkpoints.without(last)}") from None
+        write_teacher(teacher, state, description)
+        write_report(self.out)
+        self.progress.message(f"the teacher: {teacher}; the report: {report}")
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that fills with the signals that ask this process to save and end."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def _described_step(teacher: Path) -> int | None:
+    """The step of the teacher that a folder holds."""
+    path = teacher / TEACHER_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")).get("step") if path.exists() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,6 +397,14 @@ def _parser() -> argparse.ArgumentParser:
         "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
     )
     parser.add_argument("--out", type=Path, help="the run folder")
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a setting or section that may differ from what RUN was trained with so far, such as optim.base_lr, steps "
+        "or data; recorded in RUN/changes.jsonl; repeatable",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=1000 optim.base_lr=0.002")
     return parser

@@ -20,6 +20,7 @@ from pretrain.data.masks import MaskConfig, step_masks
 from pretrain.data.order import Mixture, SampleOrder
 from pretrain.data.randomness import Stream, generator
 from pretrain.data.shards import ImageTable, ShardReader, read_table
+from pretrain.stopping import ignore_stop_signals
 
 MAX_REDRAWS = 100
 _logger = logging.getLogger(__name__)
@@ -226,6 +227,7 @@ class Loader:
             prefetch_factor=self.execution.prefetch if workers else None,
             timeout=self.execution.timeout_s if workers else 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else it draws a number from the global one
         )
         for answer in answers:

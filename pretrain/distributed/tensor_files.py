@@ -139,6 +139,10 @@ class _Entry:
     places: list[_Place]
 
 
+class DamagedFile(ValueError):
+    """What was written is not what is there."""
+
+
 class TensorFiles:
     """The tensors that lie in pieces in several files; headers are read now, tensors when asked for.
 
@@ -152,7 +156,7 @@ class TensorFiles:
             try:
                 self._read_header(path)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged: its header is not readable ({error!r}).") from error
+                raise DamagedFile(f"{path} is damaged: its header is not readable ({error!r}).") from error
 
     def _read_header(self, path: Path) -> None:
         size = path.stat().st_size
@@ -200,7 +204,7 @@ class TensorFiles:
                 result[first - start : last - start] = rows[first - place.start : last - place.start]
                 filled += last - first
         if filled != stop - start:
-            raise ValueError(f"{name} is incomplete: {filled} of the rows {start} to {stop} are there.")
+            raise DamagedFile(f"{name} is incomplete: {filled} of the rows {start} to {stop} are there.")
         return result
 
     def _read_place(self, name: str, entry: _Entry, place: _Place) -> Tensor:
@@ -210,7 +214,7 @@ class TensorFiles:
             file.seek(place.offset)
             got = file.readinto(content)  # type: ignore[attr-defined]  # a buffered reader has it
         if got != len(content) or hashlib.sha256(content).hexdigest() != place.sha256:
-            raise ValueError(f"{place.path} is damaged: the bytes of {name} are not those that were written.")
+            raise DamagedFile(f"{place.path} is damaged: the bytes of {name} are not those that were written.")
         return tensor
 
 

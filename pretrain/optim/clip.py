@@ -1,6 +1,7 @@
 """Gradient norms and clipping by module, and the watch for values that are not finite; the host waits for neither."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -41,16 +42,28 @@ def clip_by_module(modules: Mapping[str, Sequence[nn.Parameter]], max_norm: floa
     return dict(zip(modules, norms, strict=True))
 
 
-class FiniteWatch:
-    """Stops a run at the first step with a value that is not finite, without making the host wait for the device.
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that changed nothing, and the values that were not finite."""
 
-    `watch` gives a flag that keeps the optimizer from stepping on the device (`param_groups.step_unless`); what it
-    found is read when the copy has arrived, on a GPU usually during the next step. Nothing is learned from such a step,
-    but its EMA update runs: call `check(wait=True)` before saving.
+    step: int
+    terms: tuple[str, ...]
+
+
+class FiniteWatch:
+    """Finds the steps with a value that is not finite, without making the host wait for the device.
+
+    `watch` gives a flag with which the step leaves everything as it was, on the device (`param_groups.step_unless`,
+    `ema.update_ema`); what it found is read when the copy has arrived, on a GPU usually during the next step.
+
+    Args:
+        max_skipped: such steps in a row that are let pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_skipped: int = 0) -> None:
+        self.max_skipped, self.in_a_row = max_skipped, 0
         self._pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        self._skipped: list[SkippedStep] = []
 
     @torch.no_grad()
     def watch(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
@@ -73,19 +86,28 @@ class FiniteWatch:
         return found.max()
 
     def check(self, wait: bool = False) -> None:
-        """Raise for what has been found so far; with `wait` for every step watched, as before a checkpoint.
+        """Read what has been found so far; with `wait` for every step watched, as before a checkpoint.
 
         Without `wait` it still waits for the step before the last, so that ranks stop at the same step.
 
         Raises:
-            FloatingPointError: a watched value was not finite; names step and values.
+            FloatingPointError: more than `max_skipped` steps in a row; names the last one and its values.
         """
         while self._pending and (wait or len(self._pending) > 1 or self._pending[0][3] is None):
             step, names, found, event = self._pending.pop(0)
             if event is not None:
                 event.synchronize()
-            if bad := [name for name, flag in zip(names, found.tolist(), strict=True) if flag]:
+            bad = [name for name, flag in zip(names, found.tolist(), strict=True) if flag]
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            if bad:
+                self._skipped.append(SkippedStep(step, tuple(bad)))
+            if self.in_a_row > self.max_skipped:
                 raise FloatingPointError(
-                    f"step {step}: {', '.join(bad)} not finite on at least one rank; the optimizer did not step. "
-                    "Resume from the last checkpoint with a lower optim.base_lr, or look at the images of this step."
+                    f"step {step}: {', '.join(bad)} not finite on at least one rank; the optimizer did not step"
+                    + (f", as in the {self.in_a_row - 1} step(s) before." if self.in_a_row > 1 else ".")
                 )
+
+    def take(self) -> list[SkippedStep]:
+        """The skipped steps read since the last call."""
+        taken, self._skipped = self._skipped, []
+        return taken

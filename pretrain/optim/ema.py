@@ -35,9 +35,15 @@ def copy_parameters(pairs: Pairs) -> None:
 
 
 @torch.no_grad()
-def update_ema(pairs: Pairs, momentum: float) -> None:
+def update_ema(pairs: Pairs, momentum: float, skip: Tensor | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student; buffers are not averaged.
 
     In float32: at momentum 0.9999 a bfloat16 teacher (spacing 2^-8 near 1) would stand still.
+
+    Args:
+        skip: float32 scalar on the device; where it is 1 the teacher stays as it is, and the host need not know.
     """
-    torch._foreach_lerp_(*pairs, weight=1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    weight: float | list[Tensor] = 1 - momentum
+    if skip is not None:
+        weight = [(1 - momentum) * (1 - skip)] * len(pairs[0])
+    torch._foreach_lerp_(*pairs, weight)  # pyright: ignore[reportPrivateImportUsage]

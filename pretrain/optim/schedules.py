@@ -61,6 +61,8 @@ class OptimConfig:
     """Steps in which the prototypes of both heads keep still (their learning rate is 0)."""
     freeze_backbone_steps: int = 0
     """Steps in which the backbone keeps still while the heads learn: for new heads on trained weights (`init_from`)."""
+    max_skipped_steps: int = 3
+    """Steps in a row that are skipped, since a loss or gradient is not finite; one more ends the run."""
     teacher_momentum: float = 0.992
     """Share of the teacher that an EMA update keeps, at the first step; in [0, 1]."""
     teacher_momentum_end: float = 1.0
@@ -77,7 +79,7 @@ class OptimConfig:
         check_choice("optim.warmup", self.warmup, ("linear", "cosine"))
         check_choice("optim.schedule", self.schedule, ("cosine", "constant"))
         positive = ("base_lr", "patch_embed_lr_multiplier", "teacher_temperature", "teacher_temperature_end")
-        not_negative = ("min_lr", "weight_decay", "weight_decay_end", "clip_norm", *STEP_COUNTS)
+        not_negative = ("min_lr", "weight_decay", "weight_decay_end", "clip_norm", "max_skipped_steps", *STEP_COUNTS)
         ranges = dict.fromkeys(positive, "(0, inf)") | dict.fromkeys(not_negative, "[0, inf)")
         ranges |= dict.fromkeys(("beta1", "beta2"), "[0, 1)")
         ranges |= dict.fromkeys(("teacher_momentum", "teacher_momentum_end"), "[0, 1]")

@@ -64,13 +64,9 @@ class EvaluationConfig:
         return bool(self.every_steps) and (step % self.every_steps == 0 or step == last_step)
 
 
-def check_evaluation(config: EvaluationConfig) -> None:
-    """Raises ValueError: an evaluation set that is not there; names the setting."""
-    if config.every_steps:
-        try:
-            importlib.import_module(ONLINE).check(asdict(config))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"evaluation.train or evaluation.val: {error}") from None
+def check_sets(config: EvaluationConfig) -> None:
+    """Raises ValueError: a labelled set that is not there, or has no image or label to begin with."""
+    importlib.import_module(ONLINE).check_sets(asdict(config))
 
 
 def run_evaluation(

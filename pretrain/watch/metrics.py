@@ -6,6 +6,7 @@ Names in a line of metrics.jsonl: `step`, `phase` and whatever else the trainer 
 (shares from 0 to 1), `memory_mib`, `steps` (how many the means are over) and `seconds` (how long those took).
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from pretrain.watch.lines import append_line, drop_after
 from pretrain.watch.writers import TensorBoardWriter, WandbWriter, Writer
 
 METRICS, EVALUATIONS, ALARMS, SESSIONS = "metrics.jsonl", "evaluations.jsonl", "alarms.jsonl", "sessions.jsonl"
+CHANGES = "changes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,21 +159,25 @@ class Metrics:
         return line
 
     def _means(self) -> dict[str, float]:
+        """Over the steps where a value was finite: those that were skipped are counted apart."""
         by_names: dict[tuple[str, ...], list[Tensor]] = {}
         for names, values in self._tensors:
             by_names.setdefault(names, []).append(values)
         sums: dict[str, float] = {name: sum(values) for name, values in self._floats.items()}
         counts = {name: len(values) for name, values in self._floats.items()}
         if by_names:
-            totals = torch.cat([torch.stack(rows).double().sum(dim=0) for rows in by_names.values()]).cpu()
-            flat = [(name, len(rows)) for names, rows in by_names.items() for name in names]
-            for (name, count), total in zip(flat, totals.tolist(), strict=True):
+            tables = [torch.stack(rows).double() for rows in by_names.values()]
+            totals = torch.cat([table.nan_to_num(0.0, 0.0, 0.0).sum(dim=0) for table in tables])
+            finite = torch.cat([table.isfinite().sum(dim=0) for table in tables])
+            flat = [name for names in by_names for name in names]
+            for name, total, count in zip(flat, *torch.stack([totals, finite]).tolist(), strict=True):
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count
         if not sums:
             return {}
         order = sorted(sums)
-        means = torch.tensor([sums[name] / counts[name] for name in order], dtype=torch.float64, device=self._device)
+        values = [sums[name] / counts[name] if counts[name] else math.nan for name in order]
+        means = torch.tensor(values, dtype=torch.float64, device=self._device)
         return dict(zip(order, self._mean_over_ranks(means).tolist(), strict=True))
 
     def evaluation(self, step: int, figures: Mapping[str, float | str]) -> None:

@@ -6,76 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import teacher_state
 from pretrain.downstream.backbone import load_backbone
-from pretrain.train import FINISHED, NOT_FINITE, STOPPED, WRONG_INPUT, main
+from pretrain.train import FINISHED, NOT_FINITE, STOPPED, WRONG_INPUT
 from tests.conftest import REPOSITORY, picture_tar, write_tar
-
-TINY = {
-    "global_batch_size": 8,
-    "steps": 6,
-    "precision": "float32",
-    "model": {"architecture": "dinov2_tiny", "depth": 2, "position_px": 32, "layerscale": 0.5},
-    "heads": {name: {"num_prototypes": 48, "hidden_dim": 32, "bottleneck_dim": 16} for name in ("dino", "ibot")},
-    "crops": {"global_px": 32, "local_px": 16, "num_local_crops": 2},
-    "optim": {
-        "base_lr": 0.002,
-        "lr_rule": "none",
-        "warmup_steps": 1,
-        "freeze_last_layer_steps": 1,
-        "teacher_momentum": 0.9,
-        "teacher_temperature_warmup_steps": 1,
-    },
-    "checkpoint": {"every_steps": 2},
-    "watch": {"every_steps": 1},
-    "execution": {"threads": 1, "loader": {"num_workers": 0}},
-}
-HIGH_RESOLUTION = {"steps": 2, "model": {"position_px": 48}, "crops": {"global_px": 48, "local_px": 24}}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures in two tars, and one damaged image among them."""
-    folder = tmp_path_factory.mktemp("shards")
-    picture_tar(folder / "a.tar", range(12))
-    picture_tar(folder / "b.tar", range(12, 24))
-    write_tar(folder / "c.tar", [("broken.jpg", b"\xff\xd8\xff no image"), ("none.txt", b"x")])
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    return path
-
-
-def run(config: Path, shards: Path, out: Path, *overrides: str) -> int:
-    threads = torch.get_num_threads()
-    try:
-        return main(["--config", str(config), "--shards", str(shards), "--out", str(out), *overrides])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def losses(out: Path) -> dict[int, float]:
-    """Step -> loss; each step once."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
-    return {line["step"]: line["loss"] for line in lines}
-
-
-def same_teacher(a: Path, b: Path) -> bool:
-    left, right = (load_file(out / "teacher" / "teacher.safetensors") for out in (a, b))
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+from tests.pretrain.tiny_train import HIGH_RESOLUTION, losses, run, same_teacher, wait_for_step
 
 
 def test_two_phases_end_with_a_teacher_and_a_report(config: Path, shards: Path, tmp_path: Path) -> None:
@@ -155,17 +96,6 @@ def test_kill_at_any_step_leaves_no_trace(config: Path, shards: Path, tmp_path: 
     assert same_teacher(out, tmp_path / "whole"), f"killed at {steps} (seed {seed})"
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen, limit_s: float = 90) -> None:
-    """Until metrics.jsonl has that step, or the run is over."""
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end and process.poll() is None:
-        path = out / "metrics.jsonl"
-        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
-            return
-        time.sleep(0.005)
-    assert process.poll() is not None, f"step {step} was not reached in {limit_s} s"
-
-
 def test_accumulation_changes_nothing(config: Path, shards: Path, tmp_path: Path) -> None:
     # KoLeo's neighbours are those of the micro-batch, so it is left out.
     settings = ["loss.koleo_weight=0", "steps=4"]
@@ -185,10 +115,10 @@ def test_softmax_centring_tied_heads_and_checkpointing_train(config: Path, shard
 
 
 def test_the_moving_centre_goes_on_in_the_next_phase(config: Path, shards: Path, tmp_path: Path) -> None:
-    out, phases = tmp_path / "run", json.dumps({"pretrain": {"steps": 4}, "next": {"steps": 1}})
+    out, phases = tmp_path / "run", json.dumps({"pretrain": {"steps": 4}, "next": {"steps": 2}})
     assert run(config, shards, out, f"phases={phases}", "loss.centering=softmax") == FINISHED
-    first, last = (teacher_state(out / "checkpoints" / f"step-0000000{n}", "centering.") for n in (4, 5))
-    # A tenth is new at each step: a centre that started again would be a third as long.
+    first, last = (teacher_state(out / "checkpoints" / f"step-0000000{n}", "centering.") for n in (4, 6))
+    # A tenth is new at each step: a centre that started again would be half as long.
     assert last["dino.center"].norm() > 0.8 * first["dino.center"].norm()
 
 
@@ -217,6 +147,7 @@ def test_distillation_from_a_larger_frozen_teacher(config: Path, shards: Path, t
 def test_a_run_starts_from_another_teacher(config: Path, shards: Path, tmp_path: Path) -> None:
     assert run(config, shards, tmp_path / "first", "steps=2") == FINISHED
     still = [f"init_from={tmp_path / 'first'}", "optim.base_lr=1e-12", "model.position_px=48", "crops.global_px=48"]
+    still += ["optim.warmup_steps=0", "optim.freeze_last_layer_steps=0"]
     assert run(config, shards, tmp_path / "second", "steps=1", *still) == FINISHED
     first, second = load_backbone(tmp_path / "first").model, load_backbone(tmp_path / "second").model
     assert second.pos_embed.shape[1] == 37

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.data.decode import Damaged
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
-from pretrain.downstream.evals.labelled import eval_crop, read_labels, samples, shard_paths
+from pretrain.downstream.evals.labelled import eval_crop, samples
 from pretrain.downstream.pca import write_pictures
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -56,13 +56,24 @@ def run(backbone: VisionTransformer, config: Mapping[str, Any], folder: Path, st
     return figures
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raises ValueError or OSError: a set that is not there, before any time is lost on it."""
-    for split in ("train", "val"):
-        if config[split]:
-            shard_paths(config[split])
-            if labels := config[f"{split}_labels"]:
-                read_labels(labels)
+def check_sets(config: Mapping[str, Any]) -> None:
+    """Look at the first image of each set.
+
+    Raises:
+        ValueError: a set without tars or images, or an image without the label that k-NN needs; names the key.
+    """
+    needs_label = bool(config["train"])
+    for key in ("train", "val"):
+        if not config[key]:
+            continue
+        try:
+            first = next(samples(config[key], config[f"{key}_labels"], 1), None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evaluation.{key}={config[key]}: {error}") from None
+        if first is None:
+            raise ValueError(f"evaluation.{key}={config[key]} holds no image.")
+        if needs_label and first.label is None:
+            raise ValueError(f"evaluation.{key}={config[key]}: image {first.key} has no label.")
 
 
 def _baselines(

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from pretrain.watch.lines import read_lines
-from pretrain.watch.metrics import ALARMS, EVALUATIONS, METRICS, SESSIONS
+from pretrain.watch.metrics import ALARMS, CHANGES, EVALUATIONS, METRICS, SESSIONS
 from pretrain.watch.report import sections
 from pretrain.watch.report.sections import RunRecord
 
@@ -31,6 +31,7 @@ def read_run(folder: Path) -> RunRecord:
         sessions=read_lines(folder / SESSIONS),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         evaluation_folder=folder / "evaluation",
+        changes=read_lines(folder / CHANGES),
     )
 
 

@@ -31,6 +31,8 @@ class RunRecord:
     config: str
     """config.yaml as text; empty when there is none"""
     evaluation_folder: Path
+    changes: list[dict[str, Any]]
+    """settings changed on the way: step, phase, key, from, to"""
 
     @property
     def last_step(self) -> int:
@@ -260,6 +262,15 @@ def _png(image: Image.Image) -> str:
     return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
+def changes(run: RunRecord) -> str:
+    """What was changed on purpose between the parts of the run."""
+    texts = [
+        f"after step {change['step']:,}, phase {change['phase']}: {change['key']} was {change['from']}, then {change['to']}"
+        for change in run.changes
+    ]
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+
+
 def settings(run: RunRecord) -> str:
     if not run.config:
         return ""
@@ -276,6 +287,7 @@ def body(run: RunRecord) -> Mapping[str, tuple[str, str]]:
         "diagnostics": ("Diagnostics", diagnostics(run)),
         "speed": ("Speed", speed(run)),
         "schedules": ("Schedules", schedules(run)),
+        "changes": ("Changed on the way", changes(run)),
         "settings": ("Settings", settings(run)),
     }
     return {name: part for name, part in parts.items() if part[1]}

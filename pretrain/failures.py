@@ -1,0 +1,26 @@
+"""What the machine, or what was asked, did to a run: one sentence for each, and nothing for a mistake of ours."""
+
+import torch
+
+from configs.messages import os_sentence
+from pretrain.checkpoint import NotWritten
+from pretrain.data.loader import worker_failure
+from pretrain.distributed import collectives
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def failure(error: BaseException) -> str:
+    """One sentence for the user; empty where only a traceback helps, for the mistake is ours."""
+    if isinstance(error, OSError):
+        return os_sentence(error)
+    if isinstance(error, OUT_OF_MEMORY):
+        return (
+            "memory has run out: raise execution.accumulation_steps, set execution.activation_checkpointing=true, or "
+            f"lower global_batch_size. ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
+        )
+    if isinstance(error, NotWritten | ValueError):
+        return str(error)
+    if isinstance(error, RuntimeError):
+        return worker_failure(error) or collectives.lost_rank(error)
+    return ""
