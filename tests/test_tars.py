@@ -5,6 +5,7 @@ not touch is there with its bytes.
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -447,3 +448,20 @@ def test_the_end_marker_may_be_missing_without_harm() -> None:
     content = without_padding(TEN)
     assert accounted(content)[-1] == Gap(len(content), 0, NO_END)
     assert accounted(content, stream=True)[-1] == Gap(len(content), 0, NO_END)
+
+
+def test_a_bad_sector_costs_what_lies_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk itself fails: no file can be made so, so the reads of a real one are."""
+    from fsspec.implementations.local import LocalFileOpener
+
+    read, first, last = LocalFileOpener.read, start_of("p3.jpg") + 1024, start_of("p3.json")
+
+    def failing(self: LocalFileOpener, size: int = -1) -> bytes:
+        at = self.tell()
+        if at < last and at + size > first:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, size)  # type: ignore[return-value]
+
+    monkeypatch.setattr(LocalFileOpener, "read", failing)
+    samples = samples_of(tmp_path / "a.tar", TEN)
+    assert fates(samples) == [(key, "unreadable" if key == "p3" else None) for key in KEYS]
