@@ -16,7 +16,7 @@ _READABLE = ("gzip", "bz2", "xz")
 _XZ_MEMORY_BYTES = 256 << 20  # a hostile file asks for 4 GB; `xz -9` needs 65 MB
 _PIECE = 1 << 20  # decompressed bytes at a time, whatever they were packed in
 _PACKED_PIECE = 16 << 10  # small, for a file of a million empty streams copies what is left of it for each
-_WINDOW = 32 << 20  # more than the members of one sample usually take, so they can be read in any order
+_WINDOW = 16 << 20  # more than the members of one sample usually take, so they can be read in any order
 _ZEROS = bytes(_PIECE)
 
 

@@ -147,10 +147,21 @@ class _Contents:
     def __init__(self, file: "IO[bytes] | Unpacked", max_file_bytes: int) -> None:
         self.file, self.max_file_bytes = file, max_file_bytes
 
-    def of_next(self, run: _Run, member: TarMember, suffix: str) -> bytes | None:
-        """The bytes of a member about to join a run, where it can be the image or the metadata; else None."""
+    def of_next(self, run: _Run, member: TarMember, suffix: str) -> tuple[TarMember, bytes | None]:
+        """A member about to join a run, with its bytes where it can be the image or the metadata.
+
+        Its size is -1 where the disk cannot read it.
+        """
         if member.kind != "file" or member.size > self.max_file_bytes:
-            return None
+            return member, None
+        try:
+            return member, self._wanted(run, member, suffix)
+        except OSError as error:
+            if error.errno != errno.EIO:  # the network's failures pass, a bad sector stays
+                raise
+            return member._replace(size=-1), None
+
+    def _wanted(self, run: _Run, member: TarMember, suffix: str) -> bytes | None:
         wanted = not run.has_image if suffix in SUFFIXES else suffix == "json"
         self.file.seek(member.offset)
         head = b""
@@ -165,7 +176,7 @@ class _Contents:
 
 def _runs(
     spans: Iterable[Span],
-    read: Callable[[_Run, TarMember, str], bytes | None],
+    read: Callable[[_Run, TarMember, str], tuple[TarMember, bytes | None]],
     totals: _Totals,
     known: set[int] | None,
 ) -> Iterator[_Run]:
@@ -198,8 +209,8 @@ def _runs(
                 run.cut_by = pending[0]
                 run.gaps += pending
                 pending = []
-            content = read(run, span, suffix)
-            run.members.append(span)
+            member, content = read(run, span, suffix)
+            run.members.append(member)
             run.contents.append(content)
             run.suffixes.add(suffix)
         elif type(span) is Gap:
@@ -266,7 +277,7 @@ def _join(file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, total
             yield span
 
     samples: dict[str, list[list[_Run]]] = {}
-    for run in _runs(resolved(), lambda *_: None, totals, None):
+    for run in _runs(resolved(), lambda _, member, suffix: (member, None), totals, None):
         of_key = samples.setdefault(run.key, [])
         last = of_key[-1] if of_key else []
         taken = set().union(*(before.suffixes for before in last))
@@ -282,7 +293,7 @@ def _join(file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, total
                 run.members = [m._replace(kind="unreadable") for m in run.members]
             for i, member in enumerate(run.members):
                 suffix = split_key(member.name)[1].lower()
-                run.contents[i] = read.of_next(so_far, member, suffix)
+                run.members[i], run.contents[i] = read.of_next(so_far, member, suffix)
                 so_far.contents.append(run.contents[i])
                 so_far.suffixes.add(suffix)
         yield from _finish(runs, totals)

@@ -32,9 +32,9 @@ def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np
     damage = ""
     if gaps:
         lost = sum(gap.size for gap in gaps)
-        damage = (
-            f"{gaps[0].why}{f'; {len(gaps)} places in all' if len(gaps) > 1 else ''}; {lost:,} bytes cannot be read"
-        )
+        damage = gaps[0].why
+        damage += f"; {len(gaps):,} such places" if len(gaps) > 1 else ""
+        damage += f"; {lost:,} bytes cannot be read" if lost else ""
     return np.array(offsets, np.int64), np.array(sizes, np.int64), damage
 
 
