@@ -32,8 +32,10 @@ INDEX_SCHEMA = pa.schema(
         ("status", pa.string()),  # ok or rejected
         ("reason", pa.string()),
         ("warning", pa.string()),
-        ("unread_bytes", pa.int64()),  # of the part, that this row stands for; 0 for an image
-        ("unread_images", pa.int64()),  # how many images those are, as far as one can tell
+        # of a row that stands for damage: bytes of the shard that could not be read, and how many images those are (the
+        # row itself is one of them; null: nobody can tell)
+        ("unread_bytes", pa.int64()),
+        ("unread_images", pa.int64()),
     ]
 )
 

@@ -100,7 +100,7 @@ def sniff(head: bytes) -> bool:
         or head[:4] in (b"GIF8", b"II*\x00", b"MM\x00*")
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"mif1"))
-        or head[:2] == b"BM"
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))  # and not words that begin so
     )
 
 

@@ -63,10 +63,10 @@ class Sample:
     warning: str | None = None
     others: list[Member] = field(default_factory=list)
     """captions, .json and every other member, to be carried along untouched"""
-    unread_bytes: int = 0
-    """for a row that stands for a loss: bytes of the part that could not be read"""
-    unread_images: int = 0
-    """how many images those are, as far as one can tell"""
+    unread_bytes: int | None = None
+    """of a row that stands for damage: bytes of the shard that nobody could read"""
+    unread_images: int | None = None
+    """how many images those are, this row among them; None where nobody can tell"""
 
 
 def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Sample:
