@@ -28,6 +28,8 @@ def read(path, limit=LIMIT, column=None):
     listing = find_parts([str(path)])
     part = (choose_column([listing], column)[0] if column else listing)[0]
     samples = list(read_samples(part, limit))
+    if not any(sample.content for sample in samples):
+        return samples
     with MemberReader(part.kind, part.url) as reader:
         for sample in [*samples, *samples[::-1]]:
             if sample.content is not None:
@@ -79,7 +81,7 @@ def test_images_of_every_make_are_read(tmp_path, kind, name):
     assert [sample.reason for sample in samples] == [None] * 5
     assert json.loads(samples[3].metadata) == {"n": 3, "caption": "text 3"}
     assert [member.suffix for member in samples[3].others] == ["json", "txt"]
-    assert [sample.image.size for sample in samples] == [len(image) for image in expected]
+    assert [sample.image and sample.image.size for sample in samples] == [len(image) for image in expected]
     assert len({sample.key for sample in samples}) == 5
     assert all(len(sample.key) < 20 for sample in samples)
 
@@ -170,7 +172,7 @@ def test_a_bad_row_is_one_row(tmp_path, values, reasons):
 
 def test_values_that_python_cannot_hold_cost_their_cell(tmp_path):
     invalid = pa.StringArray.from_buffers(5, *pa.array([b"a", b"b", b"\xff", b"d", b"e"]).buffers()[1:])
-    late = pa.array([0, 1, 2**62, 3, 4], pa.timestamp("s"))
+    late = pa.array([0, 1, 2**62, 3, 4], pa.timestamp("us"))
     samples = read(write(tmp_path / "a.parquet", {"image": IMAGES, "caption": invalid, "when": late}))
     assert [sample.content for sample in samples] == IMAGES
     assert [json.loads(sample.metadata) for sample in samples][1:3] == [{"caption": "b"}, {}]
@@ -210,7 +212,7 @@ def test_a_damaged_row_group_costs_its_rows_and_says_how_many(tmp_path, kind, gr
     lost = [i for i, sample in enumerate(samples) if sample.reason]
     assert [samples[i].reason for i in lost] == ["damaged_shard"]
     assert (samples[lost[0]].key, samples[lost[0]].unread_images) == (f"a@{5 * group}", 5)
-    assert 0 < samples[lost[0]].unread_bytes <= path.stat().st_size
+    assert 0 < (samples[lost[0]].unread_bytes or 0) <= path.stat().st_size
     assert [s.content for s in samples if not s.reason] == IMAGES * 2
     assert {s.unread_bytes for s in samples if not s.reason} == {None}
 

@@ -9,7 +9,7 @@ _REASONS = {
     "extreme_aspect": "much longer on one side than on the other",
     "file_too_large": "more bytes than embed.max_file_bytes",
     "no_image": "the sample holds no image file",
-    "no_image_column": "the Parquet file has no column of images",
+    "no_image_column": "the Parquet file has no column of images; --image-column can name it",
     "not_an_image": "not in any known image format, whatever its name says",
     "too_long": "a side is longer than the limit",
     "too_many_pixels": "refused from its header, before its pixels could fill the memory",
