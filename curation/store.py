@@ -32,8 +32,8 @@ INDEX_SCHEMA = pa.schema(
         ("status", pa.string()),  # ok or rejected
         ("reason", pa.string()),
         ("warning", pa.string()),
-        # of a row that stands for damage: bytes of the shard that could not be read, and how many images that is at the
-        # shard's mean bytes a sample (null: it has no whole sample); the row itself is one of them
+        # of a row that stands for damage: bytes of the shard that could not be read, and how many images those are (the
+        # row itself is one of them; null: nobody can tell)
         ("unread_bytes", pa.int64()),
         ("unread_images", pa.int64()),
     ]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ from curation.folder import Folder
 from curation.reading.again import Lost, SecondReader
 from curation.reading.listing import find_parts
 from curation.reading.sources import MemberReader, read_samples
-from tests.conftest import REPOSITORY, picture_tar
+from tests.conftest import REPOSITORY, encoded, picture, picture_tar
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,46 @@ def test_tars_are_listed_read_and_range_read(s3, tmp_path):
     assert [sample.key for sample in samples] == [f"{p}{i:04d}" for p in "01" for i in range(4)]
     with MemberReader("tar", parts[1].url) as reader:
         assert reader.read(samples[6].image) == samples[6].content
+
+
+@pytest.mark.parametrize("name", ["a::b.jpg", "x[1].jpg", "x*.jpg", "{1,2}.jpg", "a b+c.JPG", "POOL.TAR"])
+def test_odd_names_are_listed_read_and_read_again(s3, tmp_path, name):
+    folder = f"bucket/odd-{zlib.crc32(name.encode())}"
+    if name.endswith("TAR"):
+        s3.put(str(picture_tar(tmp_path / "a.tar", range(1))), f"{folder}/{name}")
+    else:
+        s3.pipe_file(f"{folder}/{name}", encoded(picture(1)))
+    for url in (f"s3://{folder}", f"s3://{folder}/{name}"):
+        (part,) = find_parts([url])
+        (sample,) = read_samples(part, 1 << 20)
+        with MemberReader(part.kind, part.url) as reader:
+            assert reader.read(sample.image) == sample.content != b""
+
+
+@pytest.mark.parametrize("name", ["a.tar", "*.tar", "{0..2}.tar", "folder/"])
+def test_a_missing_bucket_is_said(s3, name):
+    with pytest.raises(ValueError, match=r"there is no s3://no-such-bucket|bucket does not exist"):
+        find_parts([f"s3://no-such-bucket/{name}"])
+    with pytest.raises(ValueError, match=r"nothing found .*s3://bucket is there"):
+        find_parts([f"s3://bucket/nowhere/{name}"])
+
+
+@pytest.mark.parametrize("name", ["a.tar", "*.tar"])
+def test_missing_credentials_are_said(s3, monkeypatch, tmp_path, name):
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setitem(fsspec.config.conf["s3"], "skip_instance_cache", True)
+    with pytest.raises(ValueError, match=r"cannot list .*credentials"):
+        find_parts([f"s3://bucket/pool/{name}"])
+
+
+def test_parts_missing_from_braces_are_named(s3, tmp_path):
+    s3.put(str(picture_tar(tmp_path / "a.tar", range(1))), "bucket/braces/a-01.tar")
+    listing = find_parts(["s3://bucket/braces/a-{00..02}.tar"])
+    assert listing.missing == ("s3://bucket/braces/a-00.tar", "s3://bucket/braces/a-02.tar")
 
 
 def test_a_folder_writes_whole_files(s3):

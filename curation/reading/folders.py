@@ -9,10 +9,6 @@ from curation.reading.places import file_size, join, read_file, read_head
 from curation.reading.samples import MAX_METADATA_BYTES, Member, Part, Sample, clean, metadata_text
 
 # Pictures that we may not decode are pictures still: each gets a row, with the reason.
-_PICTURES = frozenset(
-    ["heic", "heif", "hif", "jxl", "svg", "eps", "psd", "exr", "hdr", "tga", "pbm", "pnm", "j2k", "apng"]
-)
-_CAMERA_FILES = frozenset(["dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"])
 _PICTURES = SUFFIXES | EXTRA_SUFFIXES | FOREIGN_SUFFIXES
 _LONGEST_KEY = 480
 
@@ -52,15 +48,13 @@ def clusters(names: Iterable[str]) -> list[Cluster]:
     """
     found: dict[str, Cluster] = {}
     others = []
-    for name in names:
+    for name in sorted(names):
         if has_image_name(name):
             stem = split_name(name)[0]
             found.setdefault(stem, Cluster(stem)).images.append(name)
         else:
             others.append(name)
     whole = {image: cluster for cluster in found.values() for image in cluster.images}
-    for cluster in found.values():
-        cluster.images.sort()
     loose = []
     for name in others:
         stem, suffix = split_name(name)
@@ -81,8 +75,8 @@ def clusters(names: Iterable[str]) -> list[Cluster]:
 
 def read_folder(part: Part, max_file_bytes: int) -> Iterator[Sample]:
     for cluster in clusters(part.files):
-        hidden = [name for name in sorted(cluster.loose) if _sniffs(part.url, name)]
-        rest = [name for name in sorted(cluster.loose) if name not in hidden]
+        hidden = [name for name in cluster.loose if begins_like_image(part.url, name)]
+        rest = [name for name in cluster.loose if name not in hidden]
         is_alone = len(cluster.images) + bool(rest) == 1 and not hidden and not has_image_name(cluster.stem)
         for name in sorted([*cluster.images, *hidden]):
             key = cluster.stem if is_alone else name
@@ -91,9 +85,17 @@ def read_folder(part: Part, max_file_bytes: int) -> Iterator[Sample]:
             yield _sample(part.url, cluster.stem if is_alone else rest[0], None, rest, max_file_bytes)
 
 
+def begins_like_image(url: str, name: str) -> bool:
+    """Whether a file without an image's name is one by its first bytes."""
+    try:
+        return sniff(read_head(join(url, name), HEAD_BYTES))
+    except OSError:
+        return False
+
+
 def _sample(url: str, key: str, image: str | None, attached: list[str], max_file_bytes: int) -> Sample:
     sample = Sample(_bounded(key))
-    for name in sorted(attached):
+    for name in attached:
         suffix = _suffix_beside(name, image)
         try:
             size, content = read_file(join(url, name), MAX_METADATA_BYTES) if suffix.lower() == "json" else (-1, None)
@@ -123,14 +125,6 @@ def _suffix_beside(name: str, image: str | None) -> str:
         if name.startswith(stem + "."):
             return name[len(stem) + 1 :]
     return split_name(name)[1]
-
-
-def _sniffs(url: str, name: str) -> bool:
-    """Whether a file without an image's name is one by its first bytes."""
-    try:
-        return sniff(read_head(join(url, name), HEAD_BYTES))
-    except OSError:
-        return False
 
 
 def _bounded(key: str) -> str:

@@ -91,7 +91,8 @@ def recognise(head: bytes) -> str:
 
 def sniff(head: bytes) -> bool:
     """Whether these first bytes look like an image, whatever the name says. Text that is a picture does not."""
-    return recognise(head) not in ("", "SVG", "PDF", "EPS", "PPM")
+    kind = recognise(head)
+    return kind not in ("", "SVG", "PDF", "EPS", "PPM") and (kind != "BMP" or head[6:10] == bytes(4))  # or a word
 
 
 @cache

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import overload
 
-from curation.reading.folders import clusters, has_image_name
+from curation.reading.folders import begins_like_image, clusters, has_image_name
 from curation.reading.images import sniff
 from curation.reading.own_shards import own_shards
 from curation.reading.parquet import has_column, holds_images
@@ -18,7 +18,7 @@ _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".tx
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json", "dataset_info.json", "dataset_infos.json")
 _METADATA_NAMES += ("dataset_dict.json", "state.json", "readme.md", "_success", "_metadata", "_common_metadata")
 _METADATA_ENDS = ("_stats.json",)  # img2dataset, beside each shard
-_FOOTERS_AT_ONCE = 16
+_OPEN_AT_ONCE = 16
 _EXAMPLES = 3
 _MAX_MANIFEST_BYTES = 1 << 30
 METADATA, UNKNOWN, ACCOUNT = "known metadata", "unknown kind", "a run's files beside its shards"
@@ -165,11 +165,15 @@ def _folder_parts(
     root: str, files: dict[str, Found], images_per_folder_part: int, has_shards: bool, ledger: Ledger
 ) -> list[Part]:
     parts, chunk = [], list[Found]()
+    if has_shards:  # checksums, lists, notes: what lies beside shards and is no image is no lost sample either
+        loose = [name for cluster in clusters(files) for name in cluster.loose]
+        with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
+            are_images = list(pool.map(lambda name: begins_like_image(root, name), loose))
+        others = {name for name, is_image in zip(loose, are_images, strict=True) if not is_image}
+        for name in sorted(others):
+            ledger.ignore(UNKNOWN, join(root, name))
+        files = {name: file for name, file in files.items() if name not in others}
     for cluster in clusters(files):
-        if has_shards and not cluster.images:  # checksums, lists, notes: what lies beside shards is no lost sample
-            for name in cluster.loose:
-                ledger.ignore(UNKNOWN, join(root, name))
-            continue
         if len(chunk) >= images_per_folder_part:  # a picture and its caption stay together
             parts.append(_folder_part(root, chunk))
             chunk = []
@@ -232,7 +236,7 @@ def _metadata_tables(files: Sequence[Found], shards: Sequence[tuple[Found, PartK
         or _stem(file).rpartition("/")[0] + "/" in beside
         or file.name.rpartition("/")[2].lower().startswith(("metadata", "_"))
     ]
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         holding = pool.map(lambda file: holds_images(join(file.root, file.name)), doubtful)
         return {file for file, holds in zip(doubtful, holding, strict=True) if not holds}
 

@@ -21,7 +21,7 @@ _KEY_COLUMNS = ("__key__", "key", "id", "uid", "image_id", "image_path", "file_n
 _CAPTION_COLUMNS = ("caption", "text", "txt")
 _BATCH_ROWS, _BATCH_BYTES = 64, 16 << 20
 _PROBED_ROWS, _PROBED_VALUES = 1024, 8  # how far and at how much of a column is looked to tell whether it holds images
-_HEAD_BYTES = 16
+_HEAD_BYTES = 256
 _DEEPEST = 4  # structs and lists within each other
 
 ROW_METADATA = "*"  # not a column: the row's scalar columns together, but for one that is named behind the star
@@ -213,7 +213,7 @@ def image_bytes(value: Any, head_bytes: int | None = None) -> tuple[bytes | None
     if not isinstance(value, bytes):
         return None, 0
     if not sniff(value[:_HEAD_BYTES]) and value[:1].isascii():
-        content = _decoded(value[:64].decode("ascii", "replace"), _HEAD_BYTES)
+        content = _decoded(value[: 4 * _HEAD_BYTES + 1].decode("ascii", "replace"), _HEAD_BYTES)
         if content is not None and sniff(content):
             return _decoded(value.decode("ascii", "replace"), head_bytes), 1
     return (value if head_bytes is None else value[:head_bytes]), 1

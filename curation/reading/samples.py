@@ -66,7 +66,7 @@ class Sample:
     unread_bytes: int | None = None
     """of a row that stands for damage: bytes of the shard that nobody could read"""
     unread_images: int | None = None
-    """how many images those are at the shard's mean bytes a sample; None where it has no whole sample to tell by"""
+    """how many images those are, this row among them; None where nobody can tell"""
 
 
 def group_sample(key: str, group: Sequence[tuple[Member, bytes | None]]) -> Sample:

@@ -62,7 +62,7 @@ class Ledger:
     def ignore(self, reason: str, example: str, count: int = 1) -> None:
         before, first = self.ignored.get(reason, (0, readable(example)))
         if count:
-            self.ignored[reason] = (before + count, first)
+            self.ignored[reason] = (before + count, min(first, readable(example)))
 
     def is_own(self, place: str) -> bool:
         """Whether a real path or URL lies in the run folder."""
@@ -72,7 +72,10 @@ class Ledger:
 
 def resolved(folder: str) -> str:
     """A folder as Ledger.run_folder wants it."""
-    return os.path.realpath(local_path(folder)) if is_local(folder) else folder.rstrip("/")
+    if is_local(folder):
+        return os.path.realpath(local_path(folder))
+    fs, path = file_system(folder)
+    return str(fs.unstrip_protocol(path)).rstrip("/")
 
 
 def files_at(url: str, ledger: Ledger) -> list[Found]:
@@ -227,7 +230,7 @@ def _walk(root: str, ledger: Ledger) -> Iterator[Found]:
             continue
         entered.add(real_folder)
         try:
-            entries = list(os.scandir(folder))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if folder == root:
                 raise ValueError(f"cannot list {folder!r}: {error.strerror or error}") from None
