@@ -24,6 +24,7 @@ from curation.pipeline import STAGES, Inputs, Run, run_pipeline
 from curation.progress import duration
 from curation.reading.listing import find_parts
 from curation.seeds import SeedSet, locate_seed, set_name
+from curation.workers import WorkerLost
 
 _INTERRUPTED = 130
 
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("SEEDBED_TRACEBACK"):  # for developers: where the sentence came from
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except WorkerLost as error:
+        print(f"error: {error}. If memory ran out, lower execution.workers or execution.memory_gb.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {_os_sentence(error)}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from configs.ranges import SEEDS, check_ranges
 from curation.filters import Edit
 from curation.folder import Folder
 from curation.manifest import File
@@ -45,8 +46,7 @@ class ShardConfig:
     """of the global shuffle"""
 
     def __post_init__(self) -> None:
-        if self.max_images < 1 or self.max_mb <= 0:
-            raise ValueError("shard.max_images must be at least 1 and shard.max_mb above 0.")
+        check_ranges("shard", self, max_images="[1, inf)", max_mb="(0, inf)", seed=SEEDS)
 
 
 @dataclass(frozen=True)
