@@ -1,4 +1,4 @@
-"""What a user gets wrong, or meets, is one sentence in the config's own names, before any time is lost; no traceback."""
+"""What a user gets wrong, or meets, is one sentence in the config's own names, and no traceback."""
 
 import errno
 import os
@@ -145,7 +145,7 @@ def test_lists_and_their_entries(
     ("override", "entries"),
     [
         ("filters.0.min_side_px=20", [{"kind": "size", "min_side_px": 20}, {"kind": "aspect"}, {"kind": "blank"}]),
-        ("filters[2].min_luma_deviation=3", [*map(lambda k: {"kind": k}, ("size", "aspect")),
+        ("filters[2].min_luma_deviation=3", [*({"kind": k} for k in ("size", "aspect")),
                                              {"kind": "blank", "min_luma_deviation": 3}]),
         ("filters.1={kind: aspect, max_ratio: 3}", [{"kind": "size"}, {"kind": "aspect", "max_ratio": 3},
                                                     {"kind": "blank"}]),
