@@ -139,6 +139,7 @@ def _drop_named(base: Any, path: list[str], change: dict[str, Any], origin: str)
 
 
 def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
+    change = _whole_lists(base, change, origin, prefix="")
     _check_keys(base, change, origin, prefix="")
     change = {key: _whole_numbers(base._get_node(key), value) for key, value in change.items()}
     try:
@@ -147,6 +148,32 @@ def _merge(base: Any, change: dict[str, Any], origin: str) -> Any:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or ""
         raise ValueError(f"{origin}: {key}: {_first_line(error)}") from None
+
+
+def _whole_lists(base: Any, change: dict[str, Any], origin: str, prefix: str) -> dict[str, Any]:
+    """Changes of single entries of lists (`filters.0.min_side_px=20`) -> those lists, whole, with the change."""
+    result: dict[str, Any] = {}
+    for key, value in change.items():
+        child = base._get_node(key) if key in base else None
+        if OmegaConf.is_list(child) and isinstance(value, dict):
+            entries = OmegaConf.to_container(child)
+            assert isinstance(entries, list)
+            for index, entry in value.items():
+                if not str(index).isdecimal() or int(index) >= len(entries):
+                    last = f"it has the entries 0 to {len(entries) - 1}" if entries else "it is empty"
+                    raise ValueError(
+                        f"{origin}: {prefix}{key} is a list, and {index!r} names none of its entries: {last}. To "
+                        f"replace it whole, write {prefix}{key}=[...]."
+                    )
+                old = entries[int(index)]
+                both = isinstance(old, dict) and isinstance(entry, dict)
+                entries[int(index)] = OmegaConf.to_container(OmegaConf.merge(old, entry)) if both else entry
+            result[key] = entries
+        elif OmegaConf.is_dict(child) and isinstance(value, dict):
+            result[key] = _whole_lists(child, value, origin, f"{prefix}{key}.")
+        else:
+            result[key] = value
+    return result
 
 
 def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> None:
@@ -163,7 +190,8 @@ def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> 
         kind = OmegaConf.get_type(child) if OmegaConf.is_config(child) else None
         if kind in kinds and not isinstance(value, kind):
             what, none = kinds[kind]
-            raise ValueError(f"{origin}: {prefix}{key} is a {what}, found {value!r}; write {none} for none.")
+            example = f" write {prefix}{key}=[{value}], or" if kind is list and value is not None else " write"
+            raise ValueError(f"{origin}: {prefix}{key} is a {what}, found {value!r};{example} {none} for none.")
         if OmegaConf.is_dict(child) and OmegaConf.get_type(child) not in (dict, None):
             if not isinstance(value, dict):
                 raise ValueError(f"{origin}: {prefix}{key} is a section; set one of its keys: {', '.join(child)}.")

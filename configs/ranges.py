@@ -1,19 +1,22 @@
 """What numbers and words a setting may hold, one entry for each; errors in the config's own names."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+SEEDS = "[0, 9223372036854775807]"  # they are hashed as 64-bit numbers
 
-def check_ranges(config: Any, section: str, ranges: Mapping[str, str]) -> None:
+
+def check_ranges(section: str, config: Any, **ranges: str) -> None:
     """Every named number of a config lies in its interval.
 
-    NaN lies in none, and infinity in those alone that say `inf]`. None is no number and passes; of a list, each element
-    is checked.
+    What is no number lies in none, nor NaN; infinity lies in those alone that say `inf]`. None passes; of a list, each
+    element is checked.
 
     Args:
         section: what stands before the names in a message, such as `optim`; empty at the top.
-        ranges: name -> interval, such as `[1, inf)` or `(0, 1]`.
+        config: whatever has the settings as attributes.
+        ranges: an interval for each setting, such as `[1, inf)` or `(0, 1]`.
 
     Raises:
         ValueError: one does not; names key, value and what is allowed.
@@ -23,7 +26,7 @@ def check_ranges(config: Any, section: str, ranges: Mapping[str, str]) -> None:
         elements = value if isinstance(value, list | tuple) else [value]
         if not all(_lies_in(element, interval) for element in elements if element is not None):
             key = f"{section}.{name}" if section else name
-            raise ValueError(f"{key}={value} must be {_words(interval)}{' each' if elements is value else ''}.")
+            raise ValueError(f"{key}={value!r} must be {_words(interval)}{' each' if elements is value else ''}.")
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -37,7 +40,9 @@ def _ends(interval: str) -> tuple[float, float]:
     return float(least), float(most)
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def _lies_in(value: Any, interval: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     least, most = _ends(interval)
     above = value >= least if interval[0] == "[" else value > least
     below = value <= most if interval[-1] == "]" else value < most

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from configs.ranges import check_ranges
 
 PixelFilter = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], Sequence[str | None]]
 BytesEdit = Callable[[bytes, dict[str, Any]], bytes]
@@ -24,6 +26,13 @@ class Size:
     kind: ClassVar[str] = "size"
     min_side_px: int = 16
     max_side_px: int = 65_500
+
+    def __post_init__(self) -> None:
+        check_ranges("filters: size", self, min_side_px="[0, inf)", max_side_px="[1, inf)")
+        if self.min_side_px > self.max_side_px:
+            raise ValueError(
+                f"filters: size.min_side_px={self.min_side_px} is above max_side_px={self.max_side_px}: nothing passes."
+            )
 
     def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
         short = np.minimum(_numbers(index, "width"), _numbers(index, "height"))
@@ -38,6 +47,9 @@ class Aspect:
     kind: ClassVar[str] = "aspect"
     max_ratio: float = 8.0
 
+    def __post_init__(self) -> None:
+        check_ranges("filters: aspect", self, max_ratio="[1, inf)")
+
     def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
         width, height = _numbers(index, "width"), _numbers(index, "height")
         ratio = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
@@ -50,6 +62,9 @@ class Blank:
 
     kind: ClassVar[str] = "blank"
     min_luma_deviation: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_ranges("filters: blank", self, min_luma_deviation="[0, 127.5]")
 
     def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
         return [("blank", _numbers(index, "luma_deviation") < self.min_luma_deviation)]
@@ -106,6 +121,8 @@ class Score:
     def __post_init__(self) -> None:
         if self.missing not in ("keep", "reject"):
             raise ValueError(f"filters: score.missing is keep or reject, not {self.missing!r}.")
+        if not self.min <= self.max:  # NaN too
+            raise ValueError(f"filters: score.min={self.min} and score.max={self.max} leave nothing between them.")
 
     def reasons(self, index: pa.Table) -> list[tuple[str, np.ndarray]]:
         values = [_metadata(text).get(self.column) for text in index["metadata"].to_pylist()]
@@ -159,7 +176,7 @@ def build_filters(entries: Sequence[dict[str, Any]]) -> list[Filter]:
         ValueError: an unknown kind or field, a missing field, or a value that a filter refuses.
     """
     filters = []
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.get("kind") not in _KINDS:
             raise ValueError(f"filters: {entry!r} needs a `kind`, one of {', '.join(_KINDS)}.")
         schema = _KINDS[entry["kind"]]
@@ -170,8 +187,20 @@ def build_filters(entries: Sequence[dict[str, Any]]) -> list[Filter]:
         missing = [n for n, f in known.items() if f.default is MISSING and n not in given]
         if missing:
             raise ValueError(f"filters: {entry['kind']} needs {', '.join(missing)}.")
-        filters.append(schema(**given))
+        filters.append(schema(**{name: _typed(f"filters.{number}.{name}", given[name], known[name]) for name in given}))
     return filters
+
+
+def _typed(label: str, value: Any, parameter: Field) -> Any:
+    """A parameter's value, if it is of the kind that its default or annotation says."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if parameter.type is int and not (is_number and float(value).is_integer()):
+        raise ValueError(f"{label}={value!r} must be a whole number.")
+    if parameter.type is float and not is_number:
+        raise ValueError(f"{label}={value!r} must be a number.")
+    if parameter.type is str and not (isinstance(value, str) and value):
+        raise ValueError(f"{label}={value!r} must be text.")
+    return parameter.type(value)  # type: ignore[operator]  # annotations are types in this module
 
 
 def first_reasons(index: pa.Table, filters: Sequence[Filter]) -> np.ndarray:

@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -35,7 +35,11 @@ class Folder:
     @cached_property
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # Other processes write here too: a cached listing would hide their files.
-        return url_to_fs(self.url, use_listings_cache=False)
+        with _in_words(self.url):
+            return url_to_fs(self.url, use_listings_cache=False)
+
+    def _reached(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.is_local else _in_words(self.url)
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
@@ -52,10 +56,12 @@ class Folder:
         return posixpath.join(self._fs[1], name) if name else self._fs[1]
 
     def exists(self, name: str = "") -> bool:
-        return self._fs[0].exists(self.path(name))
+        with self._reached():
+            return self._fs[0].exists(self.path(name))
 
     def read_bytes(self, name: str) -> bytes:
-        return self._fs[0].cat_file(self.path(name))  # type: ignore[return-value]  # fsspec says str | bytes
+        with self._reached():
+            return self._fs[0].cat_file(self.path(name))  # type: ignore[return-value]  # fsspec says str | bytes
 
     def write_bytes(self, name: str, content: bytes | memoryview, rows: int = 0) -> File:
         """Write a file whole: under a temporary name first where the folder is local; object stores are atomic."""
@@ -72,7 +78,8 @@ class Folder:
                     os.unlink(temporary)
                 raise
         else:
-            fs.pipe_file(path, bytes(content))
+            with self._reached():
+                fs.pipe_file(path, bytes(content))
         return File(path=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def read_array(self, name: str) -> np.ndarray:
@@ -97,7 +104,8 @@ class Folder:
         if not self.exists():
             return []
         root = self.path().rstrip("/") + "/"
-        found = self._fs[0].find(self.path())
+        with self._reached():
+            found = self._fs[0].find(self.path())
         return sorted(path.removeprefix(root) for path in found if not path.endswith(".tmp"))
 
     def create_bytes(self, name: str, content: bytes) -> bool:
@@ -107,7 +115,8 @@ class Folder:
         """
         fs, path = self._fs[0], self.path(name)
         if not self.is_local:
-            return _created(fs, path, content)
+            with self._reached():
+                return _created(fs, path, content)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -128,7 +137,7 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._reached():
             self._fs[0].rm_file(self.path(name))
 
     def entries(self) -> list[str]:
@@ -142,7 +151,8 @@ class Folder:
     def _kinds(self) -> dict[str, str]:
         """file or directory, by name."""
         try:
-            found = self._fs[0].ls(self.path(), detail=True)
+            with self._reached():
+                found = self._fs[0].ls(self.path(), detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         root = self.path().rstrip("/")
@@ -159,7 +169,8 @@ class Folder:
             ValueError: files of other names are there; nothing was deleted.
         """
         root = self.path().rstrip("/") + "/"
-        found = self._fs[0].find(self.path()) if self.exists() else []
+        with self._reached():
+            found = self._fs[0].find(self.path()) if self.exists() else []
         names = [str(path).removeprefix(root) for path in found]
         names = [name for name in names if not is_system_file(posixpath.basename(name))]
         if foreign := [name for name in names if not _matches(_TEMPORARY.sub("", name), own)]:
@@ -167,8 +178,23 @@ class Folder:
                 f"{self.url} holds what this program did not write ({listed(foreign)}), and its own files there must "
                 "go for this run: move those away, or give another --out. Nothing was deleted."
             )
-        for name in names:
-            self._fs[0].rm_file(root + name)
+        with self._reached():
+            for name in names:
+                self._fs[0].rm_file(root + name)
+
+
+@contextlib.contextmanager
+def _in_words(url: str) -> Iterator[None]:
+    """Every remote file system has its own errors for "cannot get there", many of them no OSError."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
+        raise
+    except ImportError as error:
+        raise ValueError(f"{url} needs a package that is not installed: {error}.") from None
+    except Exception as error:
+        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OSError(f"{url} cannot be reached: {told}. Check the address, the credentials and the network") from None
 
 
 def is_system_file(name: str) -> bool:

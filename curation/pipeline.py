@@ -158,6 +158,8 @@ def plan_steps(run: Run) -> list[Step]:
     fingerprints = {spec: load_encoder(spec, None, c.embed.image_px).fingerprint() for spec in specs}
     pixel_filters = [f for f in run.filters if isinstance(f, Pixels)]
     edits = [f for f in run.filters if isinstance(f, Edit)]
+    for named in (*pixel_filters, *edits):
+        named.function()  # one that cannot be imported is found now, not after the pool is embedded
 
     def embedding(name: str, parts: Sequence[Part], encoders: list[str], filters: list[Any]) -> Step:
         settings = {**asdict(c.embed), "encoders": {e: fingerprints[e] for e in encoders}}
@@ -188,12 +190,7 @@ def plan_steps(run: Run) -> list[Step]:
         ),
         Step(
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
-            lambda run, folder: (
-                cells.build_cells(
-                    run.local("cells") / "cells", run.pool, run.copy_encoder, run.joined(), c.cells, c.execution
-                ), {}, {},
-            ),
-            needs_local=True,
+            _cells, needs_local=True,
         ),
         Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "cells"), _dedup),
         Step(
@@ -318,8 +315,11 @@ def _embed(
     files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
     images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
     counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
+    if not images.num_images:
+        raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
-        worst = max((r for r in counts if r.startswith("rejected: ")), key=lambda r: counts[r])
+        worst = max(reasons, key=lambda r: reasons[r])
         unread = ""
         if counts.get("unread bytes"):
             unread = (
@@ -331,7 +331,24 @@ def _embed(
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )
+    if sum(reasons.values()) == images.num_images and name != "embed/pool":
+        raise ValueError(
+            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, or leave it out."
+        )
     return files, counts, {}
+
+
+def _cells(run: Run, folder: Folder) -> Written:
+    joined = run.joined()
+    if not len(joined):
+        reasons = filter_stage.read_reasons(run.folder / "filter").value_counts().to_pylist()
+        told = ", ".join(f"{entry['counts']:,} {entry['values']}" for entry in reasons)
+        raise ValueError(
+            f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
+            f"{run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
+        )
+    where, c = run.local("cells") / "cells", run.config
+    return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
 
 def _dedup(run: Run, folder: Folder) -> Written:
@@ -365,7 +382,9 @@ def _cluster(run: Run, folder: Folder) -> Written:
     survivors = run.survivors()
     if not len(survivors):
         raise ValueError(
-            "no image is left after the filters, deduplication and decontamination: loosen their settings."
+            f"all of the {run.manifests['dedup'].counts['images out']:,} different images of the pool match one of "
+            f"--evaluation (decontaminate.similarity_threshold={run.config.decontaminate.similarity_threshold}): is it "
+            "the pool itself? If not, raise the threshold."
         )
     files, figures = cluster.cluster_survivors(
         folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, survivors, run.config.cluster,
@@ -405,7 +424,10 @@ def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
             gids = np.flatnonzero(np.concatenate(good)).astype(np.int64)
             kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
     if not sum(len(k.gids) for k in kept):
-        raise ValueError("nothing was kept, so there is nothing to write: loosen retrieve.* or add a seed set.")
+        raise ValueError(
+            f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
+            f"{_rules_in_words(run)}. Loosen that, or add a seed set."
+        )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
     files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
@@ -413,3 +435,13 @@ def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
     counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
     counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
     return files, counts, {"bytes": sum(f.bytes for f in files)}
+
+
+def _rules_in_words(run: Run) -> str:
+    """For each seed set, what a pool image must meet to be drawn."""
+    told = []
+    for name, (seed, _) in run.inputs.seeds.items():
+        rule, of = seed.rule, {"sample": ("k", "min_similarity"), "cluster": ("min_hits", "images_per_cluster")}
+        settings = ", ".join(f"{setting}={getattr(rule, setting)}" for setting in of.get(rule.mode, ()))
+        told.append(f"seed {name!r} draws with retrieve.mode={rule.mode}{f' ({settings})' if settings else ''}")
+    return "; ".join(told) or "there is no seed set"

@@ -37,11 +37,11 @@ class StageProgress:
             print(f"{self.label}: {self.line()}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """For example `1,200 of 9,400 images, 410/s, 20 s left`."""
+        """For example `1,200 of 9,400 images, 410 images/s, 20 s left`."""
         elapsed = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / elapsed
         left = f", {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
-        return f"{amount(self.done)} of {amount(self.total)} {self.unit}, {amount(rate)}/s{left}"
+        return f"{amount(self.done)} of {amount(self.total)} {self.unit}, {amount(rate)} {self.unit}/s{left}"
 
     def __enter__(self) -> "StageProgress":
         if self._bar is not None:
@@ -64,7 +64,7 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = f"{amount(task.speed)}/s" if task.speed else "-/s"
+        speed = f"{amount(task.speed) if task.speed else '-'} {self.unit}/s"
         left = duration(task.time_remaining) + " left" if task.time_remaining is not None else "..."
         total = amount(task.total) if task.total is not None else "?"
         return Text(f"{amount(task.completed)}/{total} {self.unit}  {speed}  {left}")

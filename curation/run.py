@@ -28,6 +28,7 @@ from curation.reading.again import LOST_REASONS
 from curation.reading.listing import choose_column, find_parts
 from curation.report.wording import plural, words
 from curation.seeds import SeedSet, locate_seed, set_name
+from curation.workers import WorkerLost
 
 _INTERRUPTED = 130
 
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("SEEDBED_TRACEBACK"):  # for developers: where the sentence came from
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except WorkerLost as error:
+        print(f"error: {error}. If memory ran out, lower execution.workers or execution.memory_gb.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {os_sentence(error)}", file=sys.stderr)

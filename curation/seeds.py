@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import config_names, load_config
+from configs.ranges import check_ranges
 
 SEED_ROOT_VARIABLE = "SEEDBED_SEED_ROOT"
 MODES = ("sample", "cluster", "none")
@@ -39,8 +40,8 @@ class RetrievalRule:
             raise ValueError(f"retrieve mode {self.mode!r} is unknown; choose {', '.join(MODES)}.")
         if self.collisions not in COLLISIONS:
             raise ValueError(f"retrieve collisions {self.collisions!r} is unknown; choose {', '.join(COLLISIONS)}.")
-        if min(self.k, self.min_hits, self.images_per_cluster, self.max_images) < 1:
-            raise ValueError("retrieve: k, min_hits, images_per_cluster and max_images must be at least 1.")
+        counts = dict.fromkeys(("k", "min_hits", "images_per_cluster", "max_images"), "[1, inf)")
+        check_ranges("retrieve", self, **counts, min_similarity="[-1, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

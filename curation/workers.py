@@ -1,16 +1,19 @@
 """The one wrapper around Ray: start or join it, run a function over items, unwrap what went wrong."""
 
+import errno
 import logging
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
+from configs.ranges import check_ranges
 from curation.progress import StageProgress
 
 R = TypeVar("R")
@@ -33,10 +36,7 @@ class ExecutionConfig:
     """auto, cpu or cuda: where encoders run"""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"execution.workers={self.workers} must be 0 (all cores) or more.")
-        if self.memory_gb < 0.25:
-            raise ValueError(f"execution.memory_gb={self.memory_gb} is too little; the least is 0.25.")
+        check_ranges("execution", self, workers="[0, inf)", memory_gb="[0.25, inf)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"execution.device={self.device!r} must be auto, cpu or cuda.")
 
@@ -72,6 +72,9 @@ def start_ray(execution: ExecutionConfig) -> None:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray puts a bare exit there
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address!r} does not answer: {error}. Start the cluster or unset it.") from None
+    except (RuntimeError, RayError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise OSError(f"Ray does not start, with its temporary files in {ray_folder()}: {told}") from None
 
 
 class WorkerLost(RuntimeError):
@@ -100,7 +103,10 @@ def run_tasks(
     At most two tasks a worker are in flight. The first error cancels the rest and is raised as itself.
     """
     task = ray.remote(max_retries=2)(function)
-    arguments = [ray.put(value) for value in shared]
+    try:
+        arguments = [ray.put(value) for value in shared]
+    except RayError as error:
+        raise _in_words(error) from None
     return drive(
         (lambda item=item: task.remote(item, *arguments) for item in items),
         len(items),
@@ -157,4 +163,15 @@ def unwrapped(reference: Any) -> Any:
             cause = cause.cause
         raise cause from None
     except RayError as error:
-        raise WorkerLost(f"a Ray worker was lost: {str(error).splitlines()[0]}") from None
+        raise _in_words(error) from None
+
+
+def _in_words(error: RayError) -> Exception:
+    if isinstance(error, OutOfDiskError):
+        return OSError(errno.ENOSPC, "No space left on device", ray_folder())
+    return WorkerLost(f"a Ray worker was lost: {str(error).splitlines()[0]}")
+
+
+def ray_folder() -> str:
+    """Where Ray keeps its sockets, logs and what does not fit its memory."""
+    return os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")

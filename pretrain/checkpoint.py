@@ -61,7 +61,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         ranges = {"every_steps": "[1, inf)", "keep_last": "[1, inf)", "keep_every_steps": "[0, inf)"}
-        check_ranges(self, "checkpoint", ranges)
+        check_ranges("checkpoint", self, **ranges)
 
 
 class NotWritten(RuntimeError):

@@ -73,7 +73,7 @@ class ModelConfig:
         ranges = dict.fromkeys(("patch_size", "position_px", "depth"), "[1, inf)")
         ranges |= dict.fromkeys(("num_registers", "layerscale", "rope_shift"), "[0, inf)")
         ranges |= dict.fromkeys(("rope_jitter", "rope_rescale"), "[1, inf)")
-        check_ranges(self, "model", ranges | {"drop_path": "[0, 1)", "position_offset": "[0, 1)"})
+        check_ranges("model", self, **ranges | {"drop_path": "[0, 1)", "position_offset": "[0, 1)"})
 
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
@@ -117,7 +117,7 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("hidden_dim", "bottleneck_dim", "num_layers"), "[1, inf)")
         for name in ("dino", "ibot"):
-            check_ranges(getattr(self, name), f"heads.{name}", {"num_prototypes": "[2, inf)"} | sizes)
+            check_ranges(f"heads.{name}", getattr(self, name), **{"num_prototypes": "[2, inf)"} | sizes)
         if self.tied and self.ibot != self.dino:
             raise ValueError(
                 "heads.tied=true uses one head for both: set heads.ibot to the same numbers as heads.dino."
@@ -153,7 +153,7 @@ class LossConfig:
         weights = ("dino_weight", "dino_local_weight", "ibot_weight", "koleo_weight", "koleo_group_size")
         ranges = dict.fromkeys(weights, "[0, inf)")
         ranges |= {"student_temperature": "(0, inf)", "sinkhorn_iterations": "[1, inf)", "center_momentum": "[0, 1)"}
-        check_ranges(self, "loss", ranges)
+        check_ranges("loss", self, **ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class GramConfig:
 
     def __post_init__(self) -> None:
         check_choice("gram.negatives", self.negatives, NEGATIVES)
-        check_ranges(self, "gram", dict.fromkeys(("weight", "refresh_every_steps", "max_refreshes"), "[0, inf)"))
+        check_ranges("gram", self, **dict.fromkeys(("weight", "refresh_every_steps", "max_refreshes"), "[0, inf)"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         check_choice("execution.device", self.device, DEVICES)
         check_choice("execution.parallel", self.parallel, MODES)
-        check_ranges(self, "execution", {"accumulation_steps": "[1, inf)", "threads": "[0, inf)"})
+        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        check_ranges(self, "", {"seed": "[0, inf)", "steps": "[1, inf)", "global_batch_size": "[1, inf)"})
+        check_ranges("", self, seed="[0, inf)", steps="[1, inf)", global_batch_size="[1, inf)")
 
     @property
     def phase_names(self) -> list[str]:

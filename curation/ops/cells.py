@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from numba import njit
@@ -193,9 +194,10 @@ def write_cells(
     finally:
         for handle in handles:
             os.close(handle)
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "centroids.npy", centroids)
-    np.save(folder / "directions.npy", directions)
+    for name, array in (("offsets", offsets), ("centroids", centroids), ("directions", directions)):
+        with open(folder / f"{name}.npy", "wb") as file:
+            # Not the file itself: NumPy would write to it in C, and tell of a full disk by a count of items.
+            np.save(SimpleNamespace(write=file.write), array)
     temporary = folder / "cells.json.tmp"
     temporary.write_text(json.dumps({"num_rows": int(offsets[-1]), "dim": dim, "num_cells": num_cells, "seed": seed}))
     temporary.replace(folder / "cells.json")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from configs.ranges import SEEDS, check_ranges
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.kmeans import balance
@@ -26,8 +27,7 @@ class BalanceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_images < 0 or not 0 <= self.fraction <= 1:
-            raise ValueError("balance.num_images must be 0 or more, and balance.fraction must lie in [0, 1].")
+        check_ranges("balance", self, num_images="[0, inf)", fraction="[0, 1]", seed=SEEDS)
         if self.num_images and self.fraction:
             raise ValueError("balance takes num_images or fraction, not both.")
 
@@ -42,6 +42,11 @@ def balance_survivors(
     folder: Folder, clustering: Clustering, gids: np.ndarray, config: BalanceConfig
 ) -> tuple[list[File], dict[str, Any]]:
     """Draw from the surviving images `gids` (int64, ascending); write balanced.parquet: gid, cluster."""
+    if not config.target(len(gids)):
+        raise ValueError(
+            f"balance.fraction={config.fraction} of the {len(gids):,} images that are left is less than one image: "
+            "raise it, or set balance.num_images."
+        )
     levels = clustering.levels()
     drawn = np.sort(hierarchical_sample(levels, config.target(len(gids)), config.seed, ids=gids))
     cluster = clustering.assignment()[drawn]

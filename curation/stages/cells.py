@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.ranges import check_ranges
 from curation.manifest import File
 from curation.ops.cells import Cells, write_cells
 from curation.stages.kmeans import KMeansConfig, assign_parts, split_by_part, train_centroids
@@ -27,8 +28,7 @@ class CellsConfig:
     kmeans: KMeansConfig = field(default_factory=lambda: KMeansConfig(num_iterations=10, points_per_cluster=64))
 
     def __post_init__(self) -> None:
-        if self.rows_per_cell < 1 or self.max_cells < 1:
-            raise ValueError("cells.rows_per_cell and cells.max_cells must be at least 1.")
+        check_ranges("cells", self, rows_per_cell="[1, inf)", max_cells="[1, inf)")
 
     def num_cells(self, num_images: int) -> int:
         return max(1, min(round(num_images / self.rows_per_cell), self.max_cells))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.ranges import check_ranges
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.hierarchy import Level, hierarchical_kmeans
@@ -34,12 +35,20 @@ class ClusterConfig:
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
 
     def __post_init__(self) -> None:
+        check_ranges(
+            "cluster",
+            self,
+            levels="[1, inf)",
+            scale="(0, inf)",
+            min_images_per_cluster="[1, inf)",
+            num_resamplings="[0, inf)",
+        )
+        if not self.num_resamplings:
+            raise ValueError("cluster.num_resamplings=[] must name a number of rounds for each level, for example [1].")
         if not self.levels or any(a <= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
             raise ValueError(
                 f"cluster.levels={list(self.levels)} must be decreasing numbers of clusters, finest first."
             )
-        if self.scale <= 0:
-            raise ValueError(f"cluster.scale={self.scale} must be above 0.")
 
     def levels_for(self, num_images: int) -> list[int]:
         """The levels, scaled, and lowered together where the pool cannot carry them; at least one cluster."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from configs.ranges import check_ranges
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
@@ -48,10 +49,7 @@ class DecontaminateConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"decontaminate.mode={self.mode!r} is unknown; choose {' or '.join(MODES)}.")
-        if not 0 <= self.perceptual_distance <= 31:
-            raise ValueError(f"decontaminate.perceptual_distance={self.perceptual_distance} must lie in 0..31 bits.")
-        if not -1 < self.similarity_threshold <= 1:
-            raise ValueError(f"decontaminate.similarity_threshold={self.similarity_threshold} must be in (-1, 1].")
+        check_ranges("decontaminate", self, perceptual_distance="[0, 31]", similarity_threshold="(-1, 1]")
 
 
 def decontaminate(

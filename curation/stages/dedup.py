@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from configs.ranges import SEEDS, check_ranges
 from curation.folder import Folder
 from curation.manifest import File
 from curation.ops.cells import Cells
@@ -49,18 +50,20 @@ class DedupConfig:
     """of the sample that certifies recall"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.perceptual_distance <= 31:
-            raise ValueError(f"dedup.perceptual_distance={self.perceptual_distance} must lie in 0..31 bits.")
-        if not -1 < self.similarity_threshold <= 1:
-            raise ValueError(f"dedup.similarity_threshold={self.similarity_threshold} must be a cosine in (-1, 1].")
-        if not 0 < self.target_recall < 1:
-            raise ValueError(f"dedup.target_recall={self.target_recall} must lie between 0 and 1.")
+        check_ranges(
+            "dedup",
+            self,
+            perceptual_distance="[0, 31]",
+            similarity_threshold="(-1, 1]",
+            target_recall="(0, 1)",
+            max_component_size="[2, inf)",
+            min_similarity_to_representative="[-1, 1]",
+            seed=SEEDS,
+        )
         if unknown := set(self.representative) - {"resolution", "bytes", "central"}:
             raise ValueError(
                 f"dedup.representative: {', '.join(sorted(unknown))} unknown; choose from resolution, bytes, central."
             )
-        if self.max_component_size < 2:
-            raise ValueError(f"dedup.max_component_size={self.max_component_size} must be at least 2.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from configs.ranges import check_ranges
 from curation.encoders import Encoder, View, load_encoder
 from curation.filters import Filter, Pixels
 from curation.folder import Folder
@@ -52,10 +53,8 @@ class EmbedConfig:
     images that the unread bytes of damaged shards would hold"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.images_per_folder_part < 1:
-            raise ValueError("embed.batch_size and embed.images_per_folder_part must be at least 1.")
-        if not 0 <= self.max_rejected_fraction <= 1:
-            raise ValueError(f"embed.max_rejected_fraction={self.max_rejected_fraction} must lie in [0, 1].")
+        at_least_one = ("image_px", "batch_size", "max_file_bytes", "max_pixels", "images_per_folder_part")
+        check_ranges("embed", self, **dict.fromkeys(at_least_one, "[1, inf)"), max_rejected_fraction="[0, 1]")
 
     def encoders(self) -> list[str]:
         """The different encoders: retrieval first, then copy detection."""

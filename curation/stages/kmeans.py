@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs.ranges import SEEDS, check_ranges
 from curation.ops import kmeans as ops
 from curation.ops.randomness import hash_sample
 from curation.store import ImageSet
@@ -26,8 +27,8 @@ class KMeansConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.num_iterations, self.points_per_cluster, self.max_points_in_memory) < 1:
-            raise ValueError("kmeans: num_iterations, points_per_cluster and max_points_in_memory must be at least 1.")
+        at_least_one = ("num_iterations", "points_per_cluster", "max_points_in_memory")
+        check_ranges("kmeans", self, **dict.fromkeys(at_least_one, "[1, inf)"), seed=SEEDS)
 
 
 def train_centroids(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs.ranges import SEEDS, check_ranges
 from curation.filters import Edit
 from curation.folder import Folder
 from curation.manifest import File
@@ -67,8 +68,7 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if self.format not in _SUFFIXES:
             raise ValueError(f"shard.format={self.format!r} must be one of {', '.join(_SUFFIXES)}.")
-        if self.max_images < 1 or not 0 < self.max_mb <= 2000:
-            raise ValueError("shard.max_images must be at least 1 and shard.max_mb above 0 and at most 2000.")
+        check_ranges("shard", self, max_images="[1, inf)", max_mb="(0, 2000]", seed=SEEDS)
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,9 @@ class CropsConfig:
         ranges |= dict.fromkeys(("global_scale", "local_scale"), "(0, 1]")
         ranges |= dict.fromkeys(("aspect", "blur_sigma"), "(0, inf)")
         sides = {"global_px": "[1, inf)", "local_px": "[1, inf)", "gram_px": "[0, inf)"}
-        check_ranges(self, "crops", ranges | sides | {"hue": "[0, 0.5]", "num_local_crops": "[0, inf)"})
+        check_ranges("crops", self, **ranges | sides | {"hue": "[0, 0.5]", "num_local_crops": "[0, inf)"})
         for number, sizes in enumerate(self.sizes):
-            check_ranges(sizes, f"crops.sizes.{number}", sides | {"probability": "[0, inf)"})
+            check_ranges(f"crops.sizes.{number}", sizes, **sides | {"probability": "[0, inf)"})
         for name in of_the_two:
             if len(getattr(self, name)) != NUM_GLOBAL_CROPS:
                 raise ValueError(

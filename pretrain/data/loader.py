@@ -51,9 +51,9 @@ class DataConfig:
     limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        check_ranges(self, "data", {"homogeneous_share": "[0, 1]", "shuffle_shards": "[0, inf)"})
+        check_ranges("data", self, homogeneous_share="[0, 1]", shuffle_shards="[0, inf)")
         for name, dataset in self.datasets.items():
-            check_ranges(dataset, f"data.datasets.{name}", {"weight": "[0, inf)"})
+            check_ranges(f"data.datasets.{name}", dataset, weight="[0, inf)")
         if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
             raise ValueError(
                 f"data.homogeneous={self.homogeneous!r} is none of data.datasets: {', '.join(self.datasets)}."
@@ -80,7 +80,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         ranges = {"num_workers": "[0, inf)", "prefetch": "[1, inf)", "timeout_s": "[0, inf)"}
-        check_ranges(self, "execution.loader", ranges)
+        check_ranges("execution.loader", self, **ranges)
 
 
 class Steps(Dataset[Batch]):

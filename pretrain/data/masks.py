@@ -34,7 +34,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         ranges = {"probability": "[0, 1]", "ratio": "[0, 1]", "min_patches": "[1, inf)"}
-        check_ranges(self, "masks", ranges | {"max_share": "(0, 1]", "aspect": "(0, 1]"})
+        check_ranges("masks", self, **ranges | {"max_share": "(0, 1]", "aspect": "(0, 1]"})
         if len(self.ratio) != 2 or self.ratio[0] > self.ratio[1]:
             raise ValueError(f"masks.ratio={self.ratio} must be [least, most], the smaller number first.")
 

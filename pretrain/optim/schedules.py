@@ -83,7 +83,7 @@ class OptimConfig:
         ranges = dict.fromkeys(positive, "(0, inf)") | dict.fromkeys(not_negative, "[0, inf)")
         ranges |= dict.fromkeys(("beta1", "beta2"), "[0, 1)")
         ranges |= dict.fromkeys(("teacher_momentum", "teacher_momentum_end"), "[0, 1]")
-        check_ranges(self, "optim", ranges | {"layerwise_decay": "(0, 1]"})
+        check_ranges("optim", self, **ranges | {"layerwise_decay": "(0, 1]"})
 
     def check_steps(self, num_steps: int, prefix: str = "") -> None:
         """Raises ValueError: warm-ups or freezes that are longer than a phase of `num_steps` steps, all of them."""

@@ -48,7 +48,7 @@ class EvaluationConfig:
         counts = ("every_steps", "resize_px", "max_train_images", "max_val_images", "pca_images")
         ranges = dict.fromkeys(counts, "[0, inf)")
         ranges |= dict.fromkeys(("px", "k", "batch_size", "pca_grid"), "[1, inf)")
-        check_ranges(self, "evaluation", ranges | {"temperature": "(0, inf)"})
+        check_ranges("evaluation", self, **ranges | {"temperature": "(0, inf)"})
         if self.every_steps and not self.val:
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} needs labelled tars: give evaluation.val and, for k-NN, "

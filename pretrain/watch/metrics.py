@@ -41,7 +41,7 @@ class WatchConfig:
     """dense peak of one device in TFLOP/s, for the utilisation; 0: from the table in flops.py, or unknown"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "watch", {"every_steps": "[1, inf)", "peak_tflops": "[0, inf)"})
+        check_ranges("watch", self, every_steps="[1, inf)", peak_tflops="[0, inf)")
 
 
 class Metrics:

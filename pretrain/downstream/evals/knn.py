@@ -66,7 +66,7 @@ class KnnConfig:
             raise ValueError("k-NN needs two labelled sets: give train and val.")
         ranges = dict.fromkeys(("px", "k", "batch_size"), "[1, inf)")
         ranges |= dict.fromkeys(("resize_px", "max_train_images", "max_val_images"), "[0, inf)")
-        check_ranges(self, "", ranges | {"temperature": "(0, inf)"})
+        check_ranges("", self, **ranges | {"temperature": "(0, inf)"})
         if not self.k:
             raise ValueError("k=[] must be one or more numbers of neighbours.")
         if 0 < self.resize_px < self.px:
