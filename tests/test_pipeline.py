@@ -16,6 +16,7 @@ import webdataset
 
 from curation.decisions import SCHEMA, STATUSES
 from curation.run import main
+from curation.shard_samples import unpack_others
 from tests.conftest import REPOSITORY, encoded, picture, picture_tar, write_tar
 
 SMALL = ["embed.encoder=descriptors", "shard.max_images=40", "execution.workers=2", "execution.memory_gb=0.5"]
@@ -346,7 +347,8 @@ def test_repeated_keys_hostile_keys_and_captions_survive(tmp_path, ray_session):
     samples = list(webdataset.WebDataset(str(tmp_path / "run/shards/shard-000000.tar"), shardshuffle=False))
     assert sorted(sample["__key__"] for sample in samples) == ["_/_/up_g1", "same_g0", "same_g3"]
     last = next(sample for sample in samples if sample["__key__"] == "same_g3")
-    assert (last["jpg"], last["txt"], last["json_original"]) == (contents["k2"], b"caption", b"{broken")
+    assert (last["jpeg"], last["txt"]) == (contents["k2"], b"caption")
+    assert unpack_others(last["others.tar"]) == {"json": b"{broken"}
 
 
 def test_parquet_and_folders_go_all_the_way(tmp_path, ray_session):

@@ -34,7 +34,7 @@ from curation.stages.shard import ShardConfig
 from curation.workers import ExecutionConfig
 from tests.conftest import encoded, picture, write_tar
 
-KEYS = [f"k{i}" for i in range(8)]
+KEYS = [f"k{i:02d}" for i in range(14)]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def as_parquet(path: Path, contents: dict[str, bytes]) -> str:
 def make_run(out: Path, pool: str, **changes) -> Run:
     settings = {
         "embed": EmbedConfig(encoder="descriptors"),
-        "balance": BalanceConfig(num_images=8),
+        "balance": BalanceConfig(num_images=14),
         "filters": [],
         "shard": ShardConfig(max_images=3),
         "execution": ExecutionConfig(workers=2),
@@ -127,80 +127,75 @@ def assert_account(run: Run, lost: dict[str, str], contents: dict[str, bytes]) -
 
 
 def replace(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    write(path, {**contents, "k2": other_bytes(contents["k2"])})
-    return {"k2": CHANGED}
+    write(path, {**contents, "k02": other_bytes(contents["k02"])})
+    return {"k02": CHANGED}
 
 
 def cut_file(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    file = path / "k3.jpg"
+    file = path / "k03.jpg"
     file.write_bytes(file.read_bytes()[:-1])
-    return {"k3": CHANGED}
+    return {"k03": CHANGED}
 
 
 def cut_tar(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
     with tarfile.open(path) as tar:
-        end = tar.getmember("k6.jpg").offset_data + 100
+        end = tar.getmember("k12.jpg").offset_data + 100
     os.truncate(path, end)
-    return {"k6": CHANGED, "k7": CHANGED}
+    return {"k12": CHANGED, "k13": CHANGED}
 
 
 def grown(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    with (path / "k1.jpg").open("ab") as file:
+    with (path / "k01.jpg").open("ab") as file:
         file.write(b"more")
-    return {"k1": CHANGED}
+    return {"k01": CHANGED}
 
 
 def deleted(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    (path / "k1.jpg").unlink()
-    return {"k1": GONE}
+    (path / "k05.jpg").unlink()
+    return {"k05": GONE}
 
 
 def now_a_folder(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    (path / "k1.jpg").unlink()
-    (path / "k1.jpg").mkdir()
-    return {"k1": CHANGED}
+    (path / "k06.jpg").unlink()
+    (path / "k06.jpg").mkdir()
+    return {"k06": CHANGED}
 
 
 def caption_changed(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    (path / "k1.txt").write_bytes(b"another caption")
-    (path / "k4.txt").unlink()
-    return {"k1": CHANGED, "k4": GONE}
+    (path / "k07.txt").write_bytes(b"another caption")
+    (path / "k04.txt").unlink()
+    return {"k07": CHANGED, "k04": GONE}
 
 
 def fewer_rows(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
-    write(path, {key: content for key, content in contents.items() if key not in ("k6", "k7")})
-    return {"k6": CHANGED, "k7": CHANGED}
+    write(path, {key: content for key, content in contents.items() if key not in ("k12", "k13")})
+    return {"k12": CHANGED, "k13": CHANGED}
 
 
-def other_column(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
+def swapped_rows(path: Path, contents: dict[str, bytes], write) -> dict[str, str]:
     rows = pq.read_table(path).to_pylist()
     rows[5]["image"]["bytes"], rows[6]["image"]["bytes"] = rows[6]["image"]["bytes"], rows[5]["image"]["bytes"]
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=8)
-    return {"k5": CHANGED, "k6": CHANGED}
+    return {"k05": CHANGED, "k06": CHANGED}
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "change"),
+    ("name", "write", "changes"),
     [
-        ("folder", as_folder, replace),
-        ("folder", as_folder, cut_file),
-        ("folder", as_folder, grown),
-        ("folder", as_folder, deleted),
-        ("folder", as_folder, now_a_folder),
-        ("folder", as_folder, caption_changed),
-        ("pool.tar", as_tar, replace),
-        ("pool.tar", as_tar, cut_tar),
-        ("pool.tar.gz", as_gzip, replace),
-        ("pool.parquet", as_parquet, replace),
-        ("pool.parquet", as_parquet, fewer_rows),
-        ("pool.parquet", as_parquet, other_column),
+        ("folder", as_folder, [replace, cut_file, grown, deleted, now_a_folder, caption_changed]),
+        ("pool.tar", as_tar, [replace, cut_tar]),
+        ("pool.tar.gz", as_gzip, [replace]),
+        ("pool.parquet", as_parquet, [fewer_rows]),
+        ("pool.parquet", as_parquet, [replace, swapped_rows]),
     ],
 )
-def test_what_changed_is_a_row_and_the_run_goes_on(tmp_path, ray_session, contents, name, write, change):
+def test_what_changed_is_a_row_and_the_run_goes_on(tmp_path, ray_session, contents, name, write, changes):
     path = tmp_path / name
     run = make_run(tmp_path / "run", write(path, contents))
     run_pipeline(run, "balance")
-    lost = change(path, contents, write)
+    lost: dict[str, str] = {}
+    for change in changes:
+        lost |= change(path, contents, write)
     run_pipeline(run)
     assert_account(run, lost, contents)
     for key, reason in lost.items():
@@ -213,7 +208,7 @@ def test_what_changed_is_a_row_and_the_run_goes_on(tmp_path, ray_session, conten
 def test_a_whole_source_that_went_costs_its_own_images_only(tmp_path, ray_session, contents, damage):
     """Two sources; one of them goes."""
     pool = tmp_path / "pool"
-    kept, rest = dict(list(contents.items())[:5]), dict(list(contents.items())[5:])
+    kept, rest = dict(list(contents.items())[:9]), dict(list(contents.items())[9:])
     as_tar(pool / "a.tar", kept)
     name, write = {
         "gone": ("b.tar", as_tar),
@@ -253,7 +248,7 @@ def test_rows_are_the_same_for_any_number_of_workers_and_after_a_kill(tmp_path, 
     record = next(p for p in (tmp_path / "run/shards/done").iterdir() if not json.loads(p.read_text())["lost"])
     (tmp_path / "run/shards/index" / f"{record.stem}.parquet").unlink()
     (tmp_path / "run/shards/manifest.json").unlink()
-    (path / "k1.jpg").write_bytes(contents["k1"])
+    (path / "k05.jpg").write_bytes(contents["k05"])
     run_pipeline(make_run_like(run))
     assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == before
 
@@ -267,7 +262,7 @@ def test_when_most_of_the_pool_went_the_run_stops_and_nothing_of_it_is_kept(tmp_
     run = make_run(tmp_path / "run", as_folder(path, contents))
     run_pipeline(run, "balance")
     path.rename(tmp_path / "unmounted")
-    with pytest.raises(ValueError, match=r"8 of the 8 images .* 'gone_since_indexing'.*max_rejected_fraction=0.5"):
+    with pytest.raises(ValueError, match=r"14 of the 14 images .* 'gone_since_indexing'.*max_rejected_fraction=0.5"):
         run_pipeline(run)
     assert not (tmp_path / "run/shards/manifest.json").exists()
     (tmp_path / "unmounted").rename(path)
@@ -284,10 +279,10 @@ def test_seed_images_that_are_included_are_checked_too(tmp_path, ray_session, co
     run = make_run(tmp_path / "run", as_tar(tmp_path / "pool.tar", contents), balance=BalanceConfig())
     run = Run(run.folder, run.config, Inputs(run.inputs.pool, {"s": (seed, find_parts(seed.urls))}, {}))
     run_pipeline(run, "retrieve")
-    (tmp_path / "seed/k4.jpg").write_bytes(other_bytes(contents["k4"]))
+    (tmp_path / "seed/k04.jpg").write_bytes(other_bytes(contents["k04"]))
     run_pipeline(run)
     counts = run.manifests["shards"].counts
-    assert counts["seed:s"] == 7
+    assert counts["seed:s"] == 13
     assert counts[CHANGED] == 1
     assert run.manifests["report"].counts.get("rejected", 0) == 0  # of the pool, nothing is missing
     lost = pq.read_table(tmp_path / "run/shards/not_written.parquet").to_pylist()
@@ -298,21 +293,21 @@ def test_the_command_says_it_in_its_last_lines_and_mends_it_when_given_again(tmp
     """The file keeps its size and time, so only its bytes tell; the second time it has another time."""
     pool = tmp_path / "pool"
     as_folder(pool, contents)
-    arguments = ["--pool", str(pool), "--config", "offline", "--out", str(tmp_path / "run"), "balance.num_images=8"]
+    arguments = ["--pool", str(pool), "--config", "offline", "--out", str(tmp_path / "run"), "balance.num_images=14"]
     assert main([*arguments, "--until", "balance"]) == 0
-    file = pool / "k2.jpg"
+    file = pool / "k02.jpg"
     times = file.stat()
-    file.write_bytes(other_bytes(contents["k2"]))
+    file.write_bytes(other_bytes(contents["k02"]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "1 chosen images are not in the shards" in printed
     assert "1 changed since indexing" in printed
-    assert set(written(tmp_path / "run")) == set(contents) - {"k2"}
+    assert set(written(tmp_path / "run")) == set(contents) - {"k02"}
     os.utime(file)
     assert main(arguments) == 0
     assert "not in the shards" not in capsys.readouterr().out
-    assert written(tmp_path / "run")["k2"] == file.read_bytes()
+    assert written(tmp_path / "run")["k02"] == file.read_bytes()
 
 
 # --- what passes, and what does not ----------------------------------------------------------------------------------
@@ -375,8 +370,8 @@ def member(contents) -> tuple[bytes, Member, bytes]:
     """A tar, the place of one image in it, and that image's sha256."""
     tar = tar_of(contents)
     with tarfile.open(fileobj=io.BytesIO(tar)) as file:
-        info = file.getmember("k3.jpg")
-    return tar, Member("jpg", "k3.jpg", info.offset_data, info.size), hashlib.sha256(contents["k3"]).digest()
+        info = file.getmember("k03.jpg")
+    return tar, Member("jpg", "k03.jpg", info.offset_data, info.size), hashlib.sha256(contents["k03"]).digest()
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
@@ -384,7 +379,7 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(contents, member, failur
     tar, place, digest = member
     with serve(tar) as (handler, url), SecondReader(pauses_s=(0.01, 0.01, 0.01)) as reader:
         handler.failures = failures
-        assert reader.image("tar", url, place, digest) == contents["k3"]
+        assert reader.image("tar", url, place, digest) == contents["k03"]
 
 
 def test_a_store_that_stays_away_stops_the_run_with_advice(member):
@@ -441,8 +436,8 @@ def test_a_remote_store_is_never_taken_to_have_lost_what_it_may_still_have(error
 
 
 def test_bytes_of_the_same_size_differ_by_digest(tmp_path, contents):
-    path = write_tar(tmp_path / "a.tar", [("k.jpg", other_bytes(contents["k0"]))])
+    path = write_tar(tmp_path / "a.tar", [("k.jpg", other_bytes(contents["k00"]))])
     with tarfile.open(path) as tar:
-        place = Member("jpg", "k.jpg", tar.getmembers()[0].offset_data, len(contents["k0"]))
+        place = Member("jpg", "k.jpg", tar.getmembers()[0].offset_data, len(contents["k00"]))
     with SecondReader() as reader, pytest.raises(Lost, match=CHANGED):
-        reader.image("tar", str(path), place, hashlib.sha256(contents["k0"]).digest())
+        reader.image("tar", str(path), place, hashlib.sha256(contents["k00"]).digest())

@@ -152,6 +152,20 @@ def test_batches_are_those_of_the_tars_bit_for_bit(shards, tars, num_workers):
         assert ours.skipped == theirs.skipped
 
 
+@pytest.mark.slow
+def test_training_has_the_losses_that_it_has_on_tars(shards, tars, tmp_path):
+    """`pretrain.train --shards RUN/shards`, to the last bit."""
+    import yaml
+
+    from tests.pretrain.test_train import TINY, losses, run
+
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    for name, folder in (("parquet", shards), ("tars", tars)):
+        assert run(tmp_path / "tiny.yaml", folder, tmp_path / name) == 0
+    assert losses(tmp_path / "parquet") == losses(tmp_path / "tars")
+    assert len(losses(tmp_path / "tars")) == 6
+
+
 def test_it_is_read_from_a_store_by_range(shards):
     table = read_table(str(shards), ImageLimits())
     fs = fsspec.filesystem("memory")
@@ -231,7 +245,7 @@ def test_every_offset_leads_to_its_bytes(sizes):
     [
         ({"format": "zip"}, "shard.format='zip' must be one of webdataset, parquet"),
         ({"format": "tar"}, "shard.format='tar'"),
-        ({"max_mb": 5000.0}, "at most 2000"),
+        ({"format": "parquet", "max_mb": 5000.0}, "shard.max_mb=5000 must be at most 2000"),
         ({"max_images": 0}, "at least 1"),
     ],
 )

@@ -68,7 +68,9 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if self.format not in _SUFFIXES:
             raise ValueError(f"shard.format={self.format!r} must be one of {', '.join(_SUFFIXES)}.")
-        check_ranges("shard", self, max_images="[1, inf)", max_mb="(0, 2000]", seed=SEEDS)
+        check_ranges("shard", self, max_images="[1, inf)", max_mb="(0, inf)", seed=SEEDS)
+        if self.format == "parquet" and self.max_mb > 2000:  # the trainer counts its bytes in 32 bits
+            raise ValueError(f"shard.max_mb={self.max_mb:g} must be at most 2000 with shard.format=parquet.")
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,8 @@ def _read_sample(row: dict[str, Any], reader: SecondReader, layout: Layout, edit
         original, content = content, edit.function()(content, dict(about))
         if content != original:
             edited_by.append(edit.path)
-    about |= {"edited_by": ", ".join(edited_by), "sha256": hashlib.sha256(content).hexdigest()}
+    if edited_by:
+        about |= {"edited_by": ", ".join(edited_by), "sha256": hashlib.sha256(content).hexdigest()}
     return ShardSample(
         safe_key(
             row["key"],
