@@ -97,6 +97,7 @@ class Run:
         if self.is_first:
             out.mkdir(parents=True, exist_ok=True)
             drop_after(out / "skipped.jsonl", self.position.global_step)
+            drop_after(out / "odd.jsonl", self.position.global_step)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         if not self.peak:  # a CPU: what a matrix product reaches here, now
@@ -140,9 +141,14 @@ class Run:
             self.position = self.position.next_step()
             step = self.position.global_step
             watched["skipped"] = float(len(batch.skipped))
+            watched["odd"] = float(len(batch.odd))
             self.metrics.update(watched, config.global_batch_size, phase.flops(batch.sizes) * config.global_batch_size)
             for image in batch.skipped:
                 append_line(self.out / "skipped.jsonl", {"step": step, **asdict(image)})
+            for image in batch.odd:
+                if not (self.out / "odd.jsonl").exists():
+                    self.progress.message(f"{image.dataset}: {image.image} is {image.reason}; all such: odd.jsonl")
+                append_line(self.out / "odd.jsonl", {"step": step, **asdict(image)})
             if due:
                 facts = {"phase": name, "images": step * config.global_batch_size, **asdict(values)}
                 line = self.metrics.flush(step, facts)
