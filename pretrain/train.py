@@ -154,6 +154,7 @@ class Run:
         self.nonfinite = NonFinite(out, self.checkpoints)
         if self.is_first:
             drop_after(out / "skipped.jsonl", self.position.global_step)
+            drop_after(out / "odd.jsonl", self.position.global_step)
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
             if self.position.phase < len(self.phases):
                 write_changes(out, self.standing)
@@ -216,10 +217,15 @@ class Run:
             self.position = self.position.next_step()
             step = self.position.global_step
             watched["skipped"] = float(len(batch.skipped))
+            watched["odd"] = float(len(batch.odd))
             self.metrics.update(watched, config.global_batch_size, phase.flops(batch.sizes) * config.global_batch_size)
             self.progress.skipped(image.reason for image in batch.skipped)
             for image in batch.skipped:
                 append_line(self.out / "skipped.jsonl", {"step": step, **asdict(image)})
+            for image in batch.odd:
+                if not (self.out / "odd.jsonl").exists():
+                    self.progress.message(f"{image.dataset}: {image.image} is {image.reason}; all such: odd.jsonl")
+                append_line(self.out / "odd.jsonl", {"step": step, **asdict(image)})
             if due:
                 facts = {"phase": name, "images": step * config.global_batch_size, **asdict(values)}
                 line = self.metrics.flush(step, facts | {"skipped_steps": self.nonfinite.take()})

@@ -72,6 +72,12 @@ def odd_exif(kind: str, orientation: int = 6) -> bytes:
             return exif(turn, resolution, tail=struct.pack("<II", 0, 0))
         case "negative_resolution":
             return exif(turn, (0x011A, 10, 1, struct.pack("<I", at)), tail=struct.pack("<ii", -72, -1))
+        case "resolution_over_zero":
+            return exif(turn, resolution, tail=struct.pack("<II", 72, 0))
+        case "negative_whole_resolution":
+            return exif(turn, (0x011A, 9, 1, struct.pack("<i", -72)), (0x0128, 9, 1, struct.pack("<i", -2)))
+        case "negative_decimal_resolution":
+            return exif(turn, (0x011A, 11, 1, struct.pack("<f", -72.0)))
         case "text_for_a_number":
             return exif(turn, (0x011A, 2, 9, struct.pack("<I", at)), tail=b"72 dots.\0")
         case "value_out_of_the_file":
@@ -90,6 +96,9 @@ def odd_exif(kind: str, orientation: int = 6) -> bytes:
 ODD_EXIF = (
     "zero_resolution",
     "negative_resolution",
+    "resolution_over_zero",
+    "negative_whole_resolution",
+    "negative_decimal_resolution",
     "text_for_a_number",
     "value_out_of_the_file",
     "folder_out_of_the_file",

@@ -91,8 +91,9 @@ def recognise(head: bytes) -> str:
 
 def sniff(head: bytes) -> bool:
     """Whether these first bytes look like an image, whatever the name says. Text that is a picture does not."""
-    kind = recognise(head)
-    return kind not in ("", "SVG", "PDF", "EPS", "PPM") and (kind != "BMP" or head[6:10] == bytes(4))  # or a word
+    if head[:2] == b"BM" and head[6:10] != bytes(4):  # words that begin so
+        return False
+    return recognise(head) not in ("", "SVG", "PDF", "EPS", "PPM")
 
 
 @cache

@@ -14,7 +14,7 @@ _CACHED_PIXELS = 6 * 224 * 224  # measured: fewer cost calls, more cost memory t
 
 @dataclass(frozen=True)
 class Skipped:
-    """A damaged image, and why another stands in its place."""
+    """A damaged image, and why another stands in its place; or one that is in the batch, and what is odd of it."""
 
     dataset: str
     image: str
@@ -45,12 +45,14 @@ class Batch:
     datasets: Tensor
     """int64 [B]: number of the dataset, in the config's order"""
     skipped: tuple[Skipped, ...] = ()
+    odd: tuple[Skipped, ...] = ()
+    """sound images that train for little: dark_16_bit"""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def micro_batches(self, count: int) -> list["Batch"]:
-        """`count` equal slices over B; what was skipped stays with the first.
+        """`count` equal slices over B; what was skipped or odd stays with the first.
 
         Raises:
             ValueError: B does not split so.
@@ -58,7 +60,8 @@ class Batch:
         if count < 1 or len(self) % count:
             raise ValueError(f"a batch of {len(self)} images does not split into {count} equal micro-batches.")
         size = len(self) // count
-        return [self._slice(slice(i * size, (i + 1) * size), () if i else self.skipped) for i in range(count)]
+        slices = [self._slice(slice(i * size, (i + 1) * size)) for i in range(count)]
+        return [replace(slices[0], skipped=self.skipped, odd=self.odd), *slices[1:]]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Crops and masks to the device, without waiting where memory is pinned. Parameters stay on the host."""
@@ -77,7 +80,7 @@ class Batch:
             masks=None if self.masks is None else change(self.masks),
         )
 
-    def _slice(self, some: slice, skipped: tuple[Skipped, ...]) -> "Batch":
+    def _slice(self, some: slice) -> "Batch":
         return replace(
             self,
             global_crops=self.global_crops[:, some],
@@ -88,7 +91,8 @@ class Batch:
             masks=None if self.masks is None else self.masks[:, some],
             positions=self.positions[some],
             datasets=self.datasets[some],
-            skipped=skipped,
+            skipped=(),
+            odd=(),
         )
 
 
@@ -101,6 +105,7 @@ def collate(
     positions: Tensor,
     datasets: Tensor,
     skipped: Sequence[Skipped],
+    odd: Sequence[Skipped] = (),
     pixels: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Batch:
     """B images' crops as one batch, crop-major.
@@ -125,6 +130,7 @@ def collate(
         positions=positions,
         datasets=datasets,
         skipped=tuple(skipped),
+        odd=tuple(odd),
     )
 
 

@@ -23,6 +23,7 @@ from pretrain.data.shards import ImageTable, ShardReader, read_table
 from pretrain.stopping import ignore_stop_signals
 
 MAX_REDRAWS = 100
+ODD = ("dark_16_bit",)  # notes of the reader that say that an image is of little use
 _logger = logging.getLogger(__name__)
 
 
@@ -115,9 +116,10 @@ class Steps(Dataset[Batch]):
         datasets, rows = self.order.batch(step)
         sizes = step_sizes(self.crops, seed, phase, step)
         skipped: list[Skipped] = []
+        odd: list[Skipped] = []
         pixels = empty_crops(self.crops, sizes, len(self.images))
         crops = [
-            self._crops(step, position, int(datasets[position]), int(rows[position]), sizes, skipped, out)
+            self._crops(step, position, int(datasets[position]), int(rows[position]), sizes, skipped, odd, out)
             for position, *out in zip(self.images, *(room.unbind(1) for room in pixels), strict=True)
         ]
         positions = np.array(self.images)
@@ -129,6 +131,7 @@ class Steps(Dataset[Batch]):
             positions=torch.from_numpy(positions),
             datasets=torch.from_numpy(datasets[positions]),
             skipped=skipped,
+            odd=odd,
             pixels=pixels,
         )
 
@@ -140,6 +143,7 @@ class Steps(Dataset[Batch]):
         row: int,
         sizes: CropSizes,
         skipped: list[Skipped],
+        odd: list[Skipped],
         out: Sequence[torch.Tensor],
     ) -> Crops:
         """Crops of the image at a position, or of the first sound one that is drawn instead."""
@@ -149,7 +153,10 @@ class Steps(Dataset[Batch]):
                 row = self.order.redraw(step, position, dataset, attempt)
             rng = generator(self.order.seed, self.order.phase, Stream.CROPS, step, position, attempt)
             try:
-                return multi_crop(open_image(reader.read(row), self.limits), self.crops, rng, sizes, out)
+                image = open_image(reader.read(row), self.limits)
+                crops = multi_crop(image, self.crops, rng, sizes, out)
+                odd += [Skipped(self.names[dataset], reader.name(row), note) for note in image.notes if note in ODD]
+                return crops
             except Damaged as damage:
                 reason = damage.reason
                 skipped.append(Skipped(self.names[dataset], reader.name(row), reason))

@@ -1,17 +1,21 @@
 """k-NN: votes against a loop in float64, an independent library, invariances, the readers, and the published floors."""
 
+import io
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pretrain.checkpoint import write_teacher
+from pretrain.data.decode import open_image
 from pretrain.downstream.evals.knn import (
     KnnConfig,
     evaluate,
@@ -240,6 +244,50 @@ def test_crop_is_the_centre_of_the_resized_image() -> None:
     assert np.array_equal(same, np.asarray(picture(2, (32, 32))))
 
 
+def turned_jpeg() -> tuple[bytes, np.ndarray]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(picture(4, (60, 40)), "JPEG", exif=exif, quality=95)
+    return content, np.asarray(picture(4, (60, 40)).transpose(Image.Transpose.ROTATE_270))
+
+
+def transparent_png() -> tuple[bytes, np.ndarray]:
+    image = picture(5, (40, 60)).convert("RGBA")
+    image.putalpha(Image.fromarray(np.repeat(np.uint8([[0], [255]]), 30, 0).repeat(40, 1)))
+    expected = np.array(image.convert("RGB"))
+    expected[:30] = 255
+    return encoded(image, "PNG"), expected
+
+
+def deep_png() -> tuple[bytes, np.ndarray]:
+    gray = np.asarray(picture(6, (40, 60)).convert("L"))
+    return encoded(Image.fromarray(gray.astype(np.uint16) * 257), "PNG"), np.repeat(gray[:, :, None], 3, 2)
+
+
+@pytest.mark.parametrize("made", [turned_jpeg, transparent_png, deep_png])
+def test_evaluation_sees_what_training_sees(made: Callable[[], tuple[bytes, np.ndarray]]) -> None:
+    """Upright, over white, 16 bits scaled; once it was lying, over black, and white."""
+    content, expected = made()
+    crop = eval_crop(content, 40, 40).astype(int)
+    assert np.array_equal(crop, open_image(content).decode()[10:50])
+    assert np.abs(crop - expected[10:50]).mean() < 6  # JPEG halves the colours of a small picture
+
+
+def test_real_crops_are_those_of_pillow(real_data: Path) -> None:
+    """The published preprocessing, bit for bit on 16,260 crops; 1 allows for other versions of the decoder."""
+    for sample in samples(f"{real_data}/eval/eval20-val-*.tar", max_images=100):
+        assert sample.content is not None
+        for px, resize_px in ((96, 110), (32, 32)):
+            image = Image.open(io.BytesIO(sample.content))
+            image.draft("RGB", (2 * resize_px, 2 * resize_px))
+            image = image.convert("RGB")
+            scale = resize_px / min(image.size)
+            image = image.resize(tuple(max(px, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
+            left, top = ((side - px) // 2 for side in image.size)
+            expected = np.asarray(image.crop((left, top, left + px, top + px)))
+            assert np.abs(eval_crop(sample.content, px, resize_px).astype(int) - expected).max() <= 1
+
+
 def test_command_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled_tar(tmp_path / "train.tar", 12)
     labelled_tar(tmp_path / "val.tar", 6, 6)  # among the training images: the nearest is the same
@@ -292,10 +340,6 @@ def test_pixels_reach_the_floor_of_eval20_when_squashed(real_data: Path) -> None
 
 
 def squashed(content: bytes) -> Tensor:
-    import io
-
-    from PIL import Image
-
     small = Image.open(io.BytesIO(content)).convert("RGB").resize((16, 16), Image.Resampling.BOX)
     return pixel_features(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None])
 

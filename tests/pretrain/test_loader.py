@@ -16,6 +16,7 @@ from pretrain.data.decode import ImageLimits
 from pretrain.data.loader import MAX_REDRAWS, DataConfig, DatasetConfig, Loader, LoaderConfig, build_loader
 from pretrain.data.masks import MaskConfig
 from tests.conftest import encoded, picture, picture_tar, write_tar
+from tests.image_zoo import sixteen_bits
 
 CROPS = CropsConfig(global_px=32, local_px=16, num_local_crops=3)
 
@@ -201,6 +202,20 @@ def damaged_shards(folder: Path) -> Path:
     write_tar(folder / "a.tar", members)
     (folder / "noise.tar").write_bytes(np.random.default_rng(1).bytes(5000))
     return folder
+
+
+@pytest.mark.parametrize(("format_", "colours"), [("PNG", 1), ("PNG", 3), ("TIFF", 1)])
+def test_dark_16_bit_images_are_named_and_stay(tmp_path: Path, format_: str, colours: int) -> None:
+    dark = sixteen_bits(4095, format_, colours)
+    said = sixteen_bits(4095, format_, colours, declared=12)
+    members = [(f"good{i}.jpg", encoded(picture(i), quality=90)) for i in range(6)]
+    members += [(f"dark.{format_.lower()}", dark), (f"said.{format_.lower()}", said)]
+    write_tar(tmp_path / "a.tar", members)
+    (batch,) = loader(DataConfig(datasets={"pool": DatasetConfig(shards=str(tmp_path))}), num_steps=1)
+    assert [(odd.image, odd.reason) for odd in batch.odd] == [(f"a.tar:dark.{format_.lower()}", "dark_16_bit")]
+    assert batch.skipped == ()
+    first, second = batch.micro_batches(2)
+    assert (first.odd, second.odd) == (batch.odd, ())
 
 
 def test_damaged_images_are_counted_and_replaced(tmp_path: Path) -> None:
