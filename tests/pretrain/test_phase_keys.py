@@ -145,7 +145,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "evaluation.batch_size": ("2",),
     "evaluation.bfloat16": ("true",),
     "evaluation.pca_images": ("1",),
-    "evaluation.pca_grid": ("8",),
+    "evaluation.pca_grid": ("6",),
 }
 ROPE = ("model.rope_shift", "model.rope_jitter", "model.rope_rescale")
 BASE = {
@@ -179,7 +179,7 @@ class Runs:
             if architecture == "rope":
                 config["model"] = {"architecture": "dinov3_tiny", "depth": 2, "layerscale": 0.5}
             sets = {"train": str(folder / "labelled.tar"), "val": str(folder / "labelled.tar")}
-            config["evaluation"] = {"every_steps": 3, **sets, "px": 32, "k": [1], "pca_images": 2}
+            config["evaluation"] = {"every_steps": 3, **sets, "px": 32, "k": [1], "pca_images": 2, "pca_grid": 4}
             self.path(architecture).write_text(yaml.safe_dump(config))
             settings = ["phases={a: {steps: 2}}", "evaluation.every_steps=0"]
             assert run(self.path(architecture), shards, folder / architecture, *settings) == FINISHED
