@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,18 @@ class TrainConfig:
     def patch_size(self) -> int:
         return self.model.patch_size or ARCHITECTURES[self.model.architecture]["patch_size"]
 
+    @cached_property
+    def _merged_phases(self) -> "dict[str, TrainConfig]":
+        """Those that `phase` has been asked for: merging takes tens of milliseconds, and every step asks."""
+        return {}
+
     def phase(self, name: str) -> "TrainConfig":
         """This config with the differences of one phase."""
+        if name not in self._merged_phases:
+            self._merged_phases[name] = self._merge_phase(name)
+        return self._merged_phases[name]
+
+    def _merge_phase(self, name: str) -> "TrainConfig":
         differences = self.phases.get(name) or {}
         if not isinstance(differences, dict):
             raise ValueError(f"phases.{name} is a mapping of settings, found {differences!r}.")

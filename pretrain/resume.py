@@ -170,7 +170,7 @@ def check_allowed(config: TrainConfig, allowed: Iterable[str]) -> None:
     """Raises ValueError: a key that no phase has."""
     known = set(_sections(asdict(config)))
     for name in config.phase_names:
-        inside = _sections(asdict(config.phase(name)))
+        inside = list(_sections(asdict(config.phase(name))))
         known |= {f"phases.{name}", *inside, *(f"phases.{name}.{key}" for key in inside)}
     for key in allowed:
         if key not in known:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_arrive() -> Iterator[None]:
-    """The signals that tests send reach their children, also under `nohup make test &`, where those would ignore them."""
+    """Signals that tests send reach their children, also under `nohup make test &`, where those would ignore them."""
     former = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) == signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Steps whose values are not finite: skipped without a trace, counted, recorded, repeated; advice that can be followed."""
+"""Steps whose values are not finite: skipped without a trace, counted, repeated; and advice that can be followed."""
 
 import json
 import math
@@ -118,7 +118,7 @@ def test_the_end_of_a_run_that_diverges_and_its_advice(
     settings = shlex.split(advised.group(1))
     assert settings[:2] == ["--allow-changed", "phases.b.optim.base_lr"]
     lower = [setting if "=" not in setting else f"{setting.partition('=')[0]}=0.001" for setting in settings]
-    # The step that broke the weights was finite itself; its checkpoint, if there is one, is deleted as the message says.
+    # The step that broke the weights was finite itself; its checkpoint, if there is one, is deleted as is said.
     repeated = re.search(r"python -m pretrain.replay (\S+?)\.? *$", error)
     assert repeated
     assert replay.main([repeated.group(1), "--device", "cpu"]) == 0

@@ -115,8 +115,7 @@ def test_waits_are_left_and_handlers_put_back(number: int) -> None:
     with stop_signals() as stop:
         assert not stop
         with pytest.raises(Stopped), stop.leaving_waits():
-            os.kill(os.getpid(), number)
-            time.sleep(5)
+            subprocess.run(["sh", "-c", f"kill -{int(number)} {os.getpid()}; sleep 5"])
         assert stop
         with pytest.raises(Stopped), stop.leaving_waits():
             raise AssertionError("asked already")

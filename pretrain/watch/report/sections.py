@@ -265,7 +265,8 @@ def _png(image: Image.Image) -> str:
 def changes(run: RunRecord) -> str:
     """What was changed on purpose between the parts of the run."""
     texts = [
-        f"after step {change['step']:,}, phase {change['phase']}: {change['key']} was {change['from']}, then {change['to']}"
+        f"after step {change['step']:,}, phase {change['phase']}: {change['key']} was {change['from']}, "
+        f"then {change['to']}"
         for change in run.changes
     ]
     return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
