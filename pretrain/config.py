@@ -251,6 +251,8 @@ class TrainConfig:
     def phase(self, name: str) -> "TrainConfig":
         """This config with the differences of one phase."""
         differences = self.phases.get(name) or {}
+        if not isinstance(differences, dict):
+            raise ValueError(f"phases.{name} is a section, {{key: value}}; found {differences!r}.")
         forbidden = [key for key in ("phases", "execution", "checkpoint", "seed") if key in differences]
         if forbidden:
             raise ValueError(f"phases.{name}.{forbidden[0]} cannot differ by phase; set {forbidden[0]} for the run.")

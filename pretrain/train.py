@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 
 from configs.loader import config_names
-from configs.messages import os_sentence
+from configs.messages import named_folder, os_sentence, sentence
 from pretrain import plan
 from pretrain.checkpoint import Checkpoints, NotWritten, read_manifest, teacher_state, write_teacher
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
@@ -43,6 +43,8 @@ from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+"""how torch says it on a processor, in a plain RuntimeError"""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 log = logging.getLogger("pretrain")
 
@@ -64,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
         return train(config, asked.out)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return WRONG_INPUT
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_FINITE
     except (OSError, RuntimeError, MemoryError) as error:
-        if not (sentence := failure(error)):
+        if not (said := failure(error)):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         return FAILED
 
 
@@ -80,13 +82,13 @@ def failure(error: BaseException) -> str:
     """One sentence for what the machine or the user's input did to a run; empty for a mistake of ours."""
     if isinstance(error, OSError):
         return os_sentence(error)
-    if isinstance(error, OUT_OF_MEMORY):
+    if isinstance(error, OUT_OF_MEMORY) or any(text in str(error) for text in _NO_MEMORY):
         return (
             "memory has run out: raise execution.accumulation_steps, set execution.activation_checkpointing=true, or "
             f"lower global_batch_size. ({str(error).splitlines()[0] if str(error) else 'no more is known'})"
         )
     if isinstance(error, NotWritten | ValueError):
-        return str(error)
+        return sentence(error)
     if isinstance(error, RuntimeError):
         return worker_failure(error) or collectives.lost_rank(error)
     return ""
@@ -308,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
     )
-    parser.add_argument("--out", type=Path, help="the run folder")
+    parser.add_argument("--out", type=named_folder, help="the run folder")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=1000 optim.base_lr=0.002")
     return parser

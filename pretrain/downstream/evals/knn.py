@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.messages import named_folder, sentence
 from configs.ranges import check_ranges
+from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.evals.labelled import batches
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -227,13 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-val-images", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="where to write result.json (default: only shown)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=named_folder, help="where to write result.json (default: only shown)")
     asked = vars(parser.parse_args(arguments))
     try:
         result = _run(**asked)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=1))
     return 0
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     *, backbone: str | None, baseline: str | None, px: int | None, device: str, out: Path | None, **settings: Any
 ) -> dict[str, Any]:
-    where = torch.device(device)
+    where = choose_device(device, "--device")
     if baseline == "pixels":
         config = KnnConfig(px=px or 224, **settings)
         features: Features = pixel_features
