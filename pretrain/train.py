@@ -30,7 +30,7 @@ from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader, build_loader, read_tables, worker_failure
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import full_tensors
+from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.phase import Phase, fresh_network, start_phase, start_position
 from pretrain.watch.alarms import AlarmWatch
 from pretrain.watch.evaluation import check_evaluation, run_evaluation
@@ -39,7 +39,7 @@ from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import TEACHER_CONFIG, describe_teacher
+from pretrain.weights import TEACHER_CONFIG, describe_teacher, load_network
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -229,7 +229,8 @@ class Run:
 
     def _description(self, phase: Phase) -> dict:
         name = list(self.phases)[self.position.phase]
-        return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name})
+        offset = plain_module(phase.teacher).get_submodule("backbone").position_offset
+        return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name}, float(offset))
 
     def _evaluate_missed(self) -> None:
         """The evaluation that a run was killed in, after its checkpoint."""
@@ -241,7 +242,7 @@ class Run:
         if latest is not None and missed:
             config = self.phases[read_manifest(latest)["meta"]["phase"]]
             network = fresh_network(config)
-            network.load_state_dict(teacher_state(latest))
+            load_network(network, latest, keep_offset=config.model.position_offset is not None)
             self._evaluate(config, network)
 
     def _evaluate(self, config: TrainConfig, network: nn.Module) -> None:
@@ -254,6 +255,7 @@ class Run:
         with self.metrics.untimed():
             teacher = fresh_network(config)
             teacher.load_state_dict(dict(full_tensors(network)))
+            teacher.backbone.position_offset = plain_module(network).get_submodule("backbone").position_offset
             step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
 
             def evaluate() -> dict[str, float] | str:
