@@ -5,15 +5,16 @@ from typing import IO
 
 import numpy as np
 
+from pretrain.data.members import image_members
+
 BLOCK = 512
 _MAX_EXTENDED_BYTES = 1 << 20  # of a pax or GNU long-name record; a sane one is a few hundred
 
 
 def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Offsets and sizes (int64, bytes) of the regular members with one of these suffixes, in order.
+    """Offsets and sizes (int64, bytes) of the members that are images by their suffixes (members.py), in order.
 
-    A suffix is what follows the first dot of the last path component, in lower case, as in WebDataset: `a.seg.png` is
-    no `png`. The third result says what is wrong with the tar, empty when nothing is; what came before counts.
+    The third result says what is wrong with the tar, empty when nothing is; what came before counts.
     A member that the end of the file cuts is listed with the size that its header claims.
 
     Args:
@@ -22,6 +23,7 @@ def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np
     """
     offsets: list[int] = []
     sizes: list[int] = []
+    paths: list[str] = []
     position, name, claimed = 0, "", -1  # what an extended header said of the member after it
     damage = "" if size else "it is empty"
     while position + BLOCK <= size:
@@ -49,14 +51,16 @@ def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np
                 name, claimed = named or name, sized if sized >= 0 else claimed
         else:
             length = claimed if claimed >= 0 else length
-            if kind in (b"0", b"\0", b"7") and _suffix(name or member_name(header)) in suffixes:
+            if kind in (b"0", b"\0", b"7"):
+                paths.append(name or member_name(header))
                 offsets.append(data)
                 sizes.append(length)
             name, claimed = "", -1
         position = data + -(-length // BLOCK) * BLOCK
         if position > size:
             damage = f"it ends inside the member at byte {data}"
-    return np.array(offsets, np.int64), np.array(sizes, np.int64), damage
+    images = image_members(paths, suffixes)
+    return np.array(offsets, np.int64)[images], np.array(sizes, np.int64)[images], damage
 
 
 def member_name(header: bytes) -> str:
@@ -67,10 +71,6 @@ def member_name(header: bytes) -> str:
     if header[257:263] != b"ustar\0":  # the old and the GNU formats have no prefix there
         prefix = b""
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "replace")
-
-
-def _suffix(path: str) -> str:
-    return path.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _number(digits: bytes) -> int:

@@ -92,6 +92,8 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         raise ValueError(
             f"{sorted(unknown)[0]} belongs to the weights; loading can change {', '.join(CHANGEABLE)} only."
         )
+    if not isinstance(offset := changes.get("position_offset", 0), int | float) or not 0 <= offset < 1:
+        raise ValueError(f"position_offset={offset} must be in [0, 1).")
     weights = find_weights(path)
     known = weights.description.get("architecture", "")
     if not architecture and not known:

@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pretrain.downstream.evals.knn", description="k-nearest-neighbour accuracy of frozen features."
     )
     parser.add_argument("backbone", nargs="?", help="export, checkpoint or run folder; not needed for pixels")
+    parser.add_argument("--architecture", default="", help="of a released file, which does not say")
     parser.add_argument("--train", required=True, help="labelled tars that vote: path, glob or folder")
     parser.add_argument("--val", required=True, help="labelled tars to classify")
     parser.add_argument("--train-labels", default="", help="csv with columns key,label; default: the json members")
@@ -242,21 +243,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    *, backbone: str | None, baseline: str | None, px: int | None, device: str, out: Path | None, **settings: Any
+    *,
+    backbone: str | None,
+    architecture: str,
+    baseline: str | None,
+    px: int | None,
+    device: str,
+    out: Path | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     where = choose_device(device, "--device")
     if baseline == "pixels":
-        config = KnnConfig(px=px or 224, **settings)
+        config = KnnConfig(px=224 if px is None else px, **settings)
         features: Features = pixel_features
     elif backbone is None:
         raise ValueError("name an export, checkpoint or run folder, or ask for --baseline pixels.")
     else:
         from pretrain.downstream.backbone import load_backbone
 
-        loaded = load_backbone(backbone)
+        loaded = load_backbone(backbone, architecture)
         model = loaded.model.to(where)
         model = random_like(model) if baseline == "random" else model
-        config = KnnConfig(px=px or loaded.image.px, **settings)
+        config = KnnConfig(px=loaded.image.px if px is None else px, **settings)
         features = backbone_features(model, loaded.image.mean, loaded.image.std, config.bfloat16)
     kind = baseline or "backbone"
     result = {"eval": "knn", "features": kind, "backbone": backbone, **evaluate(features, config, where)}

@@ -46,7 +46,10 @@ def _change(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is not key=value.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} has no value that can be read.") from None
 
 
 if __name__ == "__main__":
