@@ -35,8 +35,9 @@ def find_config(group: str, name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     names = config_names(group)
+    folder = " (that is a folder)" if name_or_path and path.is_dir() else ""
     raise ValueError(
-        f"no {group} config named {name_or_path!r}: neither a YAML file nor one of {', '.join(names)}."
+        f"no {group} config named {name_or_path!r}{folder}: neither a YAML file nor one of {', '.join(names)}."
         + _nearest(name_or_path, names)
     )
 
@@ -196,6 +197,26 @@ def _check_keys(base: Any, change: dict[str, Any], origin: str, prefix: str) -> 
             if not isinstance(value, dict):
                 raise ValueError(f"{origin}: {prefix}{key} is a section; set one of its keys: {', '.join(child)}.")
             _check_keys(child, value, origin, f"{prefix}{key}.")
+        else:
+            _check_kind(child, value, f"{origin}: {prefix}{key}")
+
+
+def _check_kind(node: Any, value: Any, key: str) -> None:
+    """Entries by name where a setting has some, a list where it is one; each a section where those are sections."""
+    if not OmegaConf.is_config(node):
+        return
+    if OmegaConf.is_dict(node) and not isinstance(value, dict):
+        raise ValueError(f"{key} holds entries by name, {{name: ...}}; found {_said(value)}.")
+    if OmegaConf.is_list(node) and not isinstance(value, list):
+        raise ValueError(f"{key} is a list, [...]; found {_said(value)}.")
+    if is_dataclass(node._metadata.element_type):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{key}.{name} is a section, {{key: value}}; found {_said(entry)}.")
+
+
+def _said(value: Any) -> str:
+    return f"a list, {value}" if isinstance(value, list) else f"{value!r}"
 
 
 def _whole_numbers(node: Any, value: Any) -> Any:

@@ -12,7 +12,9 @@ RUN must be seen by every node. SEEDBED_PYTHON names the interpreter of the job 
 import argparse
 import importlib
 import logging
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,11 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from configs.messages import named_folder, sentence
 from pretrain.stopping import StopRequest, stop_signals
 
 FINISHED, STOPPED = 0, 75  # of pretrain.train.main
 TRAIN = "pretrain.train"
+STATUS = "status.txt"
+"""in the folder of a job whose training did not finish: what it ended with"""
 REQUEUE_SIGNAL = signal.SIGUSR2
 # Below the range that Linux gives to outgoing connections (32768 and up), above what services listen on.
 _PORTS = range(20_000, 32_000)
@@ -60,6 +66,11 @@ class Resources:
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 0 or self.tasks_per_node < 0:
             raise ValueError(f"--nodes {self.nodes} --gpus-per-node {self.gpus_per_node} ask for nothing to run on.")
+        if self.cpus_per_task < 0 or self.signal_delay_s < 0 or not 0 <= self.mem_gb < math.inf:
+            raise ValueError(
+                f"--cpus-per-task {self.cpus_per_task}, --mem-gb {self.mem_gb:g} and --signal-delay-s "
+                f"{self.signal_delay_s} must be 0 or more."
+            )
         if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
             raise ValueError(
                 f"--tasks-per-node {self.tasks_per_node} differs from --gpus-per-node {self.gpus_per_node}: every task "
@@ -93,10 +104,8 @@ class Training:
     module: str = TRAIN
 
     def __call__(self) -> int:
-        """Returns when the training is finished; leaves by SystemExit when it was stopped, by an error when it failed.
-
-        Raises:
-            RuntimeError: the training ended with another status.
+        """Returns when the training is finished; else leaves by SystemExit with its status, which is kept for `follow`:
+        the training has said why in one sentence, and an exception would hide that behind a traceback.
         """
         environment = submitit.JobEnvironment()
         os.environ.update(rendezvous(environment))
@@ -106,10 +115,10 @@ class Training:
             status = importlib.import_module(self.module).main(self.arguments)
             if status == STOPPED and REQUEUE_SIGNAL in received():
                 self._requeue(environment)
-        if status == STOPPED:
-            sys.exit(STOPPED)  # no result: the job is not over
         if status != FINISHED:
-            raise RuntimeError(f"{self.module} ended with status {status}; the log says why.")
+            if environment.global_rank == 0:
+                (environment.paths.folder / STATUS).write_text(str(status), encoding="utf-8")
+            sys.exit(status)  # no result: submitit takes the job for one that is not over
         return status
 
     def _requeue(self, environment: Any) -> None:
@@ -234,10 +243,13 @@ def follow(job: submitit.Job, stop: StopRequest | None = None, every_s: float = 
         if not over:
             time.sleep(every_s)
     if not job.paths.result_pickle.exists():
-        return STOPPED
+        ended = job.paths.folder / STATUS
+        status = int(ended.read_text(encoding="utf-8")) if ended.is_file() else STOPPED
+        return STOPPED if status == STOPPED else 1
     error = job.exception()
     if error is not None:
-        log.error("the job failed:\n%s", error)
+        reasons = [line for line in str(error).splitlines() if re.match(r"\w*(Error|Exception)\b.*:", line)]
+        log.error("the job failed: %s (its log: %s)", reasons[-1] if reasons else error, job.paths.stdout)
     return FINISHED if error is None else 1
 
 
@@ -248,14 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_intermixed_args(argv)
     try:
         return _launch(asked)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
 
 
 def _launch(asked: argparse.Namespace) -> int:
     from pretrain import plan
-    from pretrain.checks import check_run
+    from pretrain.checks import check_numbers, check_run
     from pretrain.config import load_train_config
     from pretrain.run_folder import check_run_folder
 
@@ -263,7 +275,16 @@ def _launch(asked: argparse.Namespace) -> int:
     resources = Resources(**{name: getattr(asked, name) for name in names})
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.shards)
-    check_run(config, resources.world_size, asked.out)  # now, not after a day in the queue
+    check_numbers(config, resources.world_size)  # now, not after a day in the queue
+    if not asked.skip_data_check:
+        try:
+            check_run(config, resources.world_size, asked.out)
+        except ValueError as error:
+            raise ValueError(f"{error} (If the nodes see what this machine does not: --skip-data-check.)") from None
+    if cluster == "slurm" and not asked.dry_run and shutil.which("sbatch") is None:
+        raise ValueError("--cluster slurm needs sbatch, which is not here: submit on a login node, or --cluster local.")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
     if cluster == "local" and resources.nodes > 1:
         raise ValueError(f"--nodes {resources.nodes} needs Slurm, and there is no sbatch here; use --nodes 1.")
     shards = [argument for path in asked.shards for argument in ("--shards", path)]
@@ -278,8 +299,11 @@ def _launch(asked: argparse.Namespace) -> int:
         return FINISHED
     folder.mkdir(parents=True, exist_ok=True)
     executor = make_executor(folder, resources, name, cluster)
-    with _shielded():
-        job = executor.submit(training)
+    try:
+        with _shielded():
+            job = executor.submit(training)
+    except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError) as error:
+        raise ValueError(f"{cluster} did not take the job: {error}") from None
     log.info("job %s on %s; its log: %s", job.job_id, cluster, job.paths.stdout)
     if cluster == "slurm":
         return FINISHED
@@ -303,7 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m pretrain.launch", description="Submit a training to Slurm, or run it as local processes."
     )
     parser.add_argument("--config", required=True, help="a name in configs/pretrain/ or a YAML file")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder, seen by every node")
+    parser.add_argument(
+        "--out", type=named_folder, required=True, metavar="RUN", help="the run folder, seen by every node"
+    )
     parser.add_argument(
         "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
     )
@@ -324,6 +350,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-changed", action="append", default=[], metavar="KEY", help="as for pretrain.train; repeatable"
     )
     parser.add_argument("--cluster", choices=("slurm", "local"), help="default: slurm where there is sbatch")
+    parser.add_argument(
+        "--skip-data-check",
+        action="store_true",
+        help="submit although this machine cannot see shards that the nodes do",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the submission, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for pretrain.train")
     return parser

@@ -35,7 +35,7 @@ from pretrain.student_teacher import (
 )
 from pretrain.watch.diagnostics import feature_std, target_diagnostics
 from pretrain.watch.flops import StepCost, backbone_cost, matrix_weights, step_flops
-from pretrain.weights import load_network, load_teacher
+from pretrain.weights import find_weights, load_network, load_teacher, offset_of
 
 # Streams of randomness, so that no two uses of (seed, phase, step) draw the same numbers.
 _WEIGHTS, _STEP = 1, 2
@@ -225,13 +225,18 @@ def start_phase(
     name = config.phase_names[position.phase]
     phase_config = config.phase(name)
     student, teacher = fresh_network(phase_config), fresh_network(phase_config)
+    own_offset = phase_config.model.position_offset is not None
     if position.step == 0 and latest is not None:
-        load_network(student, latest, "student")
-        load_network(teacher, latest, "teacher")
+        load_network(student, latest, "student", own_offset)
+        load_network(teacher, latest, "teacher", own_offset)
     elif position.step == 0 and phase_config.init_from:
-        load_network(student, phase_config.init_from)
+        load_network(student, phase_config.init_from, keep_offset=own_offset)
     if position.step == 0 and latest is None:
         teacher.load_state_dict(student.state_dict())
+        teacher.backbone.position_offset = student.backbone.position_offset
+    if position.step > 0 and latest is not None and not own_offset:
+        for network in (student, teacher):
+            network.backbone.position_offset = offset_of(find_weights(latest), network.backbone)
     frozen, distilled = None, None
     if phase_config.distill_from:
         dtype = torch.bfloat16 if phase_config.precision == "bfloat16" and device.type == "cuda" else torch.float32
@@ -243,8 +248,9 @@ def start_phase(
     gram = None
     if phase_config.gram.weight:
         gram = fresh_network(phase_config)
+        gram.backbone.position_offset = teacher.backbone.position_offset
         if position.step == 0 and phase_config.gram.teacher != "ema":
-            load_network(gram, phase_config.gram.teacher)
+            load_network(gram, phase_config.gram.teacher, keep_offset=own_offset)
         elif position.step == 0:
             gram.load_state_dict(teacher.state_dict())
     phase = Phase(phase_config, position.phase, student.to(device), teacher.to(device), frozen)
@@ -326,7 +332,7 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
 
 def check_distillation(frozen: Network, config: TrainConfig) -> None:
     """Raises ValueError: the teacher's prototypes are not as many as the student's."""
-    for name in ("dino", "ibot"):
+    for name in [name for name, used in (("dino", config.uses_dino), ("ibot", config.uses_ibot)) if used]:
         head = getattr(frozen, f"{name}_head") or frozen.dino_head
         found, asked = head.last_layer.num_prototypes, getattr(config.heads, name).num_prototypes
         if found != asked:

@@ -6,7 +6,6 @@ Models are built on `meta`, so the plan of a 7B model takes seconds on a laptop.
 """
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,20 @@ from rich.table import Table
 from torch import nn
 
 from pretrain.checks import check_numbers, check_run
-from pretrain.config import HeadConfig, TrainConfig, micro_batch_size
+from pretrain.config import TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
-from pretrain.student_teacher import Network, build_head, build_network
+from pretrain.student_teacher import Network, build_network
 from pretrain.watch.flops import StepCost, step_flops
+from pretrain.weights import described_network, find_weights
 
 _WIDTH = 120
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP")
-TEACHER_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -195,18 +194,14 @@ def epochs(data: DataConfig, images_drawn: int, images_of: Mapping[str, int]) ->
 
 
 def _frozen_teacher(config: TrainConfig, network: Network) -> Network:
-    """On `meta`: the teacher of a distillation, from its description; without one, the student's like."""
-    folder = Path(config.distill_from)
-    file = next((f / TEACHER_CONFIG for f in (folder, folder / "teacher") if (f / TEACHER_CONFIG).is_file()), None)
-    if not config.distill_from or file is None:
+    """On `meta`: the teacher of a distillation, from its description; the student's like where it is not there yet."""
+    if not config.distill_from or not Path(config.distill_from).exists():
         return network
-    description = json.loads(file.read_text(encoding="utf-8"))
-    heads = description["heads"]
+    description = find_weights(config.distill_from).description
+    if not description.get("heads"):
+        return network  # refused where it is loaded
     with torch.device("meta"):
-        backbone = VisionTransformer(**description["model"])
-        dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
-        ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
-        return Network(backbone, dino_head, ibot_head)
+        return described_network(description)
 
 
 def _student_tokens(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> int:

@@ -28,6 +28,7 @@ import yaml
 from torch import nn
 
 from configs.loader import config_names
+from configs.messages import named_folder, sentence
 from pretrain import plan
 from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
 from pretrain.checks import check_numbers, check_run
@@ -35,7 +36,7 @@ from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import full_tensors
+from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.failures import OUT_OF_MEMORY, failure
 from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
@@ -50,7 +51,7 @@ from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import TEACHER_CONFIG, describe_teacher
+from pretrain.weights import TEACHER_CONFIG, describe_teacher, load_network
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 log = logging.getLogger("pretrain")
@@ -79,15 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("stopped as asked before a step was done; the same command continues.", file=sys.stderr)
             return STOPPED
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {sentence(error)}", file=sys.stderr)
             return WRONG_INPUT
         except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_FINITE
         except (OSError, RuntimeError, MemoryError) as error:
-            if not (sentence := failure(error)):
+            if not (said := failure(error)):
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            print(f"error: {said}", file=sys.stderr)
             return FAILED
 
 
@@ -315,7 +316,8 @@ class Run:
 
     def _description(self, phase: Phase) -> dict:
         name = list(self.phases)[self.position.phase]
-        return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name})
+        offset = plain_module(phase.teacher).get_submodule("backbone").position_offset
+        return describe_teacher(phase.config, {"step": self.position.global_step, "phase": name}, float(offset))
 
     def _evaluate_missed(self) -> None:
         """The evaluation that a run was killed in, or stopped instead of, after its checkpoint."""
@@ -324,7 +326,7 @@ class Run:
             config = self.phases[read_manifest(latest)["meta"]["phase"]]
             if self._is_evaluation_owed(config):
                 network = fresh_network(config)
-                network.load_state_dict(teacher_state(latest))
+                load_network(network, latest, keep_offset=config.model.position_offset is not None)
                 self._evaluate(config, network)
 
     def _is_evaluation_owed(self, config: TrainConfig) -> bool:
@@ -343,6 +345,7 @@ class Run:
         with self.metrics.untimed():
             teacher = fresh_network(config)
             teacher.load_state_dict(dict(full_tensors(network)))
+            teacher.backbone.position_offset = plain_module(network).get_submodule("backbone").position_offset
             step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
 
             def evaluate() -> dict[str, float] | str | None:
@@ -402,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
     )
-    parser.add_argument("--out", type=Path, help="the run folder")
+    parser.add_argument("--out", type=named_folder, help="the run folder")
     parser.add_argument(
         "--allow-changed",
         action="append",

@@ -1,102 +1,196 @@
-"""What a network starts from: a checkpoint, a teacher's folder, a run's newest teacher, or a released file."""
+"""What a network starts from, wherever it lies: the one way to trained weights.
 
+    find_weights("RUN")                          a run folder: its newest teacher
+    find_weights("RUN/checkpoints/step-00010000")
+    find_weights("RUN/teacher")                  teacher.safetensors and config.json
+    find_weights("EXPORT")                       what pretrain.downstream.export wrote, in either format
+    find_weights("dinov3-vits16")                a Hugging Face folder of a released model, or its file
+    find_weights("dinov2_vits14_pretrain.pth")   a released file, which does not say what it is
+
+Nothing that is read is executed; whatever cannot be read is a ValueError of one sentence.
+"""
+
+import inspect
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pretrain.checkpoint import MANIFEST, PREFIX, teacher_state
+from pretrain.checkpoint import MANIFEST, PREFIX, read_manifest, teacher_state
 from pretrain.config import HeadConfig, TrainConfig
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.models.architectures import architecture
-from pretrain.models.released import load_released
+from pretrain.models.architectures import ARCHITECTURES, architecture, nearest
+from pretrain.models.huggingface import MODEL_TYPES, backbone_state, settings_of
+from pretrain.models.released import load_released, released_names
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.student_teacher import Network, build_head
+from pretrain.weight_files import BACKBONE, HEADS, HUGGINGFACE_FILES, network_state, read_tensors
 
 TEACHER_WEIGHTS, TEACHER_CONFIG = "teacher.safetensors", "config.json"
-_RELEASED = (".pth", ".pt", ".safetensors")
+EXPORT_CONFIG, EXPORT_HEADS = "seedbed.json", "heads.safetensors"
+"""beside an export for transformers, whose own config.json is that of its class"""
+RELEASED_OFFSET = 0.1
+"""position_offset of the code that DINOv2 without registers was released with"""
+Reader = Callable[[tuple[str, ...]], dict[str, Tensor]]
 log = logging.getLogger(__name__)
 
 
-def load_network(network: Network, source: str | Path, part: str = "teacher") -> None:
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were found but not read yet."""
+
+    source: str
+    description: dict[str, Any]
+    """architecture, model (keyword arguments of VisionTransformer), image, and of ours also heads, step, phase and
+    config; empty for a released file, which does not say what it is"""
+    read: Reader
+    """tensors whose names start with one of these: backbone.*, dino_head.*, ibot_head.*"""
+    released: bool = False
+    """from the released code, not from ours"""
+
+    def settings(self, name: str = "") -> dict[str, Any]:
+        """Every keyword argument of VisionTransformer: as described, or as the architecture `name` has them.
+
+        Released DINOv2 without registers get the `position_offset` of their code.
+        """
+        name = name or self.description["architecture"]
+        settings = complete_settings(name, self.description.get("model", {}))
+        return settings | ({"position_offset": RELEASED_OFFSET} if self.released and _has_offset(settings) else {})
+
+
+def find_weights(path: str | Path, part: str = "teacher") -> Weights:
+    """The weights in a folder or file, and their description; of a folder, no tensor is read yet.
+
+    Args:
+        part: `teacher` or `student`, where the source has both.
+
+    Raises:
+        ValueError: nothing there, or nothing known.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return _file(path, part)
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; give a run, checkpoint, teacher or export folder, or released file.")
+    if (path / TEACHER_WEIGHTS).is_file():
+        description = _description(path / TEACHER_CONFIG)
+        return Weights(str(path), description, lambda starts: read_tensors(path / TEACHER_WEIGHTS, starts))
+    if (path / EXPORT_CONFIG).is_file():
+        return _exported(path)
+    if (path / TEACHER_CONFIG).is_file():
+        return _huggingface(path, part)
+    found = _checkpoint(path, part) or _newest_of_run(path, part)
+    if found is None:
+        raise ValueError(
+            f"{path} holds no weights: no {TEACHER_WEIGHTS}, no {EXPORT_CONFIG}, no config.json of a Hugging Face "
+            "model, no finished checkpoint, no run with one."
+        )
+    return found
+
+
+def load_network(network: Network, source: str | Path, part: str = "teacher", keep_offset: bool = False) -> None:
     """Fill a network, whole and not wrapped yet, from what `source` names.
 
     A learned position table of another size is resized. Heads that the source lacks, as released files do, stay as they
     are, and the log says so; heads of another shape are an error.
 
     Args:
-        source: a step-* checkpoint, a teacher's folder, a run folder, or a released .pth or .safetensors.
+        source: as for `find_weights`.
         part: `teacher` or `student`, where the source has both.
+        keep_offset: the network's own position_offset holds, for it was asked for; else that of the source.
 
     Raises:
         ValueError: nothing there that can be read, or another model.
     """
-    path = Path(source)
-    state = read_state(path, part)
-    backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    weights = find_weights(source, part)
+    state = weights.read((BACKBONE, *HEADS))
+    model = network.backbone
+    if not keep_offset and model.rope is None:
+        model.position_offset = offset_of(weights, model)
+    if weights.released and model.position_offset:
+        log.info(
+            "%s: positions are resized with position_offset=%g, as the code of its release does; "
+            "model.position_offset=0 is how transformers does it",
+            weights.source,
+            model.position_offset,
+        )
+    backbone = {name.removeprefix(BACKBONE): t for name, t in state.items() if name.startswith(BACKBONE)}
     try:
-        load_released(network.backbone, backbone, resize_position=True)
+        load_released(model, backbone, resize_position=True)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit model.architecture: {error}") from None
+        raise ValueError(f"{weights.source} does not fit model.architecture: {error}") from None
     for name, head in network.named_children():
         if name == "backbone":
             continue
         tensors = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
         if not tensors:
-            log.info("%s has no %s: it starts at random", path, name)
+            log.info("%s has no %s: it starts at random", weights.source, name)
             continue
         own = head.state_dict()
         differing = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
         if differing:
             found = "nothing" if differing[0] not in tensors else f"{list(tensors[differing[0]].shape)}"
             raise ValueError(
-                f"{path} has another {name}: {differing[0]} is {found} there and {list(own[differing[0]].shape)} here; "
-                f"set heads.{name.removesuffix('_head')} to the checkpoint's numbers."
+                f"{weights.source} has another {name}: {differing[0]} is {found} there and "
+                f"{list(own[differing[0]].shape)} here; set heads.{name.removesuffix('_head')} to the checkpoint's "
+                "numbers."
             )
-        head.load_state_dict(tensors)
+        head.load_state_dict({key: tensors[key] for key in own})
 
 
-def read_state(path: Path, part: str) -> dict[str, Tensor]:
-    """Tensors of one network by name: backbone.*, dino_head.*, ibot_head.*.
+def offset_of(weights: Weights, model: VisionTransformer) -> float:
+    """The position_offset that weights were trained or released with, for a model with a learned table."""
+    if weights.description and not weights.released:
+        return weights.description["model"].get("position_offset", 0.0)
+    return RELEASED_OFFSET if weights.released and not model.num_registers and not model.position_antialias else 0.0
+
+
+def load_teacher(source: str | Path) -> Network:
+    """A trained network with its heads, built from its own description.
 
     Raises:
-        ValueError: no such file or folder, or nothing in it that holds a network.
+        ValueError: nothing there that can be read, or no heads with it, as in released files.
     """
-    if path.is_file() and path.suffix in _RELEASED:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        state = state.get("teacher", state.get("model", state))
-        return (
-            state
-            if any(key.startswith("backbone.") for key in state)
-            else {f"backbone.{k}": t for k, t in state.items()}
+    weights = find_weights(source)
+    if not weights.description.get("heads"):
+        raise ValueError(
+            f"{weights.source} has no heads, and distillation needs the prototypes of its teacher: give a run, "
+            "checkpoint, teacher or export of pretrain."
         )
-    if (path / MANIFEST).is_file():
-        return teacher_state(path, f"{part}.")
-    if (path / TEACHER_WEIGHTS).is_file():
-        return load_file(path / TEACHER_WEIGHTS)
-    if (path / "teacher" / TEACHER_WEIGHTS).is_file():
-        return load_file(path / "teacher" / TEACHER_WEIGHTS)
-    whole = sorted(path.glob(f"checkpoints/{PREFIX}*/{MANIFEST}"))
-    if whole:
-        return teacher_state(whole[-1].parent, f"{part}.")
-    raise ValueError(
-        f"{path} holds no weights: give a step-* checkpoint, a teacher's folder, a run folder, or a file that ends in "
-        f"{', '.join(_RELEASED)}."
-    )
+    network = described_network(weights.description)
+    state, expected = weights.read((BACKBONE, *HEADS)), network.state_dict()
+    wrong = [k for k in expected.keys() | state.keys() if k not in state or k not in expected]
+    wrong = wrong or [k for k in expected if expected[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"{weights.source} is not what its description says: {sorted(wrong)[0]} differs.")
+    network.load_state_dict(state)
+    return network
 
 
-def describe_teacher(config: TrainConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a teacher's weights are, as its config.json and every checkpoint say it."""
+def described_network(description: Mapping[str, Any]) -> Network:
+    """The network that a description of ours is about, not filled; on whatever device is the default."""
+    heads = description["heads"]
+    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]))
+    dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
+    ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
+    return Network(backbone, dino_head, ibot_head)
+
+
+def describe_teacher(config: TrainConfig, meta: Mapping[str, Any], position_offset: float) -> dict[str, Any]:
+    """What a teacher's weights are, as its config.json and every checkpoint say it.
+
+    Args:
+        position_offset: of its backbone, which the weights that it started from may have brought.
+    """
     sizes = config.crops.all_sizes()
+    model = architecture(config.model.architecture, **config.model.changes())
     return {
         "architecture": config.model.architecture,
-        "model": architecture(config.model.architecture, **config.model.changes()),
+        "model": model | ({"position_offset": position_offset} if position_offset else {}),
         "heads": asdict(config.heads),
         "image": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "px": max(s.global_px for s in sizes)},
         "config": asdict(config),
@@ -104,21 +198,148 @@ def describe_teacher(config: TrainConfig, meta: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def load_teacher(folder: str | Path) -> Network:
-    """The network that `checkpoint.write_teacher` wrote, with its heads, built from its own description.
+def complete_settings(architecture: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Every keyword argument of VisionTransformer: its defaults, the architecture's, then `changes`.
 
     Raises:
-        ValueError: the folder holds no teacher.
+        ValueError: an architecture or argument that does not exist.
     """
-    folder = Path(folder)
-    folder = folder / "teacher" if (folder / "teacher" / TEACHER_WEIGHTS).is_file() else folder
-    if not (folder / TEACHER_WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no teacher: give the `teacher` folder that a finished run wrote.")
-    description = json.loads((folder / TEACHER_CONFIG).read_text(encoding="utf-8"))
-    heads = description["heads"]
-    backbone = VisionTransformer(**description["model"])
-    dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
-    ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
-    network = Network(backbone, dino_head, ibot_head)
-    network.load_state_dict(load_file(folder / TEACHER_WEIGHTS))
-    return network
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {', '.join(sorted(ARCHITECTURES))}.")
+    parameters = list(inspect.signature(VisionTransformer.__init__).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    settings = defaults | dict(ARCHITECTURES[architecture]) | dict(changes)
+    unknown = settings.keys() - {p.name for p in parameters}
+    if unknown:
+        raise ValueError(f"model setting {sorted(unknown)[0]!r} is not one of this version's VisionTransformer.")
+    return settings
+
+
+def _has_offset(settings: Mapping[str, Any]) -> bool:
+    return (
+        settings["family"] == "dinov2"
+        and settings["position"] == "learned"
+        and not settings["num_registers"]
+        and not settings["position_antialias"]
+    )
+
+
+def _file(path: Path, part: str) -> Weights:
+    """A file alone; or the folder that it lies in, where that says what it is."""
+    if path.name == TEACHER_WEIGHTS and (path.parent / TEACHER_CONFIG).is_file():
+        return find_weights(path.parent, part)
+    if path.name in HUGGINGFACE_FILES and any((path.parent / c).is_file() for c in (EXPORT_CONFIG, TEACHER_CONFIG)):
+        return find_weights(path.parent, part)
+    tensors = read_tensors(path)
+    state, prefix = network_state(tensors, part, str(path))
+    # A teacher.safetensors of ours without its description has this prefix; released safetensors have none.
+    released = not (prefix == BACKBONE and any(name.startswith(HEADS) for name in tensors))
+    return Weights(str(path), {}, lambda starts: _starting(_canonical(state), starts), released)
+
+
+def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released names of the backbone as the hub files have them, heads as they are."""
+    backbone = released_names({k.removeprefix(BACKBONE): t for k, t in state.items() if k.startswith(BACKBONE)})
+    return {f"{BACKBONE}{k}": t for k, t in backbone.items()} | _starting(state, HEADS)
+
+
+def _starting(state: Mapping[str, Tensor], starts: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith(starts)}
+
+
+def _exported(folder: Path) -> Weights:
+    """An export of ours: its tensors renamed back, heads from the file beside them."""
+    description = _description(folder / EXPORT_CONFIG)
+    model_type = _json(folder / TEACHER_CONFIG).get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{folder / TEACHER_CONFIG}: model_type={model_type!r} is none of {', '.join(MODEL_TYPES)}.")
+    settings = complete_settings(description["architecture"], description["model"])
+
+    def read(starts: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors = {}
+        if BACKBONE in starts:
+            state = backbone_state(
+                read_tensors(folder / HUGGINGFACE_FILES[0]),
+                model_type,
+                family=settings["family"],
+                gated=settings["ffn"] == "swiglu",
+            )
+            scaled = settings["layerscale"]  # the classes have layer scales always, of ones if need be
+            tensors = {f"{BACKBONE}{name}": value for name, value in state.items() if scaled or ".gamma" not in name}
+        heads = tuple(start for start in starts if start != BACKBONE)
+        has_heads = bool(heads) and (folder / EXPORT_HEADS).is_file()
+        return tensors | (read_tensors(folder / EXPORT_HEADS, heads) if has_heads else {})
+
+    return Weights(str(folder), description, read)
+
+
+def _huggingface(folder: Path, part: str) -> Weights:
+    """A released model as a Hugging Face folder."""
+    try:
+        settings = settings_of(_json(folder / TEACHER_CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{folder} is no model of the DINOv2 or DINOv3 family: {error}") from None
+    file = next((folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has a config.json and no weights: none of {', '.join(HUGGINGFACE_FILES)}.")
+    processor = folder / "preprocessor_config.json"
+    image = _image(_json(processor) if processor.is_file() else {})
+    description = {"architecture": nearest(settings), "model": settings, "image": image}
+    return Weights(
+        str(folder),
+        description,
+        lambda starts: _starting(network_state(read_tensors(file), part, str(file))[0], starts),
+        released=True,
+    )
+
+
+def _image(processor: Mapping[str, Any]) -> dict[str, Any]:
+    crop = processor.get("crop_size") or processor.get("size") or {}
+    px = crop.get("height") if isinstance(crop, Mapping) else crop
+    mean, std = processor.get("image_mean") or IMAGENET_MEAN, processor.get("image_std") or IMAGENET_STD
+    return {"mean": list(mean), "std": list(std), "px": px if isinstance(px, int) else 224}
+
+
+def _checkpoint(folder: Path, part: str) -> Weights | None:
+    """One network of a step-* folder; None where there is no finished checkpoint."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    description = _described(read_manifest(folder)["meta"].get("teacher"), folder / MANIFEST)
+
+    def read(starts: tuple[str, ...]) -> dict[str, Tensor]:
+        return _starting(teacher_state(folder, f"{part}."), starts)
+
+    return Weights(str(folder), description, read)
+
+
+def _newest_of_run(run: Path, part: str) -> Weights | None:
+    """The teacher or finished checkpoint of a run folder with the most steps; at the same step the teacher."""
+    folders = [*sorted((run / "checkpoints").glob(f"{PREFIX}*"))]
+    found = [weights for folder in folders if (weights := _checkpoint(folder, part))]
+    if (run / "teacher" / TEACHER_WEIGHTS).is_file() and part == "teacher":
+        found.append(find_weights(run / "teacher"))
+    return max(reversed(found), key=lambda weights: weights.description.get("step") or 0, default=None)
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """What pretrain wrote of a model."""
+    return _described(_json(file), file)
+
+
+def _described(description: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(description, dict) or not all(
+        isinstance(description.get(key), kind)
+        for key, kind in (("architecture", str), ("model", dict), ("image", dict))
+    ):
+        raise ValueError(f"{file} is not a description that pretrain wrote: it needs architecture, model and image.")
+    return description
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as the description of a model: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} cannot be read as the description of a model: it holds a {type(content).__name__}.")
+    return content

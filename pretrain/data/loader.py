@@ -54,6 +54,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_ranges("data", self, homogeneous_share="[0, 1]", shuffle_shards="[0, inf)")
         for name, dataset in self.datasets.items():
+            if not dataset.shards.strip():
+                raise ValueError(f"data.datasets.{name}.shards (--shards) is empty: name tars, or a folder of them.")
             check_ranges(f"data.datasets.{name}", dataset, weight="[0, inf)")
         if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
             raise ValueError(
@@ -316,8 +318,12 @@ def read_tables(config: DataConfig) -> dict[str, ImageTable]:
     for name, dataset in config.datasets.items():
         try:
             tables[name] = read_table(dataset.shards, config.limits)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.datasets.{name}.shards: {error}") from error
+        except Exception as error:
+            # Clients of object stores have exceptions of their own, as for credentials that are not there.
+            if not isinstance(error, ValueError | OSError) and "://" not in dataset.shards:
+                raise
+            text = " ".join(str(error).split())
+            raise ValueError(f"data.datasets.{name}.shards: {text or type(error).__name__}") from error
         _logger.info("%s: %d images in %d shards", name, len(tables[name]), len(tables[name].shards))
     return tables
 

@@ -7,16 +7,16 @@ import numpy as np
 
 from curation.reading.compression import sniff_compression
 from curation.reading.tars import BLOCK, Gap, Links, TarMember, member_name, walk
+from pretrain.data.members import image_members
 
 __all__ = ["BLOCK", "member_name", "scan"]
 
 
 def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Offsets and sizes (int64, bytes) of the members with one of these suffixes, in order.
+    """Offsets and sizes (int64, bytes) of the members that are images by their suffixes (members.py), in order.
 
-    A suffix is what follows the first dot of the last path component, in lower case, as in WebDataset: `a.seg.png` is
-    no `png`. A link to an earlier member counts as that member again. Reading goes on behind damage; the third result
-    says where it lies and how many bytes cannot be read, and is empty when there is none.
+    A link to an earlier member counts as that member again. Reading goes on behind damage; the third result says where
+    it lies and how many bytes cannot be read, and is empty when there is none.
 
     Args:
         file: seekable, at any position.
@@ -42,8 +42,8 @@ def _list(
     file: IO[bytes], size: int, suffixes: Set[str], links: Links | None
 ) -> tuple[list[int], list[int], list[Gap], bool]:
     """Offsets, sizes, gaps, and whether there are links that are still to be resolved."""
-    offsets: list[int] = []
-    sizes: list[int] = []
+    paths: list[str] = []
+    places: list[tuple[int, int]] = []
     gaps: list[Gap] = []
     has_links = False
     for span in walk(file, size):
@@ -52,9 +52,10 @@ def _list(
             place = (span.offset, span.size) if span.kind == "file" else None
             if links is not None:
                 place = links.place(span)
-            if place is not None and span.name.rpartition("/")[2].partition(".")[2].lower() in suffixes:
-                offsets.append(place[0])
-                sizes.append(place[1])
+            if place is not None:
+                paths.append(span.name)
+                places.append(place)
         elif type(span) is Gap:
             gaps.append(span)
-    return offsets, sizes, gaps, has_links
+    images = [places[number] for number in image_members(paths, suffixes)]
+    return [offset for offset, _ in images], [size for _, size in images], gaps, has_links

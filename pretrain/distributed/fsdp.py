@@ -71,15 +71,19 @@ def choose_mode(mode: str, num_parameters: int) -> str:
         ValueError: an unknown mode, fsdp or ddp without a process group, or single with several ranks.
     """
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}.")
+        raise ValueError(f"execution.parallel={mode!r} must be one of {', '.join(MODES)}.")
     if mode == "auto":
         if not is_distributed():
             return "single"
         return "ddp" if num_parameters <= DDP_LIMIT else "fsdp"
     if mode != "single" and not is_distributed():
-        raise ValueError(f"mode={mode} needs processes that know each other: start with torchrun, or use mode=single.")
+        raise ValueError(
+            f"execution.parallel={mode} needs processes that know each other: start with torchrun, or use single."
+        )
     if mode == "single" and is_distributed() and dist.get_world_size() > 1:
-        raise ValueError(f"mode=single with {dist.get_world_size()} ranks would train as many models; use auto.")
+        raise ValueError(
+            f"execution.parallel=single with {dist.get_world_size()} ranks would train as many models; use auto."
+        )
     return mode
 
 

@@ -1,5 +1,6 @@
 """The published architectures by name, and tiny ones for tests and small data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ def architecture(name: str, **changes: Any) -> dict[str, Any]:
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name!r}; known: {', '.join(ARCHITECTURES)}.")
     return {**ARCHITECTURES[name], **changes}
+
+
+def nearest(settings: Mapping[str, Any]) -> str:
+    """The architecture that differs in the fewest of these settings; of equal ones, the first."""
+
+    def differences(name: str) -> int:
+        return sum(ARCHITECTURES[name].get(key, value) != value for key, value in settings.items())
+
+    return min(ARCHITECTURES, key=differences)
 
 
 def build(

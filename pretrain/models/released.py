@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ _WRAPPERS = ("teacher", "model")
 
 def load_released(
     model: VisionTransformer,
-    source: str | Path | Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
     *,
     resize_position: bool = False,
 ) -> None:
@@ -29,13 +28,13 @@ def load_released(
     with `backbone.` and block chunks, heads beside them, which are left out).
 
     Args:
-        source: a `.pth` or `.safetensors` file, or its state dict.
+        source: the state dict of a released file.
         resize_position: resize a learned position table of another size, as the model would interpolate it.
 
     Raises:
         ValueError: names or shapes that are not this architecture's, or another RoPE base.
     """
-    state = released_names(source if isinstance(source, Mapping) else _read(Path(source)))
+    state = released_names(source)
     _check_constants(model, state)
     own = model.state_dict()
     table = state.get("pos_embed")
@@ -52,12 +51,9 @@ def load_released(
         if own[name].shape != state[name].shape
     ]
     if problems:
-        hint = ""
-        if any(problem.startswith("pos_embed") for problem in problems):
-            hint = " Its position table can be resized: resize_position=True."
         raise ValueError(
             f"the checkpoint is not of this architecture ({len(problems)} differences: "
-            f"{'; '.join(sorted(problems)[:4])}).{hint}"
+            f"{'; '.join(sorted(problems)[:4])})."
         )
     model.load_state_dict(state, strict=True)
 
@@ -97,11 +93,3 @@ def _check_constants(model: VisionTransformer, state: dict[str, Tensor]) -> None
             f"the checkpoint has RoPE periods from {stored.min():.3g} to {stored.max():.3g}, "
             f"the model from {own.min():.3g} to {own.max():.3g}; set rope_base or rope_min_period and rope_max_period."
         )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

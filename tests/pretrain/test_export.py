@@ -14,9 +14,9 @@ from pretrain.downstream.backbone import Backbone, ImageSettings, complete_setti
 from pretrain.downstream.export.__main__ import main
 from pretrain.downstream.export.folder import export, write_checked
 from pretrain.downstream.export.huggingface import model_config
-from pretrain.downstream.export.names import backbone_state, huggingface_state
 from pretrain.downstream.export.parity import check_folder, grids
 from pretrain.models.architectures import build
+from pretrain.models.huggingface import backbone_state, huggingface_state
 from tests.conftest import picture
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.messages import named_folder, sentence
 from configs.ranges import check_ranges
+from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.evals.labelled import LeftOut, batches
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -230,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pretrain.downstream.evals.knn", description="k-nearest-neighbour accuracy of frozen features."
     )
     parser.add_argument("backbone", nargs="?", help="export, checkpoint or run folder; not needed for pixels")
+    parser.add_argument("--architecture", default="", help="of a released file, which does not say")
     parser.add_argument("--train", required=True, help="labelled tars that vote: path, glob or folder")
     parser.add_argument("--val", required=True, help="labelled tars to classify")
     parser.add_argument("--train-labels", default="", help="csv with columns key,label; default: the json members")
@@ -243,13 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-val-images", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="where to write result.json (default: only shown)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=named_folder, help="where to write result.json (default: only shown)")
     asked = vars(parser.parse_args(arguments))
     try:
         result = _run(**asked)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     for split, those in result["left_out"].items():
         if those["images"]:
@@ -259,21 +262,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    *, backbone: str | None, baseline: str | None, px: int | None, device: str, out: Path | None, **settings: Any
+    *,
+    backbone: str | None,
+    architecture: str,
+    baseline: str | None,
+    px: int | None,
+    device: str,
+    out: Path | None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    where = torch.device(device)
+    where = choose_device(device, "--device")
     if baseline == "pixels":
-        config = KnnConfig(px=px or 224, **settings)
+        config = KnnConfig(px=224 if px is None else px, **settings)
         features: Features = pixel_features
     elif backbone is None:
         raise ValueError("name an export, checkpoint or run folder, or ask for --baseline pixels.")
     else:
         from pretrain.downstream.backbone import load_backbone
 
-        loaded = load_backbone(backbone)
+        loaded = load_backbone(backbone, architecture)
         model = loaded.model.to(where)
         model = random_like(model) if baseline == "random" else model
-        config = KnnConfig(px=px or loaded.image.px, **settings)
+        config = KnnConfig(px=loaded.image.px if px is None else px, **settings)
         features = backbone_features(model, loaded.image.mean, loaded.image.std, config.bfloat16)
     kind = baseline or "backbone"
     result = {"eval": "knn", "features": kind, "backbone": backbone, **evaluate(features, config, where)}

@@ -11,6 +11,7 @@ import sys
 
 import yaml
 
+from configs.messages import named_folder, sentence
 from pretrain.downstream.backbone import CHANGEABLE
 from pretrain.downstream.export.folder import FORMATS, export
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Write the backbone of a checkpoint as a folder for others; check that it gives the same features.",
     )
     parser.add_argument("checkpoint")
-    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument("out", type=named_folder, help="folder to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="huggingface")
     parser.add_argument("--architecture", default="", help="of a released file, which does not say")
     parser.add_argument("changes", nargs="*", metavar="key=value", help=f"one of {', '.join(CHANGEABLE)}")
@@ -32,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         changes = dict(_change(text) for text in arguments.changes)
         compared = export(arguments.checkpoint, arguments.out, arguments.format, arguments.architecture, **changes)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     for line in compared:
         log.info(line)
@@ -45,7 +46,10 @@ def _change(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is not key=value.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} has no value that can be read.") from None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pretrain.downstream.backbone import Backbone, load_backbone, load_heads
 from pretrain.downstream.export import huggingface, safetensors
 from pretrain.downstream.export.card import model_card
 from pretrain.downstream.export.parity import check_folder
+from pretrain.weights import EXPORT_HEADS
 
 FORMATS = ("huggingface", "safetensors")
 
@@ -48,7 +49,7 @@ def write_checked(backbone: Backbone, heads: dict[str, Any], out: Path, format_:
         else:
             huggingface.write_model(backbone, folder)
             if heads:
-                save_tensors(heads, folder / "heads.safetensors")
+                save_tensors(heads, folder / EXPORT_HEADS)
             compared = [str(difference) for difference in check_folder(folder, backbone)]
         (folder / "README.md").write_text(model_card(backbone, heads, format_, compared), encoding="utf-8")
         folder.chmod(0o755)  # mkdtemp and safetensors let nobody else in

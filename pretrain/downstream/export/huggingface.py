@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed.tensor_files import save_tensors
-from pretrain.downstream.backbone import SEEDBED_FILE, Backbone
-from pretrain.downstream.export.names import huggingface_state
+from pretrain.downstream.backbone import Backbone
+from pretrain.models.huggingface import huggingface_state
+from pretrain.weights import EXPORT_CONFIG
 
 _ARCHITECTURES = {
     "dinov2": "Dinov2Model",
@@ -32,7 +33,7 @@ def write_model(backbone: Backbone, folder: Path) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor_config(backbone))
     # The second norm is for local crops in training; no class has it.
-    write_json(folder / SEEDBED_FILE, described(backbone, backbone.settings | {"untied_local_norm": False}))
+    write_json(folder / EXPORT_CONFIG, described(backbone, backbone.settings | {"untied_local_norm": False}))
     state = huggingface_state(
         _explicit(backbone), config["model_type"], key_bias=config.get("key_bias", backbone.settings["qkv_bias"])
     )

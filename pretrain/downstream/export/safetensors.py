@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed.tensor_files import save_tensors
-from pretrain.downstream.backbone import CONFIG_FILE, TEACHER_FILE, Backbone, load_backbone
+from pretrain.downstream.backbone import Backbone, load_backbone
 from pretrain.downstream.export.huggingface import described, write_json
+from pretrain.weights import TEACHER_CONFIG, TEACHER_WEIGHTS
 
 
 def write_teacher_folder(backbone: Backbone, heads: dict[str, Tensor], folder: Path) -> str:
@@ -20,8 +21,8 @@ def write_teacher_folder(backbone: Backbone, heads: dict[str, Tensor], folder: P
         ValueError: a tensor that did not come back as it was.
     """
     state = {f"backbone.{name}": value.contiguous() for name, value in backbone.model.state_dict().items()}
-    save_tensors(state | heads, folder / TEACHER_FILE)
-    write_json(folder / CONFIG_FILE, described(backbone, backbone.settings))
+    save_tensors(state | heads, folder / TEACHER_WEIGHTS)
+    write_json(folder / TEACHER_CONFIG, described(backbone, backbone.settings))
     again = load_backbone(folder).model.state_dict()
     differing = [name for name, value in backbone.model.state_dict().items() if not torch.equal(value, again[name])]
     if differing:

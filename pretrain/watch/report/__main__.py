@@ -2,18 +2,19 @@
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
+from configs.messages import named_folder, sentence
 from pretrain.watch.report import write_report
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.watch.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of pretrain.train")
+    parser.add_argument("run", type=named_folder, help="run folder of pretrain.train")
     try:
-        print(write_report(parser.parse_args().run))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(write_report(parser.parse_args(arguments).run))
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

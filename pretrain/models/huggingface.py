@@ -1,4 +1,4 @@
-"""Parameter names of the backbone and of its Hugging Face classes, both ways.
+"""The Hugging Face classes of the released models: their parameter names, both ways, and their config.json.
 
 Ours are those of the released DINOv2 and DINOv3 checkpoints. Theirs are written as transformers 4 names them on disk:
 transformers 5 renames modules in memory only, so both majors load such a file.
@@ -6,6 +6,7 @@ transformers 5 renames modules in memory only, so both majors load such a file.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,3 +166,70 @@ def _in_block(name: str, family: str) -> str:
 
 def _gated(ours: str) -> bool:
     return ours.startswith("mlp.w")
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of VisionTransformer for the config.json of one of these classes.
+
+    Raises:
+        ValueError: another model, or one that we cannot compute.
+    """
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type={model_type!r} is none of {', '.join(MODEL_TYPES)}.")
+    try:
+        return _settings_dinov3(config) if model_type == "dinov3_vit" else _settings_dinov2(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"its config is not complete: {error}.") from None
+
+
+def _settings_dinov2(config: Mapping[str, Any]) -> dict[str, Any]:
+    with_registers = config["model_type"] == "dinov2_with_registers"
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act={config['hidden_act']!r} is not gelu.")
+    return {
+        **_shared(config),
+        "family": "dinov2",
+        "num_registers": config.get("num_register_tokens", 4) if with_registers else 0,
+        "ffn": "swiglu" if config.get("use_swiglu_ffn") else "mlp",
+        "ffn_ratio": float(config.get("mlp_ratio", 4)),
+        "position": "learned",
+        "position_grid": config.get("image_size", 224) // config["patch_size"],
+        "position_antialias": with_registers,
+        "qkv_bias": config.get("qkv_bias", True),
+        "norm_eps": config.get("layer_norm_eps", 1e-6),
+    }
+
+
+def _settings_dinov3(config: Mapping[str, Any]) -> dict[str, Any]:
+    gated, query_bias = bool(config.get("use_gated_mlp")), config.get("query_bias", True)
+    for name, wanted in (("hidden_act", "silu" if gated else "gelu"), ("value_bias", query_bias)):
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"{name}={config[name]!r} is not {wanted!r}.")
+    if not config.get("mlp_bias", True) or not config.get("proj_bias", True):
+        raise ValueError("its mlp_bias or proj_bias is false, and ours always have them.")
+    rope = config.get("rope_parameters") or {}
+    return {
+        **_shared(config),
+        "family": "dinov3",
+        "num_registers": config.get("num_register_tokens", 0),
+        "ffn": "swiglu" if gated else "mlp",
+        # Ours say two thirds of the ratio, rounded up to 8.
+        "ffn_ratio": config["intermediate_size"] / config["hidden_size"] * (1.5 if gated else 1),
+        "position": "rope",
+        "rope_base": float(config.get("rope_theta") or rope.get("rope_theta") or 100.0),
+        "qkv_bias": query_bias,
+        "mask_key_bias": query_bias and not config.get("key_bias", False),
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+    }
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "patch_size": config["patch_size"],
+        "in_channels": config.get("num_channels", 3),
+        "layerscale": config.get("layerscale_value", 1.0),
+    }
