@@ -30,5 +30,5 @@ On a machine that is lent for minutes:
    Write the revision out where the machine has no git. OUT ends with two files, results.jsonl and log.txt.
 5. Afterwards, in the repository: `python -m benchmarks.gpu.report OUT`, read it, and commit what it kept.
 
-`python -m benchmarks.gpu.section B --device cuda --out FOLDER --work FOLDER/work --seconds 25` runs one section by hand.
+One section by hand: `python -m benchmarks.gpu.section B --device cuda --out FOLDER --work /tmp/work --seconds 25`.
 """

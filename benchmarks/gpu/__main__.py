@@ -2,7 +2,6 @@
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import signal
@@ -11,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +20,12 @@ import psutil
 
 import benchmarks.gpu
 from benchmarks.gpu.results import LOG, RESULTS, by_section, missed, read_results
-from benchmarks.gpu.table import ABSENT, FAILED, OK, SECTIONS
+from benchmarks.gpu.table import ABSENT, END, OK, SECTIONS
 from pretrain.watch.lines import append_line
 
 MINUTES = 7.5
 """of all sections; fewer sections take their share of it, unless --minutes says otherwise"""
 REPOSITORY = Path(__file__).parents[2]
-ENDS = {OK: "ok", FAILED: "failed", ABSENT: "absent"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,12 +148,17 @@ def finish(section: Started, limit_s: float, out: Path) -> dict[str, object]:
     process, begun = section.process, time.monotonic()
     try:
         process.communicate(f"{limit_s}\n", timeout=limit_s)
-        status = ENDS.get(process.returncode, f"failed: ended with {process.returncode}")
+        died = f"died: exit status {process.returncode}, see {LOG}"
+        status = next((line["outcome"] for line in read_results(out) if _is_end(line, section.name)), died)
     except subprocess.TimeoutExpired:
         status = f"killed after {limit_s:.0f} s"
     kill(process)
     end_torn_line(out / RESULTS)
     return {"status": status, "seconds": round(time.monotonic() - begun, 2)}
+
+
+def _is_end(line: dict[str, object], name: str) -> bool:
+    return line.get("section") == name and line.get("what") == END
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -169,10 +173,8 @@ def kill(process: subprocess.Popen[str]) -> None:
             child.kill()
         except psutil.NoSuchProcess:
             continue
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     psutil.wait_procs(tree, timeout=5)
 
@@ -195,7 +197,7 @@ def summary(out: Path) -> int:
         troubles += [f"{what}: beyond its tolerance" for what in missed(figures)]
         for trouble in troubles:
             print(f"{name}  {trouble}")
-        good = end.get("status") in ("ok", "absent") and not troubles
+        good = end.get("status") in (OK, ABSENT) and not troubles
         status = status if good else 1
     print(f"the tables: python -m benchmarks.gpu.report {out}")
     return status
