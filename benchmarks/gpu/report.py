@@ -55,13 +55,12 @@ def tables(lines: list[dict[str, Any]]) -> str:
     for name, figures, _ in sections:
         blocks.append(f"## {name}: {SECTIONS[name].what}")
         blocks += [table(group) for group in alike(line for line in figures if line["what"] != "start")]
-        failed = [line for line in figures if "traceback" in line]
-        blocks += [f"{line['what']} failed:
-
-```
-{line['traceback'].strip()}
-```" for line in failed]
+        blocks += [_failure(line) for line in figures if "traceback" in line]
     return "\n\n".join(block for block in blocks if block)
+
+
+def _failure(line: Mapping[str, Any]) -> str:
+    return f"{line['what']} failed:\n\n```\n{line['traceback'].strip()}\n```"
 
 
 def _ending(name: str, figures: list[dict[str, Any]], end: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def kernels(phase: Phase, batch: Batch, at: Setting) -> list[Figures]:
         step(phase, batch, at)
     found: dict[str, list[float]] = {}
     spans = []
-    for event in trace.events():
+    for event in trace.events() or []:
         if event.is_user_annotation or (event.device_type == DeviceType.CPU) == at.on_gpu:
             continue
         spans.append((event.time_range.start, event.time_range.end))
