@@ -1,19 +1,26 @@
-"""The benchmark of a GPU, run on a processor: every section to its end, and what happens when one does not get there."""
+"""The benchmark of a GPU, run on a processor: every section to its end, and what happens when one fails or hangs."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.gpu.__main__ import chosen
+from benchmarks.gpu.measure import Setting
 from benchmarks.gpu.report import alike, cell, file_name, table
 from benchmarks.gpu.results import by_section, missed, read_results
-from benchmarks.gpu.table import SECTIONS
+from benchmarks.gpu.section import run
+from benchmarks.gpu.sizes import TINY
+from benchmarks.gpu.table import SECTIONS, Absent, Figures, Part
 from tests.conftest import REPOSITORY
 
 
@@ -83,6 +90,7 @@ def test_results_of_another_run_are_not_touched(tmp_path: Path) -> None:
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_section_that_raises_leaves_its_traceback_and_the_next_one_runs(tmp_path: Path) -> None:
     error = "ImportError('libomega.so.1: cannot open shared object file')"
     environment = broken_package(tmp_path / "site", "omegaconf", error)
@@ -95,32 +103,41 @@ def test_a_section_that_raises_leaves_its_traceback_and_the_next_one_runs(tmp_pa
     assert "libomega.so.1" in done.stdout
 
 
-@pytest.mark.parametrize(("section", "package"), [("B", "simplejpeg"), ("K", "faiss"), ("L", "timm")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("section", "package"), [("B", "simplejpeg"), ("C", "omegaconf"), ("K", "faiss")])
 def test_a_package_that_is_not_installed_is_said_to_be_absent(tmp_path: Path, section: str, package: str) -> None:
     error = f"ModuleNotFoundError('No module named {package}', name='{package}')"
     environment = broken_package(tmp_path / "site", package, error)
     done = benchmark(tmp_path / "out", "--sections", section, "--minutes", "6", **environment)
     assert done.returncode == 0, done.stdout
-    _, figures, end = next(by_section(read_results(tmp_path / "out")))
-    absent = [line["absent"] for line in figures if "absent" in line]
-    assert absent
-    assert set(absent) == {f"{package} is not installed"}
-    assert end["status"] == ("ok" if section == "L" else "absent")  # the others of L need no timm
+    [(_, figures, end)] = by_section(read_results(tmp_path / "out"))
+    assert [line["absent"] for line in figures] == [f"{package} is not installed"]
+    assert end["status"] == "absent"
 
 
-@pytest.mark.parametrize("section", ["H", "I"])
+HANGS = "subprocess.Popen(['sleep', '600'], start_new_session=True).wait()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["H", "I", "L"])
 def test_a_section_over_its_time_is_killed_with_its_children_and_keeps_what_it_had(
     tmp_path: Path, section: str
 ) -> None:
-    """H has a rank under torchrun, in a session of its own; I has loader workers."""
-    mark = uuid.uuid4().hex
-    done = benchmark(tmp_path / "out", "--sections", section, "--minutes", "0.15", SEEDBED_TEST_MARK=mark)
+    """H has a rank under torchrun, in a session of its own; I has loader workers; L waits here for a hanging import."""
+    environment, minutes = {"SEEDBED_TEST_MARK": uuid.uuid4().hex}, "0.15"
+    if section == "L":
+        environment |= broken_package(tmp_path / "site", "timm", "SystemError")
+        (tmp_path / "site" / "timm.py").write_text(f"import subprocess\n{HANGS}\n")
+        minutes = "0.75"
+    done = benchmark(tmp_path / "out", "--sections", section, "--minutes", minutes, **environment)
     assert done.returncode == 1
     assert re.fullmatch(r"killed after \d+ s", ended(tmp_path / "out")[section])
-    (tmp_path / "out" / "results.jsonl").read_text().encode()  # whole lines only
+    mark = environment["SEEDBED_TEST_MARK"]
     assert not [process for process in psutil.process_iter() if mark in environment_of(process).values()]
-    _, figures, _ = next(by_section(read_results(tmp_path / "out")))
-    assert all("traceback" not in line for line in figures)
+    if section == "L":
+        [(_, figures, _)] = by_section(read_results(tmp_path / "out"))
+        assert [line["what"] for line in figures] == ["start", "ViT-S/14, ours"]
+        assert 'timm.py", line 2' in (tmp_path / "out" / "log.txt").read_text()  # where it stood
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
@@ -128,6 +145,47 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.Error, OSError):
         return {}
+
+
+def parts() -> Iterator[Part]:
+    yield "one line", lambda: {"ms": 1.0}
+    yield "two lines", lambda: [{"ms": 2.0}, {"ms": 3.0}]
+    yield "fails", lambda: {"ms": 1 / 0}
+    yield "lacks a package", lambda: {"ms": importlib.import_module("no_such_package")}
+    yield "lacks a device", absent
+    yield "goes on", lambda: {"ms": 4.0}
+
+
+def absent() -> Figures:
+    raise Absent("a kernel for GPUs only")
+
+
+def begin(folder: Path, seconds: float) -> Setting:
+    return Setting(torch.device("cpu"), TINY, time.perf_counter() + seconds, folder, ())
+
+
+def test_parts_are_written_down_one_by_one_whatever_the_others_do(tmp_path: Path) -> None:
+    assert run("A", parts(), begin(tmp_path, 60), tmp_path) == "failed"
+    lines = read_results(tmp_path)
+    assert [line.get("ms") for line in lines] == [1.0, 2.0, 3.0, None, None, None, 4.0]
+    assert "ZeroDivisionError" in lines[3]["traceback"]
+    assert [line.get("absent") for line in lines[4:6]] == ["no_such_package is not installed", "a kernel for GPUs only"]
+
+
+def test_a_part_that_is_late_is_not_begun(tmp_path: Path) -> None:
+    assert run("A", parts(), begin(tmp_path, -1), tmp_path) == "absent"
+    assert all("not begun" in line["absent"] for line in read_results(tmp_path))
+
+
+def test_what_fails_between_two_parts_ends_the_section(tmp_path: Path) -> None:
+    def unprepared() -> Iterator[Part]:
+        yield "first", lambda: {"ms": 1.0}
+        raise OSError("no space left")
+
+    assert run("A", unprepared(), begin(tmp_path, 60), tmp_path) == "failed"
+    first, second = read_results(tmp_path)
+    assert first["ms"] == 1.0
+    assert "no space left" in second["traceback"]
 
 
 # Tables

@@ -147,7 +147,7 @@ def finish(section: Started, limit_s: float, out: Path) -> dict[str, object]:
     """Let a section measure for so long, and see that nothing of it is left; how it ended."""
     process, begun = section.process, time.monotonic()
     try:
-        process.communicate(f"{limit_s}\n", timeout=limit_s)
+        process.communicate(f"{begun + limit_s}\n", timeout=limit_s)
         died = f"died: exit status {process.returncode}, see {LOG}"
         status = next((line["outcome"] for line in read_results(out) if _is_end(line, section.name)), died)
     except subprocess.TimeoutExpired:

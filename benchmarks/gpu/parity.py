@@ -171,7 +171,8 @@ def _ema(way: Way) -> Mapping[str, Tensor]:
 def _adamw(way: Way) -> Mapping[str, Tensor]:
     names = ("backbone.blocks.0.mlp.fc1.weight", "backbone.norm.bias", "backbone.cls_token")
     parameters = _parameters(way, 13)
-    torch._foreach_mul_([p.data for p in parameters], 0.02)  # as large as weights are
+    for parameter in parameters:
+        parameter.data.mul_(0.02)  # as large as weights are
     before = [p.detach().clone() for p in parameters]
     config = OptimConfig()
     optimizer = adamw(param_groups(zip(names, parameters, strict=True), 1, 0.9, 0.2), config)

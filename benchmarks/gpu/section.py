@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="results.jsonl of this folder gets the lines")
     parser.add_argument("--work", type=Path, required=True, help="folder for tars, runs and checkpoints")
     parser.add_argument("--images", action="append", default=[], help="labelled tar for section J; repeatable")
-    parser.add_argument("--seconds", type=float, help="to measure for; without, read from standard input: the start")
+    parser.add_argument("--seconds", type=float, help="to measure for; without, its end is read from standard input")
     asked = parser.parse_args(arguments)
     faulthandler.enable()
     asked.work.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,12 @@ def measured(asked: argparse.Namespace) -> str:
         failure = error
     import_s = time.perf_counter() - begun
     # All of the above happens while the section before this one still has the device.
-    line = str(asked.seconds) if asked.seconds else sys.stdin.readline()
-    if not line.strip():
+    if asked.seconds:
+        seconds = asked.seconds
+    elif end := sys.stdin.readline().strip():
+        seconds = float(end) - time.monotonic()  # one clock for all processes; importing may have used some of it
+    else:
         sys.exit("whoever started this section is gone")
-    seconds = float(line)
     faulthandler.dump_traceback_later(max(seconds - 0.5, 0.1))  # where it stood, should it be killed
     if failure is not None or measure is None or parts is None:
         return _note(asked.out, name, "imports", failure or AssertionError())

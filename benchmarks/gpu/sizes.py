@@ -31,7 +31,8 @@ class Sizes:
     learned_images: int = 2400
     """drawn where the user names no tar"""
     learning_batch: int = 256
-    learning_trial_steps: int = 40
+    learning_trial_steps: int = 120
+    """more than the loader has ready, so that its rate shows"""
     learning_steps: int = 20_000
     """at most"""
     vectors: int = 1_000_000

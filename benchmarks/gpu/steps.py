@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.measure import Setting, memory, peak
@@ -48,7 +48,8 @@ def eager_large(at: Setting) -> Iterator[Part]:
 
 def compiled_large(at: Setting) -> Iterator[Part]:
     """One phase, whose batch grows: building ViT-L takes the processor several seconds."""
-    torch._logging.set_logs(recompiles=True, graph_breaks=True)  # the reasons, in log.txt
+    # The reasons, in log.txt.
+    torch._logging.set_logs(recompiles=True, graph_breaks=True)  # pyright: ignore[reportPrivateImportUsage]
     first, *others = at.sizes.large_images
     phase, batch = ready(step_config(at, LARGE, first, "execution.compile=true"), at)
     yield f"ViT-L, {first} images, compiled", lambda: compiled_steps(phase, batch, at, share=0.25)
@@ -132,7 +133,7 @@ def kernels(phase: Phase, batch: Batch, at: Setting) -> list[Figures]:
     found: dict[str, list[float]] = {}
     spans = []
     for event in trace.events() or []:
-        if event.is_user_annotation or (event.device_type == DeviceType.CPU) == at.on_gpu:
+        if getattr(event, "is_user_annotation", False) or (event.device_type == DeviceType.CPU) == at.on_gpu:
             continue
         spans.append((event.time_range.start, event.time_range.end))
         own = spans[-1][1] - spans[-1][0] if at.on_gpu else event.self_cpu_time_total

@@ -144,7 +144,7 @@ def learning(at: Setting) -> Iterator[Part]:
         return {"exit_status": status, "images_per_s": rate[0]}
 
     def trained() -> Figures:
-        steps = int(min(max(0.6 * at.left_s() * rate[0] / sizes.learning_batch, 1), sizes.learning_steps))
+        steps = int(min(max(0.55 * at.left_s() * rate[0] / sizes.learning_batch, 1), sizes.learning_steps))
         out = at.work / "learned"
         asked = [f"evaluation.train={vote}", f"evaluation.val={classify}", f"evaluation.every_steps={steps}"]
         asked += [f"evaluation.k=[{NEIGHBOURS}]", "evaluation.pca_images=0", f"watch.every_steps={max(steps // 20, 1)}"]
