@@ -32,7 +32,7 @@ def benchmark(out: Path, *options: str, **environment: str) -> subprocess.Comple
 
 def ended(out: Path) -> dict[str, str]:
     """Section -> how it ended."""
-    return {name: end["status"] for name, _, end in by_section(read_results(out))}
+    return {name: end["ended"] for name, _, end in by_section(read_results(out))}
 
 
 def broken_package(folder: Path, name: str, error: str) -> dict[str, str]:
@@ -112,7 +112,7 @@ def test_a_package_that_is_not_installed_is_said_to_be_absent(tmp_path: Path, se
     assert done.returncode == 0, done.stdout
     [(_, figures, end)] = by_section(read_results(tmp_path / "out"))
     assert [line["absent"] for line in figures] == [f"{package} is not installed"]
-    assert end["status"] == "absent"
+    assert end["ended"] == "absent"
 
 
 HANGS = "subprocess.Popen(['sleep', '600'], start_new_session=True).wait()"

@@ -137,7 +137,7 @@ def run_sections(names: list[str], budget_s: float, asked: argparse.Namespace, w
                 limit_s = max(end - time.monotonic(), 0) * SECTIONS[name].seconds / left
                 line = finish(waiting.pop(0), limit_s, asked.out)
                 append_line(asked.out / RESULTS, {"section": name, **line, "limit_s": round(limit_s, 1)})
-                print(f"{name}  {line['status']:28} {line['seconds']:6.1f} s of {limit_s:5.1f}", flush=True)
+                print(f"{name}  {line['ended']:28} {line['seconds']:6.1f} s of {limit_s:5.1f}", flush=True)
         finally:
             for section in waiting:
                 kill(section.process)
@@ -154,7 +154,7 @@ def finish(section: Started, limit_s: float, out: Path) -> dict[str, object]:
         status = f"killed after {limit_s:.0f} s"
     kill(process)
     end_torn_line(out / RESULTS)
-    return {"status": status, "seconds": round(time.monotonic() - begun, 2)}
+    return {"ended": status, "seconds": round(time.monotonic() - begun, 2)}
 
 
 def _is_end(line: dict[str, object], name: str) -> bool:
@@ -197,7 +197,7 @@ def summary(out: Path) -> int:
         troubles += [f"{what}: beyond its tolerance" for what in missed(figures)]
         for trouble in troubles:
             print(f"{name}  {trouble}")
-        good = end.get("status") in (OK, ABSENT) and not troubles
+        good = end.get("ended") in (OK, ABSENT) and not troubles
         status = status if good else 1
     print(f"the tables: python -m benchmarks.gpu.report {out}")
     return status

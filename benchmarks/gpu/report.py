@@ -68,7 +68,7 @@ def _ending(name: str, figures: list[dict[str, Any]], end: Mapping[str, Any]) ->
     imports = next((line["import_s"] for line in figures if line["what"] == "start"), None)
     return {
         "section": f"{name}: {SECTIONS[name].what}",
-        "ended": end.get("status", "not at all"),
+        "ended": end.get("ended", "not at all"),
         "seconds": end.get("seconds"),
         "limit_s": end.get("limit_s"),
         "import_s": imports,

@@ -75,8 +75,8 @@ def resumed(at: Setting) -> Iterator[Part]:
         second = run(at, SMALL, tar, stopped, *settings)
         return {
             "stopped_at": at_step,
-            "status": first,
-            "resumed_status": second,
+            "exit_status": first,
+            "resumed_exit_status": second,
             "ok": (first, second) == (STOPPED, FINISHED),
         }
 
