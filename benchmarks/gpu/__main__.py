@@ -25,6 +25,8 @@ from pretrain.watch.lines import append_line
 
 MINUTES = 7.5
 """of all sections; fewer sections take their share of it, unless --minutes says otherwise"""
+KILLING_S = 2
+"""of the whole time, to see that nothing is left of the last section"""
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -125,7 +127,7 @@ def start(name: str, asked: argparse.Namespace, work: Path, log: IO[str]) -> Sta
 
 def run_sections(names: list[str], budget_s: float, asked: argparse.Namespace, work: Path) -> None:
     """One after another, the next one importing meanwhile; time that one leaves over goes to those after it."""
-    end = time.monotonic() + budget_s
+    end = time.monotonic() + budget_s - KILLING_S
     with (asked.out / LOG).open("a", encoding="utf-8") as log:
         waiting: list[Started] = []
         try:
