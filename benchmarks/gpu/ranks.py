@@ -81,9 +81,7 @@ def checkpoints(at: Setting) -> list[Figures]:
         found = next_step(other, batch)
         lines.append(check(relative_error(found[0], expected[0]), 0.0, into=name, result="tensors"))
         tolerance = 2e-3 if name == "FSDP2" else 1e-4
-        lines.append(
-            {"into": name, "what of it": "next loss", **check(relative_error(found[1], expected[1]), tolerance)}
-        )
+        lines.append(check(relative_error(found[1], expected[1]), tolerance, into=name, result="losses after it"))
     return lines
 
 
