@@ -218,7 +218,7 @@ def test_files_are_named_by_date_device_and_revision() -> None:
 @pytest.mark.slow
 def test_everything_runs_on_a_processor_and_becomes_tables(tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / "results"
-    done = benchmark(out, "--minutes", "15")
+    done = benchmark(out, "--minutes", "30")  # limits are tested above; a busy machine is not to meet one
     log = (out / "log.txt").read_text()[-3000:]
     assert done.returncode == 0, done.stdout + done.stderr + log
     assert ended(out) == dict.fromkeys(SECTIONS, "ok")
