@@ -14,6 +14,7 @@ takes the same sizes, separate heads and Sinkhorn-Knopp; its Trainer is left out
 """
 
 import argparse
+import copy
 import ctypes
 import importlib.util
 import io
@@ -94,9 +95,8 @@ def seedbed(config: TrainConfig) -> Step:
 
 
 def our_phase(config: TrainConfig, device: torch.device | str = "cpu") -> Phase:
-    student, teacher = fresh_network(config), fresh_network(config)
-    teacher.load_state_dict(student.state_dict())
-    return Phase(config, 0, student.to(device), teacher.to(device))
+    student = fresh_network(config).to(device)
+    return Phase(config, 0, student, copy.deepcopy(student))
 
 
 def views(config: TrainConfig) -> list[torch.Tensor]:

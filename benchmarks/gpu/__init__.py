@@ -21,14 +21,13 @@ On a machine that is lent for minutes:
    Section A names the packages that are needed and not installed. B, C, F to J need omegaconf, simplejpeg, braceexpand;
    K needs Faiss (faiss-gpu for the GPU's side of it). A section that lacks one says so and the rest runs.
 3. A machine without a network takes them along as wheels:
-       pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3                    # there is no wheel to download
-       pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 \\
-           --platform manylinux2014_x86_64 -d wheels omegaconf simplejpeg braceexpand faiss-cpu
+       pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+           --platform manylinux_2_17_x86_64 -d wheels omegaconf simplejpeg braceexpand faiss-cpu      # 20 MB
    and there: `python3 -m pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=site`.
 4. One command, its limit a minute above the benchmark's, so that what it found comes back whatever happens:
        python3 -m benchmarks.gpu --out OUT --images cifar.tar --revision "$(git rev-parse HEAD)"
    Write the revision out where the machine has no git. OUT ends with two files, results.jsonl and log.txt.
 5. Afterwards, in the repository: `python -m benchmarks.gpu.report OUT`, read it, and commit what it kept.
 
-`python -m benchmarks.gpu.section B --device cuda --out FOLDER --work FOLDER/work --seconds 25` runs one section by hand.
+One section by hand: `python -m benchmarks.gpu.section B --device cuda --out FOLDER --work /tmp/work --seconds 25`.
 """

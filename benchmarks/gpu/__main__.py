@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +20,14 @@ import psutil
 
 import benchmarks.gpu
 from benchmarks.gpu.results import LOG, RESULTS, by_section, missed, read_results
-from benchmarks.gpu.table import ABSENT, FAILED, OK, SECTIONS
+from benchmarks.gpu.table import ABSENT, END, OK, SECTIONS
 from pretrain.watch.lines import append_line
 
 MINUTES = 7.5
 """of all sections; fewer sections take their share of it, unless --minutes says otherwise"""
+KILLING_S = 2
+"""of the whole time, to see that nothing is left of the last section"""
 REPOSITORY = Path(__file__).parents[2]
-ENDS = {OK: "ok", FAILED: "failed", ABSENT: "absent"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +127,7 @@ def start(name: str, asked: argparse.Namespace, work: Path, log: IO[str]) -> Sta
 
 def run_sections(names: list[str], budget_s: float, asked: argparse.Namespace, work: Path) -> None:
     """One after another, the next one importing meanwhile; time that one leaves over goes to those after it."""
-    end = time.monotonic() + budget_s
+    end = time.monotonic() + budget_s - KILLING_S
     with (asked.out / LOG).open("a", encoding="utf-8") as log:
         waiting: list[Started] = []
         try:
@@ -137,7 +139,7 @@ def run_sections(names: list[str], budget_s: float, asked: argparse.Namespace, w
                 limit_s = max(end - time.monotonic(), 0) * SECTIONS[name].seconds / left
                 line = finish(waiting.pop(0), limit_s, asked.out)
                 append_line(asked.out / RESULTS, {"section": name, **line, "limit_s": round(limit_s, 1)})
-                print(f"{name}  {line['status']:28} {line['seconds']:6.1f} s of {limit_s:5.1f}", flush=True)
+                print(f"{name}  {line['ended']:28} {line['seconds']:6.1f} s of {limit_s:5.1f}", flush=True)
         finally:
             for section in waiting:
                 kill(section.process)
@@ -147,13 +149,18 @@ def finish(section: Started, limit_s: float, out: Path) -> dict[str, object]:
     """Let a section measure for so long, and see that nothing of it is left; how it ended."""
     process, begun = section.process, time.monotonic()
     try:
-        process.communicate(f"{limit_s}\n", timeout=limit_s)
-        status = ENDS.get(process.returncode, f"failed: ended with {process.returncode}")
+        process.communicate(f"{begun + limit_s}\n", timeout=limit_s)
+        died = f"died: exit status {process.returncode}, see {LOG}"
+        status = next((line["outcome"] for line in read_results(out) if _is_end(line, section.name)), died)
     except subprocess.TimeoutExpired:
         status = f"killed after {limit_s:.0f} s"
     kill(process)
     end_torn_line(out / RESULTS)
-    return {"status": status, "seconds": round(time.monotonic() - begun, 2)}
+    return {"ended": status, "seconds": round(time.monotonic() - begun, 2)}
+
+
+def _is_end(line: dict[str, object], name: str) -> bool:
+    return line.get("section") == name and line.get("what") == END
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -168,10 +175,8 @@ def kill(process: subprocess.Popen[str]) -> None:
             child.kill()
         except psutil.NoSuchProcess:
             continue
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     psutil.wait_procs(tree, timeout=5)
 
@@ -194,7 +199,7 @@ def summary(out: Path) -> int:
         troubles += [f"{what}: beyond its tolerance" for what in missed(figures)]
         for trouble in troubles:
             print(f"{name}  {trouble}")
-        good = end.get("status") in ("ok", "absent") and not troubles
+        good = end.get("ended") in (OK, ABSENT) and not troubles
         status = status if good else 1
     print(f"the tables: python -m benchmarks.gpu.report {out}")
     return status

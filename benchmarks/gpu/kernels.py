@@ -137,12 +137,9 @@ def losses(at: Setting) -> Iterator[Part]:
     for name, loss in forms.items():
         for dtype in ("bfloat16", "float32"):
             yield f"{what}, {name}, {dtype}", partial(_timed_loss, at, loss, dtype, (features, prototypes), exact)
-    yield (
-        f"Sinkhorn-Knopp {rows} x {at.sizes.prototypes}",
-        partial(_timed_centring, at, sinkhorn_knopp, logits, targets),
-    )
-    centring = torch.compile(sinkhorn_knopp, dynamic=False)
-    yield "the same, compiled", partial(_timed_centring, at, centring, logits, targets)
+    for name, centring in (("eager", sinkhorn_knopp), ("compiled", torch.compile(sinkhorn_knopp, dynamic=False))):
+        what = f"Sinkhorn-Knopp {rows} x {at.sizes.prototypes}, {name}"
+        yield what, partial(_timed_centring, at, centring, logits, targets)
 
 
 def plain_cross_entropy(features: Tensor, prototypes: Tensor, targets: Targets, weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from benchmarks.gpu.measure import Setting, milliseconds, peak
 from benchmarks.gpu.table import Absent, Figures, Part
 
 NEEDED = {
-    "training": ("omegaconf", "antlr4", "yaml", "simplejpeg", "braceexpand", "numba", "safetensors", "psutil", "PIL"),
+    "training": ("omegaconf", "yaml", "simplejpeg", "braceexpand", "numba", "safetensors", "psutil", "PIL"),
     "curation": ("faiss", "numba", "scipy", "pyarrow", "fsspec", "rich", "ray", "pdqhash", "cv2", "webdataset"),
     "encoders": ("timm", "torchvision", "transformers"),
     "optional": ("xformers", "triton", "tensorboard", "submitit"),
@@ -86,7 +86,8 @@ def product_fp8(at: Setting, n: int, k: int, m: int) -> Figures:
     one = torch.ones((), device=at.device)
 
     def multiply() -> object:
-        return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        return scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     return rate(milliseconds(multiply, at, budget_s=0.3), at, n, k, m)
 

@@ -26,10 +26,11 @@ def facts(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def by_section(lines: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
-    """Name, figures and end (status, seconds) of every section that was begun."""
+    """Name, figures and end (how it ended, seconds) of every section that was begun."""
     for name in dict.fromkeys(line["section"] for line in lines if "section" in line):
         own = [line for line in lines if line.get("section") == name]
-        yield name, [line for line in own if "status" not in line], next((e for e in own if "status" in e), {})
+        figures = [line for line in own if "ended" not in line and "outcome" not in line]
+        yield name, figures, next((line for line in own if "ended" in line), {})
 
 
 def missed(figures: list[dict[str, Any]]) -> list[str]:

@@ -26,13 +26,13 @@ class Sizes:
     prototypes: int = 65_536
     rank_images: int = 64
     tar_images: int = 512
-    tar_px: tuple[int, int] = (500, 375)
     resumed_batch: int = 64
     resumed_steps: int = 40
     learned_images: int = 2400
     """drawn where the user names no tar"""
     learning_batch: int = 256
-    learning_trial_steps: int = 40
+    learning_trial_steps: int = 120
+    """more than the loader has ready, so that its rate shows"""
     learning_steps: int = 20_000
     """at most"""
     vectors: int = 1_000_000
@@ -69,7 +69,6 @@ TINY = Sizes(
     prototypes=512,
     rank_images=4,
     tar_images=16,
-    tar_px=(100, 75),
     resumed_batch=4,
     resumed_steps=8,
     learned_images=60,

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.measure import Setting, memory, peak
@@ -29,9 +29,14 @@ def step_config(at: Setting, name: str, images: int, *settings: str) -> TrainCon
 
 
 def ready(config: TrainConfig, at: Setting) -> tuple[Phase, Batch]:
-    """A phase on the device, and a batch in the memory that the loader would have it in."""
+    """A phase on the device, and a batch for it."""
+    return our_phase(config, at.device), ready_batch(config, at)
+
+
+def ready_batch(config: TrainConfig, at: Setting) -> Batch:
+    """A batch in the memory that the loader would have it in."""
     batch = fixed_batch(config, most_pictures=16)
-    return our_phase(config, at.device), batch.pin_memory() if at.on_gpu else batch
+    return batch.pin_memory() if at.on_gpu else batch
 
 
 def eager_large(at: Setting) -> Iterator[Part]:
@@ -42,10 +47,16 @@ def eager_large(at: Setting) -> Iterator[Part]:
 
 
 def compiled_large(at: Setting) -> Iterator[Part]:
-    torch._logging.set_logs(recompiles=True, graph_breaks=True)  # the reasons, in log.txt
-    for images in at.sizes.large_images:
-        config = step_config(at, LARGE, images, "execution.compile=true")
-        yield f"ViT-L, {images} images, compiled", partial(compiled_steps, config, at, share=0.25)
+    """One phase, whose batch grows: building ViT-L takes the processor several seconds."""
+    # The reasons, in log.txt.
+    torch._logging.set_logs(recompiles=True, graph_breaks=True)  # pyright: ignore[reportPrivateImportUsage]
+    first, *others = at.sizes.large_images
+    phase, batch = ready(step_config(at, LARGE, first, "execution.compile=true"), at)
+    yield f"ViT-L, {first} images, compiled", lambda: compiled_steps(phase, batch, at, share=0.25)
+    yield "kernels of one compiled step", lambda: kernels(phase, batch, at)
+    for images in others:
+        larger = ready_batch(step_config(at, LARGE, images), at)
+        yield f"ViT-L, {images} images, compiled", partial(compiled_steps, phase, larger, at, share=0.3)
 
 
 def smaller(at: Setting) -> Iterator[Part]:
@@ -55,7 +66,10 @@ def smaller(at: Setting) -> Iterator[Part]:
         yield f"{model}, {images} images", lambda config=config: timed_steps(*ready(config, at), at, share=0.15)
     for model, name, images in models:
         config = step_config(at, name, images, "execution.compile=true")
-        yield f"{model}, {images} images, compiled", partial(compiled_steps, config, at, share=0.2)
+        yield (
+            f"{model}, {images} images, compiled",
+            lambda config=config: compiled_steps(*ready(config, at), at, share=0.2),
+        )
 
 
 def timed_steps(phase: Phase, batch: Batch, at: Setting, share: float) -> dict[str, Any]:
@@ -93,10 +107,10 @@ def step(phase: Phase, batch: Batch, at: Setting) -> float:
     return time.perf_counter() - start
 
 
-def compiled_steps(config: TrainConfig, at: Setting, share: float) -> dict[str, Any]:
+def compiled_steps(phase: Phase, batch: Batch, at: Setting, share: float) -> dict[str, Any]:
     """`timed_steps` with compiled blocks, and what compiling them came to."""
     before = compilations()
-    figures = timed_steps(*ready(config, at), at, share)
+    figures = timed_steps(phase, batch, at, share)
     return figures | {name: count - before[name] for name, count in compilations().items()}
 
 
@@ -118,8 +132,8 @@ def kernels(phase: Phase, batch: Batch, at: Setting) -> list[Figures]:
         step(phase, batch, at)
     found: dict[str, list[float]] = {}
     spans = []
-    for event in trace.events():
-        if event.is_user_annotation or (event.device_type == DeviceType.CPU) == at.on_gpu:
+    for event in trace.events() or []:
+        if getattr(event, "is_user_annotation", False) or (event.device_type == DeviceType.CPU) == at.on_gpu:
             continue
         spans.append((event.time_range.start, event.time_range.end))
         own = spans[-1][1] - spans[-1][0] if at.on_gpu else event.self_cpu_time_total

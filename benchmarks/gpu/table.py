@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OK, FAILED, ABSENT = 0, 1, 3
-"""Exit status: everything was measured; something failed; nothing could be, for something is not installed here."""
+OK, FAILED, ABSENT = "ok", "failed", "absent"
+"""How a section ends: measured; something failed; nothing could be measured, for something is not here."""
+END = "end"
+"""the last line of a section that was not killed and did not die, with its outcome"""
 
 Figures = Mapping[str, Any]
 Part = tuple[str, Callable[[], Figures | list[Figures]]]
