@@ -209,15 +209,15 @@ def test_a_part_is_another_when_any_of_its_files_is(tmp_path):
     assert len({find_parts([str(tmp_path)])[0].id, before}) == 2
 
 
-def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path):
+def test_hard_links_are_files_of_their_own(tmp_path):
     first = tmp_path / "d0" / "0.jpg"
     put(tmp_path, "d0/0.jpg")
     for folder in range(10):
         (tmp_path / f"d{folder}").mkdir(exist_ok=True)
-        for number in range(2000):
+        for number in range(500):
             if folder or number:
                 os.link(first, tmp_path / f"d{folder}" / f"{number}.jpg")
-    assert sum(len(part.files) for part in find_parts([str(tmp_path)])) == 20_000
+    assert sum(len(part.files) for part in find_parts([str(tmp_path)])) == 5_000
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
