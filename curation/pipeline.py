@@ -333,7 +333,8 @@ def _embed(
         )
     if sum(reasons.values()) == images.num_images and name != "embed/pool":
         raise ValueError(
-            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, or leave it out."
+            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, "
+            "or leave it out."
         )
     return files, counts, {}
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import IO
 
 from curation.reading.compression import Unpacked, UnsupportedCompression, open_tar
-from curation.reading.formats import HEAD_BYTES, SUFFIXES, sniff
+from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
 from curation.reading.places import is_local
 from curation.reading.samples import Member, Part, Sample, clean, group_sample, split_key
 from curation.reading.tars import BLOCK, NO_END, Gap, Links, Padding, Span, TarMember, walk
 
 DAMAGED = "damaged_shard"
 NO_END_MARKER = "no_end_marker"
+_PICTURES = SUFFIXES | EXTRA_SUFFIXES | FOREIGN_SUFFIXES
 _MAX_JOINED_BYTES = 64 << 30  # of a compressed tar whose files are read out of order, from a temporary file
 
 
@@ -162,12 +163,12 @@ class _Contents:
             return member._replace(size=-1), None
 
     def _wanted(self, run: _Run, member: TarMember, suffix: str) -> bytes | None:
-        wanted = not run.has_image if suffix in SUFFIXES else suffix == "json"
+        wanted = not run.has_image if suffix in _PICTURES else suffix == "json"
         self.file.seek(member.offset)
         head = b""
         if not wanted:
             head = self.file.read(min(HEAD_BYTES, member.size))
-            wanted = suffix not in SUFFIXES and not run.has_image and sniff(head)
+            wanted = suffix not in _PICTURES and not run.has_image and sniff(head)
             wanted = wanted and not any(content and sniff(content[:HEAD_BYTES]) for content in run.contents)
             if not wanted:
                 return None

@@ -113,7 +113,7 @@ def samples(pattern: str, labels: str = "", max_images: int = 0) -> Iterator[Sam
 
 def _part_samples(part: Part, table: dict[str, str] | None) -> Iterator[Sample]:
     try:
-        for sample in read_samples(part, _LIMITS.max_file_bytes):
+        for sample in read_samples(part, _LIMITS.max_file_bytes, headers_first=True):
             if sample.reason == "damaged_shard":
                 raise ValueError(
                     f"{part.url} is damaged at {sample.key}: the set is not what it was, so copy it again."
