@@ -210,7 +210,9 @@ def pictures(run: RunRecord) -> str:
     files = _files(run)
     if not files:
         return ""
-    steps = chosen_steps(list(files))
+    newest = read_pictures(files[max(files)])["images"]
+    same = [step for step, file in files.items() if np.array_equal(read_pictures(file)["images"], newest)]
+    steps = chosen_steps(same)
     columns = [read_pictures(files[step]) for step in steps]
     head = "<span></span>" + "".join(f"<span>step {step:,}</span>" for step in steps)
     rows = "".join(
