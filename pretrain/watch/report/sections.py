@@ -210,9 +210,7 @@ def pictures(run: RunRecord) -> str:
     files = _files(run)
     if not files:
         return ""
-    newest = read_pictures(files[max(files)])["images"]
-    same = [step for step, file in files.items() if np.array_equal(read_pictures(file)["images"], newest)]
-    steps = chosen_steps(same)
+    steps = chosen_steps(list(files))
     columns = [read_pictures(files[step]) for step in steps]
     head = "<span></span>" + "".join(f"<span>step {step:,}</span>" for step in steps)
     rows = "".join(
@@ -244,8 +242,12 @@ def strip(run: RunRecord) -> str:
 
 
 def _files(run: RunRecord) -> dict[int, Path]:
-    """Evaluations beyond the last step are of a try that was taken back."""
-    return {step: path for step, path in pca_files(run.evaluation_folder).items() if step <= run.last_step}
+    """Those of the newest evaluation's images; evaluations beyond the last step are of a try that was taken back."""
+    files = {step: path for step, path in pca_files(run.evaluation_folder).items() if step <= run.last_step}
+    if not files:
+        return {}
+    newest = read_pictures(files[max(files)])["images"]
+    return {step: path for step, path in files.items() if np.array_equal(read_pictures(path)["images"], newest)}
 
 
 def _photo(image: np.ndarray) -> str:
