@@ -46,7 +46,7 @@ def knn_figures(trained: Path) -> str:
     if not results:
         raise FileNotFoundError(f"{evaluation} holds no result.json; train with evaluation.every_steps set.")
     first, last = (json.loads(path.read_text()) for path in (results[0], results[-1]))
-    baselines = json.loads((evaluation / "baselines.json").read_text())
+    baselines = json.loads((evaluation / "baselines.json").read_text())[-1]["figures"]
     rows = {
         "chance": 1 / last["num_classes"],
         "raw pixels": baselines["knn_pixels"],

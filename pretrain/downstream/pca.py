@@ -110,6 +110,10 @@ def contact_sheet(images: np.ndarray, pictures: Sequence[np.ndarray]) -> Image.I
     return sheet
 
 
+def _shows(path: Path, images: np.ndarray) -> bool:
+    return np.array_equal(read_pictures(path)["images"], images)
+
+
 def write_pictures(
     backbone: VisionTransformer,
     images: Tensor,
@@ -131,14 +135,15 @@ def write_pictures(
     Returns:
         the share of the variance that the three components hold.
     """
-    earlier = {n: path for n, path in pca_files(folder).items() if n < step}
+    shown = images.permute(0, 2, 3, 1).cpu().numpy()
+    # A phase, or a run that goes on, may show other images: only pictures of the same ones stand side by side.
+    earlier = {n: path for n, path in pca_files(folder).items() if n < step and _shows(path, shown)}
     features = patch_features(backbone, images, mean, std, least_grid)
     previous = None
     if earlier:
         previous = read_pictures(earlier[max(earlier)])["scores"]
         previous = previous if previous.shape == (*features.shape[:3], 3) else None
     pictures = patch_pca(features, previous)
-    shown = images.permute(0, 2, 3, 1).cpu().numpy()
     target = folder / f"step-{step:08d}"
     target.mkdir(parents=True, exist_ok=True)
     contact_sheet(shown, [pictures.colours()]).save(target / "pca.png")

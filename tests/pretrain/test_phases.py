@@ -5,12 +5,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pretrain.checks import check_run
 from pretrain.config import load_train_config
 from pretrain.train import FINISHED, WRONG_INPUT, main
-from tests.conftest import picture_tar
+from tests.conftest import encoded, picture, picture_tar, write_tar
 from tests.pretrain.tiny_train import TINY, losses, run
 
 PHASES = "phases={a: {steps: 2}, b: {steps: 2}}"
@@ -170,3 +171,28 @@ def test_the_plan_counts_each_phase_s_own_images(
     assert main(arguments) == FINISHED
     assert "c 2" in capsys.readouterr().out  # 16 images drawn of 8
     assert TINY["global_batch_size"] == 8
+
+
+def labelled(path: Path, seeds: range) -> Path:
+    members = []
+    for seed in seeds:
+        members.append((f"{seed}.jpg", encoded(picture(seed))))
+        members.append((f"{seed}.json", json.dumps({"label": "ab"[seed % 2]}).encode()))
+    return write_tar(path, members)
+
+
+@pytest.mark.parametrize("change", ["px: 48", "pca_images: 3", "val: 'OTHER', train: 'OTHER'"])
+def test_a_phase_evaluates_in_its_own_way(config: Path, shards: Path, tmp_path: Path, change: str) -> None:
+    """Baselines and pictures are those of its own sets."""
+    sets, other = labelled(tmp_path / "sets.tar", range(6)), labelled(tmp_path / "other.tar", range(20, 24))
+    settings = (
+        f"evaluation={{every_steps: 2, train: '{sets}', val: '{sets}', px: 32, k: [1], pca_images: 2, pca_grid: 4}}"
+    )
+    own = f"phases.b.evaluation={{{change.replace('OTHER', str(other))}}}"
+    assert run(config, shards, tmp_path / "run", PHASES, settings, own) == FINISHED
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    known = json.loads((tmp_path / "run" / "evaluation" / "baselines.json").read_text())
+    assert len(known) == (1 if "pca" in change else 2)
+    with np.load(tmp_path / "run" / "evaluation" / "step-00000004" / "pca.npz") as found:
+        assert found["images"].shape[:2] == (3 if "pca" in change else 2, 48 if "px" in change else 32)

@@ -242,8 +242,12 @@ def strip(run: RunRecord) -> str:
 
 
 def _files(run: RunRecord) -> dict[int, Path]:
-    """Evaluations beyond the last step are of a try that was taken back."""
-    return {step: path for step, path in pca_files(run.evaluation_folder).items() if step <= run.last_step}
+    """Those of the newest evaluation's images; evaluations beyond the last step are of a try that was taken back."""
+    files = {step: path for step, path in pca_files(run.evaluation_folder).items() if step <= run.last_step}
+    if not files:
+        return {}
+    newest = read_pictures(files[max(files)])["images"]
+    return {step: path for step, path in files.items() if np.array_equal(read_pictures(path)["images"], newest)}
 
 
 def _photo(image: np.ndarray) -> str:
