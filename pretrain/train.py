@@ -124,12 +124,12 @@ class Run:
         self.loaders = [self._loader(index) for index in range(len(self.phases))]
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint)
         self.position = start_position(config, self.loaders[0].fingerprints(), self.checkpoints)
+        if self.position.global_step == 0:  # later a set that went missing costs its figures, and no more
+            collectives.from_rank_zero(partial(check_evaluation, config.evaluation))
         if self.is_first:
             out.mkdir(parents=True, exist_ok=True)
             drop_after(out / "skipped.jsonl", self.position.global_step)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-        if self.position.global_step == 0:  # later a set that went missing costs its figures, and no more
-            collectives.from_rank_zero(partial(check_evaluation, config.evaluation))
         self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         if not self.peak:  # a CPU: what a matrix product reaches here, now
             self.peak = measured_peak_flops(device, getattr(torch, config.precision))
