@@ -126,6 +126,9 @@ def _safetensors(file: Path, starts: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _torch_file(file: Path, is_zip: bool) -> Any:
     try:
+        if file.suffix == ".safetensors":  # torch goes by the name then
+            with file.open("rb") as opened:
+                return torch.load(opened, map_location="cpu", weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # hostile or cut: what torch raises then is of many kinds
         text = str(error)

@@ -157,7 +157,7 @@ def test_training_has_the_losses_that_it_has_on_tars(shards, tars, tmp_path):
     """`pretrain.train --shards RUN/shards`, to the last bit."""
     import yaml
 
-    from tests.pretrain.test_train import TINY, losses, run
+    from tests.pretrain.tiny_train import TINY, losses, run
 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     for name, folder in (("parquet", shards), ("tars", tars)):

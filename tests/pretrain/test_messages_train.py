@@ -22,7 +22,7 @@ from pretrain.downstream.export import __main__ as export
 from pretrain.train import FAILED, FINISHED, WRONG_INPUT, main
 from pretrain.watch.report import __main__ as report
 from tests.conftest import REPOSITORY, encoded, picture, picture_tar, write_tar
-from tests.pretrain.test_train import TINY
+from tests.pretrain.tiny_train import TINY
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from curation import lock
 from pretrain.run_folder import check_run_folder
 from pretrain.train import FINISHED, WRONG_INPUT
 from tests.conftest import REPOSITORY, picture_tar
-from tests.pretrain.test_train import TINY, losses, run
+from tests.pretrain.tiny_train import TINY, losses, run
 
 
 @pytest.fixture(scope="module")

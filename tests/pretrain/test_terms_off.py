@@ -10,7 +10,7 @@ from pretrain import train
 from pretrain.weights import load_teacher
 from tests.conftest import picture_tar
 from tests.pretrain.ranks import run_ranks
-from tests.pretrain.test_train import TINY, losses
+from tests.pretrain.tiny_train import TINY, losses
 
 SETTINGS: dict[str, list[str]] = {
     "no iBOT": ["loss.ibot_weight=0"],

@@ -24,7 +24,7 @@ from pretrain.train import WRONG_INPUT, main
 from pretrain.weights import find_weights, load_network, load_teacher
 from tests.conftest import picture_tar
 from tests.pretrain.randomised import randomise
-from tests.pretrain.test_train import TINY
+from tests.pretrain.tiny_train import TINY
 
 NAME = "dinov2_tiny"
 
