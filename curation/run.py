@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-import pyarrow.compute as pc
-
 from configs.loader import config_names, load_config
 from configs.messages import os_sentence
 from curation.config import CurationConfig
@@ -153,14 +151,14 @@ def losses(run: Run) -> list[str]:
     for step, listing in run.inputs.listings().items():
         if step not in run.manifests:
             continue
-        images = run.images(step)
-        tables = [images.index(part, ["reason", "unread_bytes", "unread_images"]) for part in range(images.num_parts)]
-        damaged = sum(pc.any(pc.equal(table["reason"], "damaged_shard")).as_py() or False for table in tables)
-        gone = {name: sum(pc.sum(table[name]).as_py() or 0 for table in tables) for name in tables[0].schema.names[1:]}
-        about = f", about {plural(gone['unread_images'], 'image')}" if lost["unread_images"] else ""
+        counts = run.manifests[step].counts
+        damaged, unread_bytes, unread_images = (
+            counts.get(n, 0) for n in ("damaged shards", "unread bytes", "unread images")
+        )
+        about = f", about {plural(unread_images, 'image')}" if unread_images else ""
         lines.append(
             f"{set_label(step)}: {plural(damaged, 'damaged shard')} of {plural(len(listing), 'part')}, "
-            f"{plural(gone['unread_bytes'], 'byte')} not read{about}; {plural(listing.num_ignored, 'file')} ignored"
+            f"{plural(unread_bytes, 'byte')} not read{about}; {plural(listing.num_ignored, 'file')} ignored"
         )
         lines += [f"  {note}" for note in listing.notes()]
     return lines

@@ -33,7 +33,10 @@ def tar(tmp_path_factory):
         (["--seed", "{tar}", "--pool", "{tar}", "--config", "webb"], ["'webb'", "Did you mean 'web'?"]),
         (["--seed", "{tar}", "--pool", "{tar}", "dedup.threshold=0.9"], ["'dedup.threshold'", "similarity_threshold"]),
         (["--seed", "{tar}", "--pool", "{tar}", "retrieve.k=many"], ["retrieve.k", "many"]),
-        (["--seed", "{tar}", "--pool", "{tar}", "dedup.similarity_threshold=2"], ["dedup.similarity_threshold=2.0 must lie in (-1, 1]"]),
+        (
+            ["--seed", "{tar}", "--pool", "{tar}", "dedup.similarity_threshold=2"],
+            ["dedup.similarity_threshold=2.0 must lie in (-1, 1]"],
+        ),
         (["--seed", "{tar}", "--pool", "{tar}", "nonsense"], ["key=value"]),
         (["--seed", "demo", "--pool", "{tar}"], ["--seed demo", "alone"]),
         (

@@ -38,8 +38,7 @@ def read_parquet(part: Part, max_file_bytes: int) -> Iterator[Sample]:
             yield Sample(f"{stem}@0", reason="damaged_shard", unread_bytes=part.size)
             return
         if column is None:
-            lost = {"unread_bytes": part.size, "unread_images": table.num_rows}
-            yield Sample(f"{stem}@schema", reason="no_image_column", **lost)
+            yield from (Sample(f"{stem}_{number}", reason="no_image_column") for number in range(table.num_rows))
             return
         needed = list(dict.fromkeys([_top(column, table.schema.names), *table.scalars]))
         for group in range(table.num_groups):
