@@ -152,9 +152,8 @@ def losses(run: Run) -> list[str]:
         if step not in run.manifests:
             continue
         counts = run.manifests[step].counts
-        damaged, unread_bytes, unread_images = (
-            counts.get(n, 0) for n in ("damaged shards", "unread bytes", "unread images")
-        )
+        names = ("damaged shards", "unread bytes", "unread images")
+        damaged, unread_bytes, unread_images = (counts.get(name, 0) for name in names)
         about = f", about {plural(unread_images, 'image')}" if unread_images else ""
         lines.append(
             f"{set_label(step)}: {plural(damaged, 'damaged shard')} of {plural(len(listing), 'part')}, "

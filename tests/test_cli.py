@@ -35,7 +35,7 @@ def tar(tmp_path_factory):
         (["--seed", "{tar}", "--pool", "{tar}", "retrieve.k=many"], ["retrieve.k", "many"]),
         (
             ["--seed", "{tar}", "--pool", "{tar}", "dedup.similarity_threshold=2"],
-            ["dedup.similarity_threshold=2.0 must lie in (-1, 1]"],
+            ["dedup.similarity_threshold=2.0 must be in (-1, 1]"],
         ),
         (["--seed", "{tar}", "--pool", "{tar}", "nonsense"], ["key=value"]),
         (["--seed", "demo", "--pool", "{tar}"], ["--seed demo", "alone"]),
