@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
         if asked.out.exists() and not asked.out.is_dir():
             raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
-        return train(config, asked.out)
+        with quiet_threads():
+            return train(config, asked.out)
     except ValueError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return WRONG_INPUT
@@ -288,6 +290,25 @@ class Run:
             write_teacher(teacher, teacher_state(last), read_manifest(last)["meta"]["teacher"])
             write_report(self.out)
             self.progress.message(f"the teacher: {teacher}; the report: {report}")
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """No traceback for an OSError in a thread of a library (TensorBoard's writer, torch's sharing of memory).
+
+    What it means reaches the training itself: the next write, or the next batch, fails.
+    """
+    former = threading.excepthook
+
+    def hook(met: threading.ExceptHookArgs) -> None:
+        if not issubclass(met.exc_type, OSError | EOFError):
+            former(met)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 @contextmanager
