@@ -265,7 +265,7 @@ def _launch(asked: argparse.Namespace) -> int:
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.shards)
     plan.plan_phases(config, resources.world_size)  # now, not after a day in the queue
-    if not asked.skip_data_check:
+    if not asked.skip_data_check and (config.data.datasets or not asked.dry_run):
         check_data(config)
     if cluster == "slurm" and not asked.dry_run and shutil.which("sbatch") is None:
         raise ValueError("--cluster slurm needs sbatch, which is not here: submit on a login node, or --cluster local.")
