@@ -1,5 +1,9 @@
 """What the machine, or what was asked, did to a run: one sentence for each, and nothing for a mistake of ours."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from configs.messages import os_sentence, sentence
@@ -26,3 +30,22 @@ def failure(error: BaseException) -> str:
     if isinstance(error, RuntimeError):
         return worker_failure(error) or collectives.lost_rank(error)
     return ""
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """No traceback for an OSError in a thread of a library (TensorBoard's writer, torch's sharing of memory).
+
+    What it means reaches the training itself: the next write, or the next batch, fails.
+    """
+    former = threading.excepthook
+
+    def hook(met: threading.ExceptHookArgs) -> None:
+        if not issubclass(met.exc_type, OSError | EOFError):
+            former(met)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = former

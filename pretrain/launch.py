@@ -276,6 +276,8 @@ def _launch(asked: argparse.Namespace) -> int:
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.shards)
     check_numbers(config, resources.world_size)  # now, not after a day in the queue
+    if not asked.dry_run and not all(config.phase(phase).data.datasets for phase in config.phase_names):
+        raise ValueError("data.datasets is empty: give --shards PATH, or data.datasets.NAME.shards=PATH.")
     if not asked.skip_data_check:
         try:
             check_run(config, resources.world_size, asked.out)

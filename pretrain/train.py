@@ -38,7 +38,7 @@ from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
-from pretrain.failures import OUT_OF_MEMORY, failure
+from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
 from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError("--out RUN is missing: the folder for checkpoints, metrics and the trained teacher.")
             if asked.out.exists() and not asked.out.is_dir():
                 raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
-            return train(config, asked.out, stop, asked.allow_changed)
+            with quiet_threads():
+                return train(config, asked.out, stop, asked.allow_changed)
         except Stopped:
             print("stopped as asked before a step was done; the same command continues.", file=sys.stderr)
             return STOPPED

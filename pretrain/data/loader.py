@@ -239,7 +239,14 @@ class Loader:
             worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else it draws a number from the global one
         )
-        for answer in answers:
+        batches = iter(answers)
+        while True:
+            try:
+                answer = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:  # its tensors go with it
+                raise RuntimeError(f"DataLoader worker exited unexpectedly: {error}") from None
             if isinstance(answer, _Refused):
                 raise ValueError(answer.message)
             yield answer

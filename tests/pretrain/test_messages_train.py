@@ -222,6 +222,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(full: str, se
         assert load_backbone(whole[-1]).description["step"] >= 2
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_one_sentence(setting: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)

@@ -50,15 +50,20 @@ def several(folder: Path, out: Path, overrides: dict[str, list[str]]) -> list[in
     return statuses
 
 
+@pytest.fixture(scope="module")
+def one_process(setting: Path) -> Path:
+    asked = {name: [*ALIKE, *settings] for name, settings in SETTINGS.items()}
+    assert several(setting, setting / "one", asked) == [0] * len(asked)
+    return setting / "one"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_have_the_losses_of_one(mode: str, setting: Path, tmp_path: Path) -> None:
-    asked = {name: [*ALIKE, *settings] for name, settings in SETTINGS.items()}
-    parallel = {name: [*settings, f"execution.parallel={mode}"] for name, settings in asked.items()}
-    assert run_ranks(several, tmp_path / "ranks", setting, tmp_path / "two", parallel) == [[0] * len(asked)] * 2
-    assert several(setting, tmp_path / "one", asked) == [0] * len(asked)
+def test_two_ranks_have_the_losses_of_one(mode: str, setting: Path, one_process: Path, tmp_path: Path) -> None:
+    asked = {name: [*ALIKE, *settings, f"execution.parallel={mode}"] for name, settings in SETTINGS.items()}
+    assert run_ranks(several, tmp_path / "ranks", setting, tmp_path / "two", asked) == [[0] * len(asked)] * 2
     for name in asked:
-        one, two = (losses(tmp_path / ranks / name.replace(" ", "-")) for ranks in ("one", "two"))
+        one, two = (losses(folder / name.replace(" ", "-")) for folder in (one_process, tmp_path / "two"))
         assert len(one) == 3
         # Sums over images in another order, in float32.
         assert two == pytest.approx(one, rel=1e-5), name
