@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, picture_tar
-from tests.pretrain.test_train import TINY, losses, same_teacher
+from tests.pretrain.tiny_train import TINY, losses, same_teacher
 
 # KoLeo over the whole batch, and stochastic depth off: both otherwise depend on which images share a rank.
 SETTINGS = ["loss.koleo_group_size=8", "model.drop_path=0", "steps=20", "checkpoint.every_steps=10"]
