@@ -34,6 +34,7 @@ from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.downstream.backbone import load_backbone
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
 from pretrain.phase import fresh_network
+from pretrain.stopping import stop_signals
 from pretrain.train import FINISHED, train
 
 K = [20, 10, 100, 200]  # the first is the figure
@@ -122,7 +123,9 @@ def first_phase_only(config: TrainConfig) -> TrainConfig:
 
 
 def train_ours(config: TrainConfig, out: Path) -> Callable[[Tensor], Tensor]:
-    if train(config, out) != FINISHED:
+    with stop_signals() as stop:
+        status = train(config, out, stop)
+    if status != FINISHED:
         raise ValueError(f"{out} was stopped; the same command continues.")
     loaded = load_backbone(str(out / "teacher"))
     return backbone_features(loaded.model.eval(), loaded.image.mean, loaded.image.std, bfloat16=False)
