@@ -134,13 +134,8 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
 
 def _check_schedule(config: TrainConfig) -> None:
     """The rate reaches its peak within the phase, the prototypes move in it, and something is learned."""
-    optim, steps, loss = config.optim, config.steps, config.loss
-    optim.check_steps(steps)
-    if optim.freeze_last_layer_steps >= steps:
-        raise ValueError(
-            f"optim.freeze_last_layer_steps={optim.freeze_last_layer_steps} is all of steps={steps}: the prototypes "
-            f"would never learn; a hundredth is {steps // 100}."
-        )
+    loss = config.loss
+    config.optim.check_steps(config.steps)
     if not (config.uses_dino or config.uses_ibot or loss.koleo_weight or config.gram.weight):
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "

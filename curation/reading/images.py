@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
+from configs.ranges import check_ranges
 from curation.reading import jpeg
 from curation.reading.bare import Bare, bare
 from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, FORMATS, SUFFIXES, is_read, recognise, sniff
@@ -79,11 +80,8 @@ class ImageLimits:
     """width x height from the header; 3 bytes of memory each"""
 
     def __post_init__(self) -> None:
-        if self.max_file_bytes < 1 or self.max_pixels < 1:
-            raise ValueError(
-                f"max_file_bytes={self.max_file_bytes} and max_pixels={self.max_pixels} must be at least 1 "
-                "(data.limits in training, embed in curation)."
-            )
+        # Named as training does: curation has checked its own settings before it comes here.
+        check_ranges("data.limits", self, max_file_bytes="[1, inf)", max_pixels="[1, inf)")
 
 
 @dataclass(frozen=True)

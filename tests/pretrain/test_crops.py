@@ -232,7 +232,7 @@ def test_the_fast_path_has_the_statistics_of_the_reference(blur: str) -> None:
     [
         ({"blur": "inverted"}, "one of as_released, as_intended"),
         ({"interpolation": "area"}, "one of bicubic, bilinear"),
-        ({"flip_probability": 1.5}, r"crops.flip_probability=1.5 must lie in 0..1"),
+        ({"flip_probability": 1.5}, r"crops.flip_probability=1.5 must be in \[0, 1\]"),
         ({"global_blur_probability": [1.0]}, "one value for each of the two"),
         ({"local_scale": [0.5, 0.1]}, "crops.local_scale"),
         ({"global_scale": [0.5, 1.1]}, "crops.global_scale"),
@@ -240,7 +240,7 @@ def test_the_fast_path_has_the_statistics_of_the_reference(blur: str) -> None:
         ({"hue": 0.7}, "crops.hue"),
         ({"brightness": -0.1}, "crops.brightness"),
         ({"num_local_crops": -1}, "num_local_crops"),
-        ({"local_px": 0}, "a side below 1 pixel"),
+        ({"local_px": 0}, "crops.local_px=0 must be 1 or more"),
         ({"sizes": [CropSizes(probability=0.0)]}, "all 0"),
         ({"sizes": [CropSizes(gram_px=512), CropSizes()]}, "gram_px"),
     ],

@@ -74,24 +74,30 @@ KNN = ["--train", "shards", "--val", "shards"]
                 ("list.yaml", "found a list"),
                 ("word.yaml", "found a str"),
                 ("latin.yaml", "latin.yaml is not readable as YAML"),
-                ("phases_list.yaml", "phases holds entries by name"),
-                ("phases_int.yaml", "phases.a is a section"),
+                ("phases_list.yaml", "phases is a mapping"),
+                ("phases_int.yaml", "phases.a is a mapping"),
             ]
         ],
         *[
             (command, [*TRAIN, setting], words)
             for command in ("train", "launch")
             for setting, words in [
-                ("phases=[a]", "phases holds entries by name"),
-                ("data.datasets=[a]", "data.datasets holds entries by name"),
+                ("phases=[a]", "phases is a mapping"),
+                ("data.datasets=[a]", "data.datasets is a mapping"),
                 ("crops.sizes=[3]", "crops.sizes.0 is a section"),
                 ("model.patch_size=0", "model.patch_size=0 must be 1 or more"),
                 ("heads.dino.num_prototypes=0", "heads.dino.num_prototypes=0 must be 2 or more"),
                 ("loss.student_temperature=0", "loss.student_temperature=0.0 must be above 0"),
                 ("execution.device=mps", "execution.device='mps' is unknown"),
                 ("optim.warmup_steps=7", "optim.warmup_steps=7: longer than the phase, steps=6"),
-                ("evaluation={every_steps: 2, val: nowhere}", "no tar matches 'nowhere'"),
-                ("evaluation={every_steps: 2, val: labelled.tar, train: gone.tar}", "no tar matches 'gone.tar'"),
+                ("evaluation={every_steps: 2, val: nowhere}", "evaluation.val=nowhere: nothing found"),
+                (
+                    "evaluation={every_steps: 2, val: labelled.tar, train: gone.tar}",
+                    "evaluation.train=gone.tar: nothing found",
+                ),
+                    "evaluation={every_steps: 2, val: labelled.tar, train: gone.tar}",
+                    "evaluation.train=gone.tar: nothing found",
+                ),
             ]
         ],
         *[
