@@ -95,9 +95,6 @@ KNN = ["--train", "shards", "--val", "shards"]
                     "evaluation={every_steps: 2, val: labelled.tar, train: gone.tar}",
                     "evaluation.train=gone.tar: nothing found",
                 ),
-                    "evaluation={every_steps: 2, val: labelled.tar, train: gone.tar}",
-                    "evaluation.train=gone.tar: nothing found",
-                ),
             ]
         ],
         *[
