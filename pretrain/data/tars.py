@@ -60,7 +60,7 @@ def scan(file: IO[bytes], size: int, suffixes: Set[str]) -> tuple[np.ndarray, np
         if position > size:
             damage = f"it ends inside the member at byte {data}"
     images = image_members(paths, suffixes)
-    return np.array(offsets, np.int64)[images], np.array(sizes, np.int64)[images], damage
+    return np.array([offsets[i] for i in images], np.int64), np.array([sizes[i] for i in images], np.int64), damage
 
 
 def member_name(header: bytes) -> str:
