@@ -42,6 +42,7 @@ def run(folder: Path, out: Path, *overrides: str) -> int:
 
 def several(folder: Path, out: Path, overrides: dict[str, list[str]]) -> list[int]:
     """Several trainings in one process, inside the process group that it has."""
+    torch.set_num_threads(1)
     statuses = []
     for name, settings in overrides.items():
         config = train.load_train_config(str(folder / "tiny.yaml"), settings, [str(folder / "shards")])

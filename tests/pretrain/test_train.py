@@ -176,7 +176,7 @@ def test_what_is_not_finite_stops_the_run_and_is_named(
         (["global_batch_size=9", "execution.accumulation_steps=2"], "the nearest that do are 8 and 10"),
         (["global_batch_size=8", "execution.accumulation_steps=8"], "KoLeo needs two images"),
         (["gram.weight=1"], "needs crops.gram_px"),
-        (["init_from=/nowhere"], "/nowhere holds no weights"),
+        (["init_from=/nowhere"], "/nowhere does not exist"),
         (["loss.centering=mean"], "choose one of sinkhorn, softmax"),
         (["heads.tied=true", "heads.ibot.num_prototypes=7"], "one head for both"),
         (["execution.device=cuda"], "no GPU") if not torch.cuda.is_available() else (["steps=0"], "at least 1"),
