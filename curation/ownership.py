@@ -29,6 +29,7 @@ _CELLS = (
     "cells/cells.json",
     "cells/cells.json.tmp",
 )
+_SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
     "filter": ("reasons.parquet",),
@@ -46,7 +47,14 @@ _FILES: dict[str, tuple[str, ...]] = {
     "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
     "retrieve": ("matches.parquet",),
     "balance": ("balanced.parquet",),
-    "shard": ("shard-*", "done/shard-*.json", "index/shard-*.parquet", "not_written.parquet", "README.md"),
+    "shard": (
+        f"{_SHARD}.tar",
+        f"{_SHARD}.parquet",
+        f"done/{_SHARD}.json",
+        f"index/{_SHARD}.parquet",
+        "not_written.parquet",
+        "README.md",
+    ),
     "report": (),
 }
 

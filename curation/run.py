@@ -101,6 +101,14 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
             seed = locate_seed(name, options.seed_root, config.retrieve)
             unique = set_name(seed.name, list(sets))
             sets[unique] = seed
+        if (
+            seeds
+            and not config.balance.is_wanted()
+            and not any(s.rule.mode != "none" or s.include_as_is for s in sets.values())
+        ):
+            raise ValueError(
+                "retrieve.mode=none draws nothing, and no seed set is included as it is: choose sample or cluster."
+            )
         for url in options.evaluation or []:
             evaluations[set_name(url, list(evaluations))] = url
     # The demo's own pool lies in the run folder; of anyone else's images, what lies there is what a run wrote.

@@ -131,6 +131,15 @@ class Checkpoints:
         """The newest whole checkpoint, as rank 0 sees it."""
         return collectives.from_rank_zero(lambda: self._whole()[-1] if self._whole() else None)
 
+    def without_manifest(self) -> Path | None:
+        """A checkpoint newer than the newest whole one that has its name and no manifest, as rank 0 sees it."""
+
+        def newest() -> Path | None:
+            named = sorted(path for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+            return named[-1] if named and not (named[-1] / MANIFEST).exists() else None
+
+        return collectives.from_rank_zero(newest)
+
     def before(self, step: int) -> Path | None:
         """The newest whole checkpoint of fewer steps, as rank 0 sees it."""
         name = f"{PREFIX}{step:08d}"

@@ -92,6 +92,18 @@ def check_numbers(config: TrainConfig, world_size: int) -> None:
             _check_gram(phase)
 
 
+def idle_settings(config: TrainConfig) -> list[str]:
+    """Settings that name something which then does nothing, a sentence each."""
+    lines = []
+    for name in config.phase_names:
+        phase = config.phase(name)
+        if not phase.evaluation.every_steps and (phase.evaluation.train or phase.evaluation.val):
+            lines.append(f"phase {name}: evaluation.train and val do nothing while evaluation.every_steps=0")
+        if not phase.gram.weight and phase.gram.teacher != "ema":
+            lines.append(f"phase {name}: gram.teacher does nothing while gram.weight=0")
+    return lines
+
+
 @contextmanager
 def _of_phase(name: str) -> Iterator[None]:
     try:

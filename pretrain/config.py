@@ -196,7 +196,7 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         check_choice("execution.device", self.device, DEVICES)
         check_choice("execution.parallel", self.parallel, MODES)
-        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, inf)")
+        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, 1024]")
 
 
 @dataclass(frozen=True, kw_only=True)

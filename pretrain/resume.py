@@ -76,6 +76,8 @@ def find_standing(config: TrainConfig, checkpoints: Checkpoints, allowed: Sequen
         ValueError: that checkpoint is damaged, or was trained with other settings than are asked for.
     """
     check_allowed(config, allowed)
+    if (damaged := checkpoints.without_manifest()) is not None:  # a name is given last: something took the manifest
+        raise ValueError(f"{damaged} is damaged: it has no {MANIFEST}. {checkpoints.without(damaged)}")
     latest = checkpoints.latest()
     if latest is None:
         return Standing()

@@ -31,7 +31,7 @@ from configs.loader import config_names
 from configs.messages import named_folder, sentence
 from pretrain import plan
 from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
-from pretrain.checks import check_numbers, check_run
+from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with stop.leaving_waits("RANK" not in os.environ):
                 config = load_train_config(asked.config, asked.overrides, asked.shards)
                 check_allowed(config, asked.allow_changed)
+                for line in idle_settings(config):
+                    log.info(line)
                 if asked.dry_run:
                     print(plan.describe(config, int(os.environ.get("WORLD_SIZE", "1")), asked.out))
                     return FINISHED

@@ -108,6 +108,8 @@ def load_network(network: Network, source: str | Path, part: str = "teacher", ke
     """
     weights = find_weights(source, part)
     state = weights.read((BACKBONE, *HEADS))
+    if broken := next((name for name, tensor in state.items() if not tensor.isfinite().all()), ""):
+        raise ValueError(f"{weights.source} holds values that are not finite, in {broken}: give other weights.")
     model = network.backbone
     if not keep_offset and model.rope is None:
         model.position_offset = offset_of(weights, model)

@@ -1,5 +1,6 @@
 """What a URL holds, what is left out of it and why, and what is said where nothing can be had."""
 
+import json
 import os
 import socket
 
@@ -260,10 +261,12 @@ def test_the_same_command_twice_reads_the_same(tmp_path, capsys):
     """--out inside the pool's folder."""
     put(tmp_path, *(f"{i}.jpg" for i in range(4)))
     picture_tar(tmp_path / "run" / "shards" / "shard-000000.tar", range(3))
+    (tmp_path / "run" / "shards" / "started.json").write_text(json.dumps("0" * 32))
+    (tmp_path / "run" / "run.json").write_text(json.dumps(dict.fromkeys(("seeds", "pool", "evaluations", "config"))))
     command = ["--pool", str(tmp_path), "--seed", str(tmp_path), "--config", "offline", "--out", str(tmp_path / "run")]
     assert main([*command, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "pool: ignored, in the run folder: 1" in out
+    assert "pool: ignored, in the run folder: 3" in out
     assert "seed" in out
 
 

@@ -119,9 +119,12 @@ def test_what_is_no_number_is_named(name: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("cluster.levels=5", "cluster.levels is a list: write cluster.levels=[5]"),
-        ("cluster.num_resamplings=3", "cluster.num_resamplings is a list: write cluster.num_resamplings=[3]"),
-        ("dedup.representative=bytes", "dedup.representative is a list: write dedup.representative=[bytes]"),
+        ("cluster.levels=5", "cluster.levels is a list, found 5; write cluster.levels=[5]"),
+        ("cluster.num_resamplings=3", "cluster.num_resamplings is a list, found 3; write cluster.num_resamplings=[3]"),
+        (
+            "dedup.representative=bytes",
+            "is a list, found 'bytes'; write dedup.representative=[bytes]",
+        ),
         ("filters=5", "filters is a list"),
         ("filters=null", "filters is a list"),
         ("filters={kind: size}", "'kind' names none of its entries"),

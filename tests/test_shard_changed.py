@@ -1,6 +1,7 @@
 """Sources that change between judging and copying: a row with a reason, never other bytes in a shard, never a stop."""
 
 import contextlib
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -241,7 +242,7 @@ def test_rows_are_the_same_for_any_number_of_workers_and_after_a_kill(tmp_path, 
     names += [str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run/shards").glob("*.tar")]
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names}
     again = make_run(tmp_path / "again", str(path), execution=ExecutionConfig(workers=1))
-    again.inputs.pool[:] = run.inputs.pool
+    again.inputs = dataclasses.replace(again.inputs, pool=run.inputs.pool)
     run_pipeline(again)
     assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
     # Killed before its last shard was whole; the file that had gone is back, but its shard was done without it.
@@ -301,7 +302,7 @@ def test_the_command_says_it_in_its_last_lines_and_mends_it_when_given_again(tmp
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "1 chosen images are not in the shards" in printed
+    assert "1 chosen image not in the shards" in printed
     assert "1 changed since indexing" in printed
     assert set(written(tmp_path / "run")) == set(contents) - {"k02"}
     os.utime(file)

@@ -246,7 +246,7 @@ def test_every_offset_leads_to_its_bytes(sizes):
         ({"format": "zip"}, "shard.format='zip' must be one of webdataset, parquet"),
         ({"format": "tar"}, "shard.format='tar'"),
         ({"format": "parquet", "max_mb": 5000.0}, "shard.max_mb=5000 must be at most 2000"),
-        ({"max_images": 0}, "at least 1"),
+        ({"max_images": 0}, "1 or more"),
     ],
 )
 def test_a_mistake_in_the_settings_is_a_sentence(settings, message):

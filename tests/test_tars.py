@@ -452,16 +452,53 @@ def test_the_end_marker_may_be_missing_without_harm() -> None:
 
 def test_a_bad_sector_costs_what_lies_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk itself fails: no file can be made so, so the reads of a real one are."""
-    from fsspec.implementations.local import LocalFileOpener
+    from curation.reading import places
 
-    read, first, last = LocalFileOpener.read, start_of("p3.jpg") + 1024, start_of("p3.json")
+    class Failing(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            at = self.tell()
+            if at < last and at + (size or 0) > first:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
 
-    def failing(self: LocalFileOpener, size: int = -1) -> bytes:
-        at = self.tell()
-        if at < last and at + size > first:
-            raise OSError(errno.EIO, "Input/output error")
-        return read(self, size)  # type: ignore[return-value]
+    first, last = start_of("p3.jpg") + 1024, start_of("p3.json")
 
-    monkeypatch.setattr(LocalFileOpener, "read", failing)
+    opened = places.open_file
+    monkeypatch.setattr("curation.reading.compression.open_file", lambda url: Failing(opened(url).detach()))
     samples = samples_of(tmp_path / "a.tar", TEN)
     assert fates(samples) == [(key, "unreadable" if key == "p3" else None) for key in KEYS]
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["Shot at 10.11.12.jpg", "Shot at 10.11.13.jpg"], ["Shot at 10.11.12", "Shot at 10.11.13"]),
+        (["v1.0_cat.PNG", "v1.1_dog.jpg", "v1.1_dog.txt"], ["v1.0_cat", "v1.1_dog"]),
+        (["./img.0.jpg", "./img.1.jpg", "./img.2.jpg"], ["./img.0", "./img.1", "./img.2"]),
+        (["a.depth.png", "a.edge.png", "a.jpg"], ["a"]),
+        (["a.seg.png", "a.txt"], ["a"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tar", "gz"])
+def test_pictures_with_dots_in_their_names_are_samples_of_their_own(
+    tmp_path: Path, names: list[str], keys: list[str], kind: str
+) -> None:
+    """Where a key has no image by WebDataset's rule; masks beside an image stay with it."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for number, name in enumerate(names):
+            data = f"caption {number}".encode() if name.endswith("txt") else encoded(picture(number))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    packed = gzip.compress(content.getvalue()) if kind == "gz" else content.getvalue()
+    path = tmp_path / f"a.{kind}.tar"
+    path.write_bytes(packed)
+    (part,) = find_parts([str(path)])
+    try:
+        samples = list(read_samples(part, 1 << 20))
+    except HeadersFirst:
+        samples = list(read_samples(part, 1 << 20, headers_first=True))
+    assert [sample.key for sample in samples] == keys
+    assert all(sample.content is not None and sample.reason is None for sample in samples)
+    assert sum(1 + len(sample.others) for sample in samples) == len(names)

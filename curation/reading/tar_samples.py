@@ -3,6 +3,8 @@
 Members belong to one sample when their names agree up to the first dot of the last path component (WebDataset's rule).
 
 - A suffix that comes again under its key begins another sample of that key: two tars in one file may number alike.
+- That rule would make one sample of `Shot at 10.11.jpg` and `Shot at 10.12.jpg`. Where a key has no image by it, and
+  several pictures by their last suffix, each of these is a sample, named by what stands before its last dot.
 - Files of one key that lie apart (all pictures, then all texts) are joined, unless each part has an image of its own:
   then they are two samples of one key. For that the headers are read first, of the tars that need it: on local disks
   they are looked at beforehand; a compressed or remote tar is read on trust, until `HeadersFirst` says otherwise.
@@ -15,7 +17,7 @@ Members belong to one sample when their names agree up to the first dot of the l
 
 import errno
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import IO
 
@@ -43,7 +45,6 @@ class _Run:
     members: list[TarMember] = field(default_factory=list)
     contents: list[bytes | None] = field(default_factory=list)
     suffixes: set[str] = field(default_factory=set)
-    """in lower case"""
     gaps: list["_Damage"] = field(default_factory=list)
     """before, between and behind"""
     cut_by: "_Damage | None" = None
@@ -51,7 +52,7 @@ class _Run:
 
     @property
     def has_image(self) -> bool:
-        return not self.suffixes.isdisjoint(SUFFIXES)
+        return any(suffix.lower() in SUFFIXES for suffix in self.suffixes)
 
 
 @dataclass
@@ -81,19 +82,21 @@ def read_tar(part: Part, max_file_bytes: int, headers_first: bool = False) -> It
         OSError: the file cannot be read.
     """
     name = posixpath.basename(part.url)
-    totals = _Totals()
+    totals, dotted = _Totals(), frozenset[str]()
     try:
         with open_tar(part.url) as file:
             size = None if isinstance(file, Unpacked) else file.seek(0, 2)
             on_disk = is_local(part.url) and size is not None
             if on_disk and not headers_first:
-                headers_first = _needs_headers(_spans(file, size))
+                headers_first, dotted = _look_ahead(_spans(file, size))
+            elif headers_first:
+                _, dotted = _look_ahead(_spans(file, size))
             read = _Contents(file, max_file_bytes)
             if headers_first:
-                yield from _join(file, size, read, totals)
+                yield from _join(file, size, read, totals, dotted)
             else:
                 known: set[int] | None = None if on_disk else set()
-                for run in _runs(_spans(file, size), read.of_next, totals, known):
+                for run in _runs(_spans(file, size), read.of_next, totals, known, dotted):
                     yield from _finish([run], totals)
     except UnsupportedCompression:
         yield Sample(f"{name}@0", reason="unsupported_compression", unread_bytes=part.size)
@@ -123,23 +126,47 @@ def _spans(file: "IO[bytes] | Unpacked", size: int | None) -> Iterator[Span]:
         yield last
 
 
-def _needs_headers(spans: Iterable[Span]) -> bool:
-    """Whether a tar has links, or a key that comes again after others."""
+def _look_ahead(spans: Iterable[Span]) -> tuple[bool, frozenset[str]]:
+    """Whether a tar has links, or a key that comes again after others; and the keys of several pictures with dots."""
+    needs_headers = False
     known: set[int] = set()
-    current = None
+    plain: set[str] = set()  # of the keys that have pictures with dots, those with an image of WebDataset's rule too
+    dotted: dict[str, int] = {}
+    current, has_plain = None, False
     for span in spans:
-        if type(span) is TarMember:
-            if span.kind in ("hardlink", "symlink"):
-                return True
-            if span.kind == "file":
-                key = split_key(span.name)[0]
-                if key != current:
-                    current = key
-                    known_before = len(known)
-                    known.add(hash(key))
-                    if len(known) == known_before:
-                        return True
-    return False
+        if type(span) is not TarMember or span.kind == "other":
+            continue
+        needs_headers = needs_headers or span.kind in ("hardlink", "symlink")
+        key, suffix = split_key(span.name)
+        if key != current:
+            needs_headers = needs_headers or hash(key) in known
+            known.add(hash(key))
+            current, has_plain = key, False
+        if suffix.lower() in SUFFIXES:
+            has_plain = True
+        elif _is_dotted(suffix):
+            dotted[key] = dotted.get(key, 0) + 1
+        if has_plain and key in dotted:
+            plain.add(key)
+    return needs_headers, frozenset(key for key, pictures in dotted.items() if pictures > 1 and key not in plain)
+
+
+def _is_dotted(suffix: str) -> bool:
+    """Whether the suffix of WebDataset's rule holds a dot, and ends as an image's does."""
+    return "." in suffix and suffix.rpartition(".")[2].lower() in _PICTURES
+
+
+def _are_two_pictures(run: "_Run", suffix: str) -> bool:
+    return not run.has_image and _is_dotted(suffix) and any(map(_is_dotted, run.suffixes))
+
+
+def _split(name: str, dotted: Set[str]) -> tuple[str, str]:
+    """Key and suffix of a member, given the keys whose names are cut at their last dot."""
+    key, suffix = split_key(name)
+    if key in dotted and "." in suffix:
+        stem, _, suffix = name.rpartition(".")
+        return stem, suffix
+    return key, suffix
 
 
 class _Contents:
@@ -180,6 +207,7 @@ def _runs(
     read: Callable[[_Run, TarMember, str], tuple[TarMember, bytes | None]],
     totals: _Totals,
     known: set[int] | None,
+    dotted: Set[str],
 ) -> Iterator[_Run]:
     """Group neighbouring members, gaps counting as part of the run before and the run behind.
 
@@ -194,8 +222,9 @@ def _runs(
                 continue
             if known is not None and span.kind in ("hardlink", "symlink"):
                 raise HeadersFirst
-            key, suffix = split_key(span.name)
-            suffix = suffix.lower()
+            key, suffix = _split(span.name, dotted)
+            if known is not None and run is not None and key == run.key and _are_two_pictures(run, suffix):
+                raise HeadersFirst  # an image of WebDataset's rule may follow, or not
             if run is None or key != run.key or suffix in run.suffixes:
                 if run is not None:
                     run.gaps += pending
@@ -210,7 +239,7 @@ def _runs(
                 run.cut_by = pending[0]
                 run.gaps += pending
                 pending = []
-            member, content = read(run, span, suffix)
+            member, content = read(run, span, suffix.lower())
             run.members.append(member)
             run.contents.append(content)
             run.suffixes.add(suffix)
@@ -219,7 +248,7 @@ def _runs(
             totals.damages.append(damage)
             pending.append(damage)
             if span.name:  # also of a stream's last member, of which only the end told that it is not whole
-                key = split_key(span.name)[0]
+                key = _split(span.name, dotted)[0]
                 if run is not None and key == run.key:
                     run.cut_by = damage
                 else:
@@ -235,7 +264,7 @@ def _finish(runs: list[_Run], totals: _Totals) -> Iterator[Sample]:
     contents = [content for run in runs for content in run.contents]
     suffixes = set().union(*(run.suffixes for run in runs))
     gaps = [gap for run in runs for gap in run.gaps]
-    group = [(_as_member(member), content) for member, content in zip(members, contents, strict=True)]
+    group = [(_as_member(member, runs[0].key), content) for member, content in zip(members, contents, strict=True)]
     sample = group_sample(runs[0].key, group)
     cut_by = next((run.cut_by for run in runs if run.cut_by), None)
     if cut_by is None and gaps and (sample.image is None or not (totals.common or set()) <= suffixes):
@@ -260,14 +289,16 @@ def _finish(runs: list[_Run], totals: _Totals) -> Iterator[Sample]:
 _PROBLEMS = {"hardlink": "unresolved_link", "symlink": "unresolved_link", "unreadable": "not_unpacked"}
 
 
-def _as_member(member: TarMember) -> Member:
-    suffix = clean(split_key(member.name)[1])
+def _as_member(member: TarMember, key: str) -> Member:
+    suffix = clean(member.name[len(key) + 1 :])
     if member.kind != "file":
         return Member(suffix, clean(member.name), 0, -1)
     return Member(suffix, clean(member.name), member.offset, member.size)
 
 
-def _join(file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, totals: _Totals) -> Iterator[Sample]:
+def _join(
+    file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, totals: _Totals, dotted: Set[str]
+) -> Iterator[Sample]:
     """All headers, then the samples by key, in the order of their images."""
     links = Links()
 
@@ -278,7 +309,7 @@ def _join(file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, total
             yield span
 
     samples: dict[str, list[list[_Run]]] = {}
-    for run in _runs(resolved(), lambda _, member, suffix: (member, None), totals, None):
+    for run in _runs(resolved(), lambda _, member, suffix: (member, None), totals, None, dotted):
         of_key = samples.setdefault(run.key, [])
         last = of_key[-1] if of_key else []
         taken = set().union(*(before.suffixes for before in last))
@@ -293,8 +324,8 @@ def _join(file: "IO[bytes] | Unpacked", size: int | None, read: _Contents, total
             if limit is not None and any(m.offset + m.size > limit for m in run.members):
                 run.members = [m._replace(kind="unreadable") for m in run.members]
             for i, member in enumerate(run.members):
-                suffix = split_key(member.name)[1].lower()
-                run.members[i], run.contents[i] = read.of_next(so_far, member, suffix)
+                suffix = _split(member.name, dotted)[1]
+                run.members[i], run.contents[i] = read.of_next(so_far, member, suffix.lower())
                 so_far.contents.append(run.contents[i])
                 so_far.suffixes.add(suffix)
         yield from _finish(runs, totals)

@@ -112,7 +112,7 @@ KNN = ["--train", "shards", "--val", "shards"]
             for out, words in [
                 ("file", "is a file"),
                 ("", "it is empty"),
-                ("file/below", "a file stands where a folder"),
+                ("file/below", "is a file: --out names a folder"),
             ]
         ],
         ("train", [*TRAIN, "--bogus"], "unrecognized arguments: --bogus"),

@@ -113,7 +113,7 @@ ROPE = ["model.architecture=dinov3_tiny", "model.position_px=null"]
         ({"data": {"datasets": {"c": {"shards": "/nowhere"}}}}, "phase b: data.datasets.c.shards: '/nowhere' names no"),
         ({"gram": {"weight": 1.0}}, "phase b: gram.weight=1.0 needs crops.gram_px"),
         ({"gram": {"weight": 1.0, "teacher": "/nowhere"}, "crops": {"gram_px": 32}}, "phase b: gram.teacher: /nowhere"),
-        ({"distill_from": "/nowhere"}, "phase b: distill_from: /nowhere holds no teacher"),
+        ({"distill_from": "/nowhere"}, "phase b: distill_from: /nowhere does not exist"),
         ({"evaluation": {"every_steps": 1, "val": "/nowhere.tar"}}, "phase b: evaluation.val=/nowhere.tar"),
     ],
 )

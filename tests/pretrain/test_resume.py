@@ -185,7 +185,7 @@ def test_what_a_phase_started_from_may_be_gone(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "manifest", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "manifest", "no manifest", "gone"])
 def test_deleting_damaged_checkpoints_continues_from_the_one_before(
     half: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -204,6 +204,8 @@ def test_deleting_damaged_checkpoints_continues_from_the_one_before(
             file.write_bytes(content)
         elif damage == "manifest":
             (folder / f"step-{step:08d}" / "manifest.json").write_text("{")
+        elif damage == "no manifest":
+            (folder / f"step-{step:08d}" / "manifest.json").unlink()
         else:
             file.unlink()
     for step, before in ((6, 4), (4, 2)):
