@@ -40,13 +40,16 @@ def read_parquet(part: Part, max_file_bytes: int) -> Iterator[Sample]:
         if column is None:
             yield from (Sample(f"{stem}_{number}", reason="no_image_column") for number in range(table.num_rows))
             return
+        warning = "columns_left_out" if table.leaves_out(column) else None
         needed = list(dict.fromkeys([_top(column, table.schema.names), *table.scalars]))
         for group in range(table.num_groups):
             number, end = table.group_starts[group : group + 2]
             try:
                 for batch in table.batches(group, needed):
                     for row in range(batch.num_rows):
-                        yield _row_sample(cells(batch, row), number, column, table.scalars, stem, max_file_bytes)
+                        sample = _row_sample(cells(batch, row), number, column, table.scalars, stem, max_file_bytes)
+                        sample.warning = sample.warning or warning
+                        yield sample
                         number += 1
             except Exception:
                 pass  # what is missing is told below; the other groups stand for themselves
@@ -139,6 +142,13 @@ class _Table:
     def scalars(self) -> list[str]:
         """The columns of single values, which are a row's metadata."""
         return [f.name for f in self.schema if not _may_hold_bytes(f.type) and not _is_nested(f.type)]
+
+    def leaves_out(self, column: str) -> bool:
+        """Whether a row has columns that are neither its image nor its metadata: no shard will hold them."""
+        top = _top(column, self.schema.names)
+        kinds = (pa.types.is_temporal, pa.types.is_decimal)
+        kept = {f.name for f in self.schema if f.name in self.scalars and not any(is_kind(f.type) for is_kind in kinds)}
+        return any(name != top and name not in kept for name in self.schema.names)
 
     def image_column(self, by_name: bool = True) -> str | None:
         """The column with image bytes, by its first values; where none of them is an image and by_name, by its name.

@@ -4,6 +4,7 @@ _REASONS = {
     "animated": "more than one frame",
     "blank": "hardly any contrast, so there is nothing to see",
     "changed_since_indexing": "chosen, but when its bytes were to be copied they were not those that had been judged",
+    "columns_left_out": "its Parquet row has columns that a shard cannot hold: lists, structs, binary, times",
     "damaged": "the image data is cut off or broken",
     "damaged_shard": "the shard is cut off or broken here; what stands before and behind was read",
     "dark_16_bit": "16 bits a sample, of which only the lower ones are used, so it is nearly black",
