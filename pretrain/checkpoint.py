@@ -174,7 +174,7 @@ class Checkpoints:
 
     def without(self, path: Path) -> str:
         """What happens when one of these checkpoints is deleted, for a message that says it is damaged."""
-        before = [other for other in self._whole() if other.name < path.name]
+        before = sorted(other for other in self.folder.glob(f"{PREFIX}*") if other.name < path.name)
         if not before:
             return f"Delete {path}, and the same command starts again: there is no checkpoint before it."
         return f"Delete {path}, and the same command continues from {before[-1]}."
