@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_run import full_run
 
 from curation.demo import make_demo
 from curation.folder import Folder
@@ -15,7 +16,6 @@ from curation.ownership import check_run_folder, claim_scratch_folder, file_name
 from curation.pipeline import plan_steps
 from curation.run import main
 from tests.conftest import picture_tar
-from tests.tiny_run import full_run
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ def test_a_pool_of_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str], ra
         (["--seed", "{text}", "embed.max_rejected_fraction=1"], "seed-text: none of its 3 images can be read"),
         (["--evaluation", "{empty}"], "evaluation-empty: there is no image in"),
         (["retrieve.min_similarity=1", "--seed", "{other}"], "none of the 8 images that are left was drawn"),
-        (["retrieve.mode=none"], "seed 'pool' draws with retrieve.mode=none"),
+        (["retrieve.mode=none"], "retrieve.mode=none draws nothing"),
         (["balance.fraction=0.001"], "balance.fraction=0.001 of the 8 images that are left is less than one image"),
     ],
 )
