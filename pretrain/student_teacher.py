@@ -65,9 +65,10 @@ def freeze_unused(student: Network, config: TrainConfig) -> None:
     It stays in the network, so that a later phase may use it as it is.
     """
     dino, ibot = config.uses_dino, config.uses_ibot
-    student.dino_head.requires_grad_(dino or (ibot and student.ibot_head is None))
-    if student.ibot_head is not None:
-        student.ibot_head.requires_grad_(ibot)
+    if not (dino or (ibot and student.ibot_head is None)):
+        student.dino_head.requires_grad_(False)
+    if student.ibot_head is not None and not ibot:
+        student.ibot_head.requires_grad_(False)
 
 
 def build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:

@@ -47,7 +47,9 @@ def several(folder: Path, out: Path, overrides: dict[str, list[str]]) -> list[in
     for name, settings in overrides.items():
         config = train.load_train_config(str(folder / "tiny.yaml"), settings, [str(folder / "shards")])
         with train.stop_signals() as stop:
-            statuses.append(train.Run(config, out / name.replace(" ", "-"), torch.device("cpu"), stop).go())
+            one = train.Run(config, out / name.replace(" ", "-"), torch.device("cpu"), stop)
+            one.open(lambda: None)  # nobody else has the folder
+            statuses.append(one.go())
     return statuses
 
 
