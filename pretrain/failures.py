@@ -8,7 +8,7 @@ import torch
 
 from configs.messages import os_sentence, sentence
 from pretrain.checkpoint import NotWritten
-from pretrain.data.loader import worker_failure
+from pretrain.data.loader import quiet_hook, worker_failure
 from pretrain.distributed import collectives
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -34,17 +34,8 @@ def failure(error: BaseException) -> str:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """No traceback for an OSError in a thread of a library (TensorBoard's writer, torch's sharing of memory).
-
-    What it means reaches the training itself: the next write, or the next batch, fails.
-    """
-    former = threading.excepthook
-
-    def hook(met: threading.ExceptHookArgs) -> None:
-        if not issubclass(met.exc_type, OSError | EOFError):
-            former(met)
-
-    threading.excepthook = hook
+    """`quiet_hook` for this process: TensorBoard's writer is such a thread, too."""
+    former, threading.excepthook = threading.excepthook, quiet_hook
     try:
         yield
     finally:

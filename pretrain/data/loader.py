@@ -5,8 +5,11 @@ another step, and nothing of the loader goes into a checkpoint.
 """
 
 import logging
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -216,6 +219,27 @@ def worker_failure(error: RuntimeError) -> str:
     return ""
 
 
+def quiet_hook(met: threading.ExceptHookArgs) -> None:
+    """No traceback for an OSError in a thread of a library, such as torch's sharing of memory.
+
+    What it means reaches the training itself: the next write, or the next batch, fails.
+    """
+    if not issubclass(met.exc_type, OSError | EOFError):
+        threading.__excepthook__(met)
+
+
+def _start_worker(number: int) -> None:
+    ignore_stop_signals(number)
+    threading.excepthook = quiet_hook
+    former = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, OSError | EOFError):  # the thread that shares tensors calls this hook, not the other
+            former(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 class Loader:
     """One batch a step, from start_step on; iterate it once or again. `tables` says what was found."""
 
@@ -236,7 +260,7 @@ class Loader:
             prefetch_factor=self.execution.prefetch if workers else None,
             timeout=self.execution.timeout_s if workers else 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else it draws a number from the global one
         )
         batches = iter(answers)

@@ -132,7 +132,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "optim.teacher_momentum_end": ("0.5",),
     "optim.teacher_temperature": ("0.06",),
     "optim.teacher_temperature_end": ("0.05",),
-    "optim.teacher_temperature_warmup_steps": ("2",),
+    "optim.teacher_temperature_warmup_steps": ("0",),
     "evaluation.every_steps": ("2",),
     "evaluation.train": ("OTHER_LABELLED",),
     "evaluation.val": ("OTHER_LABELLED",),
