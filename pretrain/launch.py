@@ -10,6 +10,7 @@ RUN must be seen by every node. SEEDBED_PYTHON names the interpreter of the job 
 """
 
 import argparse
+import atexit
 import importlib
 import logging
 import math
@@ -115,6 +116,8 @@ class Training:
             status = importlib.import_module(self.module).main(self.arguments)
             if status == STOPPED and REQUEUE_SIGNAL in received():
                 self._requeue(environment)
+        end_process = importlib.import_module("pretrain.distributed.collectives").end_process
+        atexit.register(end_process, status)  # after submitit has written the result
         if status != FINISHED:
             if environment.global_rank == 0:
                 (environment.paths.folder / STATUS).write_text(str(status), encoding="utf-8")

@@ -1,9 +1,12 @@
 """One process or many: starting them, and what they say to each other. Without a process group each is a no-op."""
 
+import logging
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,6 +72,22 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if is_distributed():
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave the process with a status; a rank does so without taking the interpreter apart.
+
+    A thread of gloo may still give back tensors that Python owns. When the interpreter is gone by then, that thread is
+    ended inside C++, which aborts a rank whose work is done (8 of 100 trainings of two ranks with FSDP).
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_distributed() -> bool:

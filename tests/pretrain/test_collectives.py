@@ -161,3 +161,15 @@ def test_torchrun_starts_a_process_group(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["('cpu', 2, 3)"] * 2
+
+
+@pytest.mark.parametrize("status", [0, 3, 75])
+def test_a_rank_ends_with_its_status_and_words_and_no_teardown(status: int) -> None:
+    """Taking the interpreter apart under threads of gloo aborts ranks whose work is done."""
+    code = (
+        "import atexit, os; from pretrain.distributed import collectives; atexit.register(os.abort); "
+        f"print('said', end=''); collectives.end_process({status})"
+    )
+    environment = {**os.environ, "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (status, "said")
