@@ -14,7 +14,7 @@ demo: .venv/.curation,pretrain,export
 	    $(PY) -m pretrain.downstream.export runs/demo-train runs/demo-teacher --format huggingface
 	$(PY) -m curation.run --config demo --pool 'runs/demo/demo/pool/*.tar' --seed runs/demo/demo/seed \
 	    --evaluation runs/demo/demo/evaluation --out runs/demo-again embed.encoder=hf:runs/demo-teacher
-	$(PY) -m curation.demo_figures runs/demo/demo/truth.csv runs/demo runs/demo-train runs/demo-again
+	$(PY) -m curation.demo.figures runs/demo/demo/truth.csv runs/demo runs/demo-train runs/demo-again
 
 # Its first line alone: no torch.
 demo-curation: .venv/.curation

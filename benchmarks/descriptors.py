@@ -24,7 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata
 
-from curation.encoders import encoder_view, load_encoder
+from curation.encoders.load import encoder_view, load_encoder
 from curation.ops.hashes import equal_groups, hash_pairs, perceptual_hash
 from curation.ops.randomness import hash_uint64
 

@@ -1,4 +1,4 @@
-"""The rates that `--dry-run` reckons with (curation/costs.py), measured on one core of this machine.
+"""The rates that `--dry-run` reckons with (curation/planning/costs.py), measured on one core of this machine.
 
     python -m benchmarks.rates                      everything on generated data, about a minute
     python -m benchmarks.rates --tar POOL.tar       and read + decode on one of your own shards
@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from curation.encoders import encoder_view, load_encoder
+from curation.encoders.load import encoder_view, load_encoder
+from curation.encoders.weights import DESCRIPTOR_NAMES
 from curation.ops.cells import cells_from_arrays
 from curation.ops.join import nearest, self_pairs
 from curation.ops.nearest import assign
-from curation.reading.images import ImageLimits
 from curation.reading.listing import find_parts
+from curation.reading.pictures.images import ImageLimits
 from curation.reading.sources import read_samples
-from curation.shards import ShardBuilder
 from curation.stages.embed import DecodeJob, prepare_sample
-from curation.weights import DESCRIPTOR_NAMES
+from curation.writing.tars import ShardBuilder
 
 SPECS = ("descriptors", "vit_small_patch14_dinov2.lvd142m")
 LIMITS = ImageLimits()
@@ -105,7 +105,7 @@ def torch_model() -> None:
     import timm
     import torch
 
-    from curation.costs import encoder_cost
+    from curation.planning.costs import encoder_cost
 
     torch.set_num_threads(1)
     model = timm.create_model(SPECS[1], pretrained=False, num_classes=0, img_size=224).eval()

@@ -19,14 +19,14 @@ import numpy as np
 import ray
 import webdataset
 
-from curation.folder import Folder
+from curation.engine.folder import Folder
+from curation.engine.workers import ExecutionConfig, run_tasks, start_ray
 from curation.ops.randomness import hash_uint64
 from curation.reading.listing import find_parts
 from curation.reading.samples import Part
 from curation.reading.sources import read_samples
-from curation.shards import ShardBuilder
 from curation.stages.shard import _entry_table
-from curation.workers import ExecutionConfig, run_tasks, start_ray
+from curation.writing.tars import ShardBuilder
 
 _IMAGE_BYTES = 18_000
 _SHARDS = 12

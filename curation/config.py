@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from curation.filters import build_filters
-from curation.seeds import RetrievalRule
+from curation.engine.workers import ExecutionConfig
+from curation.reading.filters import build_filters
+from curation.reading.seeds import RetrievalRule
 from curation.stages.balance import BalanceConfig
 from curation.stages.cells import CellsConfig
 from curation.stages.cluster import ClusterConfig
@@ -12,7 +13,6 @@ from curation.stages.decontaminate import DecontaminateConfig
 from curation.stages.dedup import DedupConfig
 from curation.stages.embed import EmbedConfig
 from curation.stages.shard import ShardConfig
-from curation.workers import ExecutionConfig
 
 
 def _default_filters() -> list[Any]:
@@ -25,7 +25,7 @@ class CurationConfig:
 
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     filters: list[Any] = field(default_factory=_default_filters)
-    """in order; the first that rejects an image names the reason; kinds are in curation/filters.py"""
+    """in order; the first that rejects an image names the reason; kinds are in curation/reading/filters.py"""
     cells: CellsConfig = field(default_factory=CellsConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)

@@ -16,17 +16,19 @@ from types import FrameType
 
 from configs.loader import config_names, load_config
 from configs.messages import os_sentence
+from curation.account.report.wording import plural, words
 from curation.config import CurationConfig
-from curation.folder import Folder
-from curation.lock import hold
-from curation.ownership import check_run_folder
-from curation.pipeline import STAGES, Inputs, Run, run_pipeline, set_label
-from curation.progress import duration
+from curation.engine.folder import Folder
+from curation.engine.lock import hold
+from curation.engine.ownership import check_run_folder
+from curation.engine.progress import duration
+from curation.engine.workers import WorkerLost
+from curation.pipeline import run_pipeline
 from curation.reading.again import LOST_REASONS
 from curation.reading.listing import choose_column, find_parts
-from curation.report.wording import plural, words
-from curation.seeds import SeedSet, locate_seed, set_name
-from curation.workers import WorkerLost
+from curation.reading.seeds import SeedSet, locate_seed, set_name
+from curation.state import Inputs, Run, set_label
+from curation.steps import STAGES
 
 _INTERRUPTED = 130
 
@@ -77,7 +79,7 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     seeds, truth = options.seed or [], None
     is_demo = "demo" in seeds
     if is_demo:
-        from curation.demo import make_demo
+        from curation.demo.pool import make_demo
 
         # A dry run leaves nothing behind, so its demo pool goes to a folder that goes away.
         if options.dry_run:
@@ -124,7 +126,7 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     )
     run = Run(out, config, inputs)
     if options.dry_run:
-        from curation.plan import describe
+        from curation.planning.plan import describe
 
         print(describe(run))
         return 0
@@ -140,7 +142,7 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     for line in losses(run):
         print(line)
     if options.until == "report" and truth is not None:
-        from curation.truth import format_score, read_truth, score
+        from curation.account.truth import format_score, read_truth, score
 
         print(format_score(score(out.read_table("decisions.parquet"), read_truth(truth))))
     return 0

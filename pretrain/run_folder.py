@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from curation.lock import Folder, Lock, check_folder, hold
+from curation.engine.lock import Folder, Lock, check_folder, hold
 from pretrain.checkpoint import read_manifest, whole_checkpoints
 from pretrain.distributed import collectives
 

@@ -40,7 +40,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def demo_pool(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A demo pool of 240 images with known truth, its seed and evaluation images."""
-    from curation.demo import make_demo
+    from curation.demo.pool import make_demo
 
     return make_demo(tmp_path_factory.mktemp("demo"), num_images=240)
 
@@ -50,7 +50,7 @@ def ray_session() -> Iterator[None]:
     """One embedded Ray of two CPUs for the tests that run stages in this process."""
     import ray
 
-    from curation.workers import ExecutionConfig, start_ray
+    from curation.engine.workers import ExecutionConfig, start_ray
 
     start_ray(ExecutionConfig(workers=2))
     yield

@@ -4,9 +4,9 @@ import functools
 import json
 from pathlib import Path
 
-from curation.pipeline import Run
 from curation.stages.balance import BalanceConfig
 from curation.stages.shard import ShardConfig
+from curation.state import Run
 from tests.conftest import encoded, picture
 from tests.tiny_run import curate, write_tar
 

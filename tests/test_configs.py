@@ -11,7 +11,7 @@ import yaml
 
 from configs.loader import CONFIGS, config_names, load_config
 from curation.config import CurationConfig
-from curation.seeds import SeedConfig
+from curation.reading.seeds import SeedConfig
 from tests.conftest import picture_tar
 
 TABLE_15_TOTAL = 142_109_386

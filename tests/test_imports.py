@@ -13,14 +13,33 @@ LIGHT = sorted(
     path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in [
         *(REPOSITORY / "curation" / "ops").glob("*.py"),
-        REPOSITORY / "curation" / "lock.py",
-        REPOSITORY / "curation" / "manifest.py",
-        *(REPOSITORY / "curation" / "reading").glob("*.py"),
+        REPOSITORY / "curation" / "engine" / "lock.py",
+        REPOSITORY / "curation" / "engine" / "manifest.py",
+        *(REPOSITORY / "curation" / "reading").rglob("*.py"),
         REPOSITORY / "configs" / "loader.py",
     ]
 )
 HEAVY = ("ray", "torch")
-FROM_CURATION = ("curation.lock", "curation.manifest", "curation.reading")
+# From the ground up: a room imports from its own and from those before it.
+ROOMS = [
+    "ops",
+    "engine",
+    "reading",
+    "encoders",
+    "writing",
+    "stages",
+    "config",
+    "state",
+    "account",
+    "steps",
+    "pipeline",
+    "planning",
+    "demo",
+    "run",
+    "explain",
+    "truth",
+]
+FROM_CURATION = ("curation.engine.lock", "curation.engine.manifest", "curation.reading")
 """what pretrain may import: the lock of run folders, the manifests, and the one reader of images and samples"""
 
 
@@ -77,6 +96,50 @@ def test_curation_imports_nothing_from_pretrain() -> None:
         assert not [name for name in imported_names(path) if name.split(".")[0] == "pretrain"], path
 
 
+def curation_imports() -> dict[str, set[str]]:
+    """Module of curation -> the modules of curation that it imports, at any depth."""
+    files = sorted((REPOSITORY / "curation").rglob("*.py"))
+    names = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    graph = {}
+    for path in files:
+        module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = {name for name in imported_names(path) if name in names and name.count(".")} - {module}
+    return graph
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    def floor(module: str) -> int:
+        return ROOMS.index(module.split(".")[1])
+
+    return [f"{a} <- {b}" for a, names in graph.items() if "." in a for b in names if floor(b) > floor(a)]
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that come back to themselves."""
+    left = dict(graph)
+    while ready := [module for module, names in left.items() if not names & left.keys()]:
+        left = {module: names for module, names in left.items() if module not in ready}
+    return sorted(left)
+
+
+def test_every_room_of_curation_has_its_floor_and_imports_point_down() -> None:
+    assert upward(curation_imports()) == []
+
+
+def test_no_file_of_curation_imports_in_a_circle() -> None:
+    assert circles(curation_imports()) == []
+
+
+def test_circles_and_upward_imports_are_seen() -> None:
+    graph = {
+        "curation.ops.a": {"curation.run"},
+        "curation.run": {"curation.state"},
+        "curation.state": {"curation.ops.a"},
+    }
+    assert upward(graph) == ["curation.ops.a <- curation.run"]
+    assert circles(graph) == sorted(graph)
+
+
 @pytest.mark.parametrize("folder", ["models", "losses"])
 def test_models_and_losses_know_nothing_of_the_rest(folder: str) -> None:
     forbidden = (
@@ -105,8 +168,10 @@ def test_the_rules_catch_what_they_forbid(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
     path = tmp_path / "pretrain" / "data" / "shards.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from curation.manifest import Manifest\nfrom curation import store\nfrom .. import config\n")
-    assert offences(path, FROM_CURATION) == ["curation.store"]
+    path.write_text(
+        "from curation.engine.manifest import Manifest\nfrom curation.engine import store\nfrom .. import config\n"
+    )
+    assert offences(path, FROM_CURATION) == ["curation.engine", "curation.engine.store"]
     assert "pretrain.config" in list(imported_names(path))
     with pytest.raises(AssertionError):
         test_pretrain_imports_only_manifest_lock_and_reader_from_curation()

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from curation.config import CurationConfig
-from curation.folder import Folder
-from curation.pipeline import Inputs, Run, run_pipeline
+from curation.engine.folder import Folder
+from curation.engine.workers import ExecutionConfig
+from curation.pipeline import run_pipeline
 from curation.reading.listing import find_parts
-from curation.seeds import RetrievalRule, SeedSet
+from curation.reading.seeds import RetrievalRule, SeedSet
 from curation.stages.balance import BalanceConfig
 from curation.stages.embed import EmbedConfig
-from curation.workers import ExecutionConfig
+from curation.state import Inputs, Run
 
 HOSTILE = ["<script>alert(1)<", 'a" onmouseover="alert(1)', "it's & <b>bold", "turn\u202eback", "esc\x1b[2Jape"]
 REASON = "score_<img src=x>"

@@ -61,11 +61,11 @@ def embedded(at: Setting, features: Callable[[Tensor], Tensor]) -> Figures:
 
 
 def curated(at: Setting) -> Figures:
-    """Views in the processor's memory to rows in the processor's memory, by `curation.encoders`."""
+    """Views in the processor's memory to rows in the processor's memory, by `curation.encoders.load`."""
     import timm
     from safetensors.torch import save_file
 
-    from curation.encoders import load_encoder
+    from curation.encoders.load import load_encoder
 
     name, weights = ENCODERS["S"][1], at.work / "timm.safetensors"
     model = timm.create_model(f"{name}.lvd142m", pretrained=False, num_classes=0, img_size=PX)

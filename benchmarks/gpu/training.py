@@ -20,7 +20,7 @@ from benchmarks.gpu.measure import Setting, check, relative_error
 from benchmarks.gpu.steps import SMALL
 from benchmarks.gpu.table import Figures, Part
 from benchmarks.loading import drawn, write_shard
-from curation.drawing import SCENES, draw_scene
+from curation.demo.drawing import SCENES, draw_scene
 from pretrain.downstream.evals.labelled import Sample, samples
 from pretrain.train import FINISHED, STOPPED, main
 from pretrain.watch.lines import read_lines

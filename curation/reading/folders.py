@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
+from curation.reading.pictures.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
 from curation.reading.places import file_size, join, read_file, read_head
 from curation.reading.samples import MAX_METADATA_BYTES, Member, Part, Sample, clean, metadata_text
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import overload
 
 from curation.reading.folders import begins_like_image, clusters, has_image_name
-from curation.reading.images import sniff
 from curation.reading.own_shards import own_shards
 from curation.reading.parquet import has_column, holds_images
+from curation.reading.pictures.images import sniff
 from curation.reading.places import is_local, join, read_file, read_head
 from curation.reading.samples import Part, PartKind
 from curation.reading.walking import Found, Ledger, files_at, resolved

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 
-from curation.manifest import MANIFEST_NAME, Manifest
+from curation.engine.manifest import MANIFEST_NAME, Manifest
 
 
 def own_shards(names: Collection[str], read: Callable[[str], bytes]) -> list[str] | None:

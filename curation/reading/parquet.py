@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.reading.folders import split_name
-from curation.reading.formats import SUFFIXES, sniff
+from curation.reading.pictures.formats import SUFFIXES, sniff
 from curation.reading.places import open_file
 from curation.reading.samples import MAX_METADATA_BYTES, Member, Part, Sample, clean
 

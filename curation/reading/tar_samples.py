@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO
 
 from curation.reading.compression import Unpacked, UnsupportedCompression, open_tar
-from curation.reading.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
+from curation.reading.pictures.formats import EXTRA_SUFFIXES, FOREIGN_SUFFIXES, HEAD_BYTES, SUFFIXES, sniff
 from curation.reading.places import is_local
 from curation.reading.samples import Member, Part, Sample, clean, group_sample, split_key
 from curation.reading.tars import BLOCK, NO_END, Gap, Links, Padding, Span, TarMember, walk

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from configs.ranges import SEEDS, check_ranges
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
 from curation.ops.kmeans import balance
 from curation.ops.sampling import hierarchical_sample
 from curation.stages.cluster import Clustering

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from configs.ranges import check_ranges
-from curation.manifest import File
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells, write_cells
 from curation.stages.kmeans import KMeansConfig, assign_parts, split_by_part, train_centroids
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig
 
 VERSION = 1
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from configs.ranges import check_ranges
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig
 from curation.ops.hierarchy import Level, hierarchical_kmeans
 from curation.ops.kmeans import balance
 from curation.ops.randomness import hash_sample
 from curation.stages.cells import local_files, write_grouped
 from curation.stages.kmeans import KMeansConfig, assign_parts, train_centroids, unit_rows
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig
 
 VERSION = 1
 

@@ -7,16 +7,16 @@ import numpy as np
 import pyarrow as pa
 
 from configs.ranges import check_ranges
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.hashes import hash_matches
 from curation.ops.join import pairs_above
 from curation.ops.recall import sketch_radius
 from curation.stages.dedup import Duplicates, heads
 from curation.stages.kmeans import unit_rows
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
 
 VERSION = 1
 _QUERIES_PER_TASK = 2048

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from configs.ranges import SEEDS, check_ranges
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.components import Groups, component_labels, duplicate_groups, representatives
 from curation.ops.hashes import MIN_QUALITY, equal_groups, hash_distances, hash_pairs
@@ -17,8 +19,6 @@ from curation.ops.join import Pairs, pairs_above, self_pairs
 from curation.ops.randomness import hash_sample
 from curation.ops.recall import TruePairs, certify, measured_recall
 from curation.stages.kmeans import unit_rows
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
 
 VERSION = 1
 _ROWS_PER_TASK = 65_536

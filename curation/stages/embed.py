@@ -13,17 +13,17 @@ import pyarrow.compute as pc
 import ray
 
 from configs.ranges import check_ranges
-from curation.encoders import Encoder, View, load_encoder
-from curation.filters import Filter, Pixels
-from curation.folder import Folder
-from curation.manifest import File
+from curation.encoders.load import Encoder, View, load_encoder
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import INDEX_SCHEMA, ImageSet, encoder_folder
+from curation.engine.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 from curation.ops.hashes import perceptual_hash
-from curation.reading.images import ImageLimits, Rejected, decode, luma_deviation
+from curation.reading.filters import Filter, Pixels
+from curation.reading.pictures.images import ImageLimits, Rejected, decode, luma_deviation
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
 from curation.reading.tar_samples import NO_END_MARKER, HeadersFirst
-from curation.store import INDEX_SCHEMA, ImageSet, encoder_folder
-from curation.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
 
 VERSION = 2
 _DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
@@ -35,7 +35,7 @@ class EmbedConfig:
     """One decode an image, for every encoder."""
 
     encoder: str = "vit_small_patch14_dinov2.lvd142m"
-    """retrieval and clustering; spec strings are listed in curation/encoders.py"""
+    """retrieval and clustering; spec strings are listed in curation/encoders/load.py"""
     copy_encoder: str | None = None
     """copy detection (deduplication, decontamination); null: the same as `encoder`"""
     image_px: int | None = None

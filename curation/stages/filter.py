@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from curation.filters import Filter, first_reasons
-from curation.folder import Folder
-from curation.manifest import File
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.reading.filters import Filter, first_reasons
 
 VERSION = 1
 _FILE = "reasons.parquet"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.ranges import SEEDS, check_ranges
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops import kmeans as ops
 from curation.ops.randomness import hash_sample
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
 
 _SHARES = 64
 

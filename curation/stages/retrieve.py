@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.join import nearest
 from curation.ops.kmeans import assign
 from curation.ops.retrieval import num_probes, resolve_collisions
 from curation.ops.sampling import sample_per_cluster
-from curation.seeds import RetrievalRule
+from curation.reading.seeds import RetrievalRule
 from curation.stages.kmeans import unit_rows
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
 
 VERSION = 2
 _SCHEMA = pa.schema(

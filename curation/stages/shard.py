@@ -12,15 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.ranges import SEEDS, check_ranges
-from curation.filters import Edit
-from curation.folder import Folder
-from curation.manifest import File
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.randomness import hash_uint64
-from curation.parquet_shards import ParquetShardBuilder
 from curation.reading.again import Lost, SecondReader
+from curation.reading.filters import Edit
 from curation.reading.samples import Member
-from curation.shard_card import shard_card
-from curation.shard_samples import (
+from curation.writing.card import shard_card
+from curation.writing.parquet import ParquetShardBuilder
+from curation.writing.samples import (
     Layout,
     ShardSample,
     assign_roles,
@@ -31,9 +33,7 @@ from curation.shard_samples import (
     sample_bytes,
     tar_members,
 )
-from curation.shards import Entry, ShardBuilder, safe_key, split_shards
-from curation.store import ImageSet
-from curation.workers import ExecutionConfig, run_tasks
+from curation.writing.tars import Entry, ShardBuilder, safe_key, split_shards
 
 VERSION = 2
 _ROWS_AT_ONCE = 500_000  # index rows of this many kept images are gathered for one batch of shards

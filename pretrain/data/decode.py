@@ -3,7 +3,7 @@
 Curation keeps the original bytes, so training must read whatever curation's reader can, and see the same pixels.
 """
 
-from curation.reading.images import EXTRA_SUFFIXES, SUFFIXES, Damaged, EncodedImage, ImageLimits, open_image
+from curation.reading.pictures.images import EXTRA_SUFFIXES, SUFFIXES, Damaged, EncodedImage, ImageLimits, open_image
 
 __all__ = ["IMAGE_SUFFIXES", "Damaged", "EncodedImage", "ImageLimits", "open_image"]
 

@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from curation.manifest import MANIFEST_NAME, Manifest
+from curation.engine.manifest import MANIFEST_NAME, Manifest
 from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits
 from pretrain.data.tars import BLOCK, member_name, scan
 

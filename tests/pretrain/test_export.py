@@ -195,7 +195,7 @@ def test_checked_sizes_are_square_and_not_smaller_and_larger() -> None:
 
 def test_curation_embeds_with_an_export(tmp_path: Path) -> None:
     """The loop closes: the folder is an encoder of curation, and its rows are our CLS tokens."""
-    from curation.encoders import load_encoder
+    from curation.encoders.load import load_encoder
 
     for architecture in ("dinov2_tiny", "dinov2_vits14_reg", "dinov3_tiny"):
         changes = {"position_grid": 4} if "dinov2" in architecture else {}
@@ -214,7 +214,7 @@ def test_the_processor_resizes_as_curation_does(tmp_path: Path) -> None:
     """Two resamplers, torchvision's and Pillow's: equal but for rounding, 1 of 255 on average at most."""
     from transformers import AutoImageProcessor
 
-    from curation.encoders import encoder_view
+    from curation.encoders.load import encoder_view
 
     backbone = random_backbone("dinov3_tiny", px=64)
     write_checked(backbone, {}, tmp_path / "out", "huggingface")

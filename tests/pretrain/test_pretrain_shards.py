@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.manifest import File, Manifest
+from curation.engine.manifest import File, Manifest
 from pretrain.data.decode import Damaged, ImageLimits
 from pretrain.data.shards import IMAGE_SUFFIXES, ShardReader, find_shards, read_table
 from pretrain.data.tars import scan

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from curation import lock
+from curation.engine import lock
 from pretrain.run_folder import check_run_folder
 from pretrain.train import FINISHED, WRONG_INPUT
 from tests.conftest import REPOSITORY, picture_tar

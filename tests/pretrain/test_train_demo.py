@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from curation.demo import DemoPaths
+from curation.demo.pool import DemoPaths
 from tests.conftest import REPOSITORY
 
 FEW_STEPS = [
@@ -54,7 +54,7 @@ def test_the_loop_from_a_pool_to_a_teacher_that_curates_it(demo_pool: DemoPaths,
     assert asked["encoder"] == f"hf:{teacher}"
     assert asked["copy_encoder"] == "descriptors"
 
-    figures = run("curation.demo_figures", demo_pool.truth, curated, trained, again)
+    figures = run("curation.demo.figures", demo_pool.truth, curated, trained, again)
     for words in ("random features", "teacher, step 6", "descriptors", "the teacher"):
         assert words in figures
     for page in (curated / "report.html", trained / "report.html", again / "report.html"):
@@ -63,7 +63,7 @@ def test_the_loop_from_a_pool_to_a_teacher_that_curates_it(demo_pool: DemoPaths,
 
 
 def test_figures_of_a_run_that_is_not_finished_say_what_is_missing(demo_pool: DemoPaths, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "curation.demo_figures", str(demo_pool.truth), *map(str, [tmp_path] * 3)]
+    command = [sys.executable, "-m", "curation.demo.figures", str(demo_pool.truth), *map(str, [tmp_path] * 3)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "holds no result.json" in done.stderr

@@ -1,0 +1,1 @@
+"""A pool drawn on the spot, with its truth."""

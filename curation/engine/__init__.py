@@ -1,0 +1,1 @@
+"""What stages stand on: Ray tasks, the run folder with its lock and manifests, and progress."""

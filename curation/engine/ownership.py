@@ -1,0 +1,157 @@
+"""Which files of a run folder are ours: what may be overwritten or deleted. Everything else stays, and is named."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+
+from curation.engine.folder import Folder, listed
+from curation.engine.lock import check_folder
+from curation.engine.manifest import MANIFEST_NAME, Manifest
+
+STARTED, TIMING = "started.json", "timing.json"
+COMMAND = "curation.run"
+DEMO_RECORD = "demo.json"
+_ASKED = ("seeds", "pool", "evaluations", "config")  # keys of run.json
+_GROUPS = ("embed", "retrieve")  # folders of one folder a set
+_REPORT_FILES = ("decisions.parquet", "report.json", "report.html")
+_CELLS = (
+    "cells/vectors.f16",
+    "cells/sketches.u64",
+    "cells/gids.i64",
+    "cells/offsets.npy",
+    "cells/centroids.npy",
+    "cells/directions.npy",
+    "cells/cells.json",
+    "cells/cells.json.tmp",
+)
+_SHARD = "shard-" + 6 * "[0-9]"
+_FILES: dict[str, tuple[str, ...]] = {
+    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
+    "filter": ("reasons.parquet",),
+    "cells": _CELLS,
+    "dedup": (
+        "edges/*.parquet",
+        "representative.npy",
+        "component.npy",
+        "similarity.npy",
+        "step.npy",
+        "split.parquet",
+        "near.parquet",
+    ),
+    "decontaminate": ("leaks.parquet", "representative.npy"),
+    "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
+    "retrieve": ("matches.parquet",),
+    "balance": ("balanced.parquet",),
+    "shard": (
+        f"{_SHARD}.tar",
+        f"{_SHARD}.parquet",
+        f"done/{_SHARD}.json",
+        f"index/{_SHARD}.parquet",
+        "not_written.parquet",
+        "README.md",
+    ),
+    "report": (),
+}
+
+
+def file_names(stage: str) -> tuple[str, ...]:
+    """Patterns of the files that a stage writes to its folder."""
+    return (STARTED, TIMING, MANIFEST_NAME, *_FILES[stage])
+
+
+def check_run_folder(folder: Folder) -> None:
+    """See that a run may be written to a folder: nothing in it that is not ours would be overwritten. Only looks.
+
+    Raises:
+        ValueError: it holds something else than a run of ours, or someone's files where ours would go.
+    """
+    check_folder(folder, _has_record, COMMAND)
+    if folder.exists("run.json") and not _is_run_json(folder):
+        raise ValueError(f"{folder.url}/run.json is not of {COMMAND}, which writes a file of that name: move it away.")
+    for name in _stage_folders(folder):
+        check_stage_folder(folder / name)
+    reports = [name for name in _REPORT_FILES if folder.exists(name)]
+    if reports and not _is_stage(folder / "report"):
+        raise ValueError(
+            f"{folder.url} holds {listed(reports)}, which no run here has written, and this one would: move them away, "
+            "or give another --out. Nothing was changed there."
+        )
+
+
+def check_stage_folder(folder: Folder) -> None:
+    """See that a stage's folder is empty or was begun by us. Raises ValueError."""
+    if not _is_stage(folder) and (found := folder.entries()):
+        raise ValueError(
+            f"{folder.url} is where a stage of this run is written, and holds what no run has written "
+            f"({listed(found)}): move it away, or give another --out. Nothing was changed there."
+        )
+
+
+def clear_stage_folder(folder: Folder, stage: str) -> None:
+    """Delete what a stage wrote. Raises ValueError, with nothing deleted, when other files lie there."""
+    check_stage_folder(folder)
+    folder.clear(file_names(stage))
+
+
+def scratch_folder(run_folder: Folder) -> Path:
+    """Where the local files of a run on an object store lie: of this user alone, the same at each call."""
+    name = hashlib.sha256(run_folder.url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"seedbed-{os.getuid()}-{name}"
+
+
+def claim_scratch_folder(run_folder: Folder) -> None:
+    """Make it, or see that it is ours: in a shared folder for temporary files anyone may have taken its name.
+
+    Raises:
+        ValueError: something else has its name.
+    """
+    folder = scratch_folder(run_folder)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"{folder}, the scratch folder of {run_folder.url}, is not a folder that you alone may write to: remove "
+            "it, or set TMPDIR to another place."
+        )
+
+
+def _stage_folders(folder: Folder) -> list[str]:
+    names = [name for name in folder.entries() if name in (*_FILES, "shards")]
+    groups = [name for name in names if name in _GROUPS]
+    inside = [f"{name}/{part}" for name in groups for part in (folder / name).folders()]
+    return [name for name in names if name not in _GROUPS] + inside
+
+
+def _has_record(folder: Folder) -> bool:
+    if _is_run_json(folder) or folder.exists(f"demo/{DEMO_RECORD}"):  # a demo is drawn before run.json is written
+        return True
+    return any(_is_stage(folder / name) for name in _stage_folders(folder))
+
+
+def _is_run_json(folder: Folder) -> bool:
+    try:
+        content = json.loads(folder.read_bytes("run.json"))
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return False
+    return isinstance(content, dict) and all(name in content for name in _ASKED)
+
+
+def _is_stage(folder: Folder) -> bool:
+    """Whether a stage began there, or ended."""
+    try:
+        started = json.loads(folder.read_bytes(STARTED))
+        if isinstance(started, str) and re.fullmatch("[0-9a-f]{32}", started):
+            return True
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        pass
+    try:
+        Manifest.from_json(folder.read_bytes(MANIFEST_NAME).decode())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, KeyError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What a run will read, do, write and take, before it starts."""

@@ -1,0 +1,1 @@
+"""The one reader of image bytes, for both halves."""

@@ -1,0 +1,1 @@
+"""Shards as bytes: tars, Parquet files, the members of a sample, the dataset card."""
