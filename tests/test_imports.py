@@ -12,13 +12,15 @@ REPOSITORY = Path(__file__).parents[1]
 LIGHT = sorted(
     path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in [
-        *(REPOSITORY / "curation" / "ops").glob("*.py"),
+        *(path for path in (REPOSITORY / "curation" / "ops").glob("*.py") if not path.name.startswith("torch_")),
         REPOSITORY / "curation" / "engine" / "lock.py",
         REPOSITORY / "curation" / "engine" / "manifest.py",
         *(REPOSITORY / "curation" / "reading").rglob("*.py"),
         REPOSITORY / "configs" / "loader.py",
     ]
 )
+"""Of curation.ops, torch_*.py take a device and import torch; the others import those in functions that were given one.
+"""
 HEAVY = ("ray", "torch")
 # From the ground up: a room imports from its own and from those before it.
 ROOMS = [
@@ -84,6 +86,14 @@ def test_light_modules_import_neither_ray_nor_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_what_takes_a_device_imports_torch_and_no_ray() -> None:
+    files = sorted((REPOSITORY / "curation" / "ops").glob("torch_*.py"))
+    assert files
+    for path in files:
+        named = {name.split(".")[0] for name in imported_names(path)}
+        assert "torch" in named and "ray" not in named, path
 
 
 def test_pretrain_imports_only_manifest_lock_and_reader_from_curation() -> None:

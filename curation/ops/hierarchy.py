@@ -46,6 +46,7 @@ def hierarchical_kmeans(
     clamp: bool = False,
     ids: np.ndarray | None = None,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> list[Level]:
     """Cluster rows, then the centroids, then theirs, resampling at each level.
 
@@ -60,6 +61,7 @@ def hierarchical_kmeans(
         clamp: lower a level's clusters to what the level below can carry (half its items), and drop levels that would
             not be smaller than the one below, instead of raising.
         ids: int64 [N], what random choices depend on; row numbers where absent.
+        num_threads, device: as in `kmeans`; they change the time, never the result.
 
     Raises:
         ValueError: levels that do not decrease, or more clusters than items at a level without `clamp`; a split that
@@ -83,7 +85,16 @@ def hierarchical_kmeans(
         level_seed = _stream(seed, number)
         if number == 0 and split > 1:
             centroids = _split_kmeans(
-                items, num_clusters // split, split, num_iterations, level_seed, metric, init, item_ids, num_threads
+                items,
+                num_clusters // split,
+                split,
+                num_iterations,
+                level_seed,
+                metric,
+                init,
+                item_ids,
+                num_threads,
+                device,
             )
         else:
             per_cluster = samples[number] or len(items) // (2 * num_clusters)
@@ -98,8 +109,9 @@ def hierarchical_kmeans(
                 init,
                 item_ids,
                 num_threads,
+                device,
             )
-        assignment, scores = assign(items, centroids, metric, num_threads)
+        assignment, scores = assign(items, centroids, metric, num_threads, device)
         found.append(Level(centroids, assignment, scores, np.bincount(assignment, minlength=len(centroids))))
         items = centroids
     return found
@@ -116,6 +128,7 @@ def resampled_kmeans(
     init: Init = "kmeans++",
     ids: np.ndarray | None = None,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> np.ndarray:
     """k-means, then `num_resamplings` times k-means of the members nearest to each centroid: centroids float32 [K, D].
 
@@ -123,14 +136,14 @@ def resampled_kmeans(
     there are clusters ends the resampling, with the centroids of the round before.
     """
     ids = np.arange(len(x)) if ids is None else ids
-    centroids = kmeans(x, num_clusters, num_iterations, seed, metric, init, ids, num_threads).centroids
+    centroids = kmeans(x, num_clusters, num_iterations, seed, metric, init, ids, num_threads, device).centroids
     for step in range(1, num_resamplings + 1):
-        cell, score = assign(x, centroids, metric, num_threads)
+        cell, score = assign(x, centroids, metric, num_threads, device)
         sample = nearest_members(cell, score, samples_per_cluster, metric, ids)
         if len(sample) < num_clusters:
             break
         centroids = kmeans(
-            x[sample], num_clusters, num_iterations, _stream(seed, step), metric, init, ids[sample], num_threads
+            x[sample], num_clusters, num_iterations, _stream(seed, step), metric, init, ids[sample], num_threads, device
         ).centroids
     return centroids
 
@@ -194,16 +207,18 @@ def _split_kmeans(
     init: Init,
     ids: np.ndarray,
     num_threads: int | None,
+    device: str | None,
 ) -> np.ndarray:
-    coarse = kmeans(x, num_coarse, num_iterations, seed, metric, init, ids, num_threads).centroids
-    cell, _ = assign(x, coarse, metric, num_threads)
+    coarse = kmeans(x, num_coarse, num_iterations, seed, metric, init, ids, num_threads, device).centroids
+    cell, _ = assign(x, coarse, metric, num_threads, device)
     members = np.split(np.argsort(cell, kind="stable"), np.cumsum(np.bincount(cell, minlength=num_coarse))[:-1])
     centroids = []
     for number, rows in enumerate(members):
         if len(rows) == 0:
             continue
         clusters = min(split, len(rows))
-        fine = kmeans(x[rows], clusters, num_iterations, _stream(seed, number), metric, init, ids[rows], num_threads)
+        own_seed = _stream(seed, number)
+        fine = kmeans(x[rows], clusters, num_iterations, own_seed, metric, init, ids[rows], num_threads, device)
         centroids.append(fine.centroids[fine.sizes > 0])
     return np.concatenate(centroids)
 

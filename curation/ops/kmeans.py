@@ -81,6 +81,7 @@ def kmeans(
     init: Init = "random",
     ids: np.ndarray | None = None,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> KMeansResult:
     """Lloyd's algorithm from a seeded start; stops early where no row changes its cell.
 
@@ -93,6 +94,7 @@ def kmeans(
         init: see `initial_centroids`.
         ids: int64 [N], what random choices depend on; row numbers where absent.
         num_threads: changes the time, never the result; Faiss's setting where absent.
+        device: of torch, for products and sums; None: the processor's own kernels. The result is the same.
 
     Raises:
         ValueError: fewer rows than clusters, a row that is not finite, or not unit-norm under cosine.
@@ -107,14 +109,14 @@ def kmeans(
     x = np.ascontiguousarray(x, dtype=np.float32)
     check_rows(x, metric)
     quantum = UNIT_QUANTUM if metric == "cosine" else sum_quantum(max(float(x.max()), -float(x.min())))
-    centroids = initial_centroids(x, num_clusters, seed, init, ids, num_threads)
+    centroids = initial_centroids(x, num_clusters, seed, init, ids, num_threads, device)
     num_first = 2 * num_iterations // 5 if len(x) // 4 >= MIN_FIRST_ROWS * num_clusters else 0
     first_rows = x[_hash_order(seed, ids, len(x))[: len(x) // 4]] if num_first else x
     objective, num_reseeded, previous = [], 0, None
     for iteration in range(num_iterations):
         rows = first_rows if iteration < num_first else x
-        cell, score = assign(rows, centroids, metric, num_threads)
-        total = partial_sums(rows, cell, score, num_clusters, quantum, num_threads)
+        cell, score = assign(rows, centroids, metric, num_threads, device)
+        total = partial_sums(rows, cell, score, num_clusters, quantum, num_threads, device)
         objective.append(mean_error(total, metric))
         if iteration > num_first and np.array_equal(cell, previous):
             break
@@ -138,6 +140,7 @@ def partial_sums(
     num_clusters: int,
     quantum: float = UNIT_QUANTUM,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> PartialSums:
     """One part's contribution to the next centroids, exact: see the head of this file.
 
@@ -145,9 +148,15 @@ def partial_sums(
         x: float32 or float16 [N, D].
         cell, score: what `assign` returned for these rows.
         quantum: the rounding step, one for all parts; `sum_quantum` names it for rows that are not unit-norm.
+        device: of torch, which adds up there; None: the processor's own kernel does.
     """
     score_quantum = quantum * quantum / UNIT_QUANTUM  # squared distances scale as the square of the rows
     counts = np.bincount(cell, minlength=num_clusters)
+    if device is not None:
+        from curation.ops.torch_kmeans import cell_sums
+
+        sums, scores = cell_sums(x, cell, score, num_clusters, quantum, score_quantum, device)
+        return PartialSums(sums, counts, scores)
     bounds = np.concatenate([[0], np.cumsum(counts)])
     order = np.argsort(cell, kind="stable")
     sums = np.zeros((num_clusters, x.shape[1]), dtype=np.float64)
@@ -244,6 +253,7 @@ def initial_centroids(
     init: Init,
     ids: np.ndarray | None = None,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> np.ndarray:
     """Rows of x to start from, chosen by (seed, id): float32 [K, D]; where too few are distinct, some repeat.
 
@@ -258,7 +268,7 @@ def initial_centroids(
     if init == "random":
         chosen = _distinct_rows(x, order, num_clusters)
     elif init == "kmeans++":
-        chosen = _spread_rows(x, order[: 32 * num_clusters], num_clusters, seed, num_threads)
+        chosen = _spread_rows(x, order[: 32 * num_clusters], num_clusters, seed, num_threads, device)
     else:
         raise ValueError(f"init={init!r} is unknown; choose 'random' or 'kmeans++'.")
     repeats = np.full(num_clusters - len(chosen), chosen[0])
@@ -305,11 +315,13 @@ def _distinct_rows(x: np.ndarray, order: np.ndarray, num: int) -> np.ndarray:
         looked_at *= 4
 
 
-def _spread_rows(x: np.ndarray, order: np.ndarray, num: int, seed: int, num_threads: int | None) -> np.ndarray:
+def _spread_rows(
+    x: np.ndarray, order: np.ndarray, num: int, seed: int, num_threads: int | None, device: str | None
+) -> np.ndarray:
     """Row numbers drawn from those of order in proportion to squared distances, in growing batches."""
     sample = np.ascontiguousarray(x[order], dtype=np.float32)
     chosen = [0]
-    _, nearest = assign(sample, sample[:1], "l2", num_threads)
+    _, nearest = assign(sample, sample[:1], "l2", num_threads, device)
     for step in range(num):
         left = np.flatnonzero(nearest > 0)
         batch = min(max(len(chosen) // 4, 1), num - len(chosen), len(left))
@@ -320,7 +332,7 @@ def _spread_rows(x: np.ndarray, order: np.ndarray, num: int, seed: int, num_thre
         race = -np.log1p(-hash_uniform(int(hash_uint64(seed, np.int64(step))), left)) / nearest[left]
         new = left[np.sort(np.argpartition(race, batch - 1)[:batch])]
         chosen.extend(new.tolist())
-        nearest = np.minimum(nearest, assign(sample, sample[new], "l2", num_threads)[1])
+        nearest = np.minimum(nearest, assign(sample, sample[new], "l2", num_threads, device)[1])
     return order[chosen]
 
 

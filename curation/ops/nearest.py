@@ -1,8 +1,8 @@
-"""Nearest centroids of rows: Faiss on every GPU or on CPU threads, with ties decided exactly.
+"""Nearest centroids of rows: Faiss on CPU threads or torch on a GPU, with ties decided exactly.
 
-A float32 matrix product rounds a row's similarities differently at different places in a batch. So Faiss finds
-candidates, and what is returned is computed from the candidates in float64, row by row: results do not depend, bit for
-bit, on the number of threads, the size of a batch or the order of the rows.
+A float32 matrix product rounds a row's similarities differently at different places in a batch. So a product finds
+candidates, and what is returned is computed from the candidates in float64, row by row, on the processor: results do
+not depend, bit for bit, on the device, the number of threads, the size of a batch or the order of the rows.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,20 +21,21 @@ BLOCK_ROWS = 1024
 """Rows of one Faiss call on a CPU: enough for a fast matrix product, few enough to occupy every core."""
 
 TREE_BLOCK_ROWS = 4096
-GPU_BLOCK_ROWS = 65536
-
-MAX_GPU_CANDIDATES = 2048
-"""The most neighbours that a Faiss index on a GPU gives."""
 
 TREE_WIDTH = 4
-"""Points of no more coordinates (a map, a toy) find their centroids in a k-d tree, several times faster."""
+"""Points of no more coordinates (a map, a toy) find their centroids in a k-d tree, several times faster, on any device.
+"""
 
 NEAR_TIE = 1e-5
 """Similarities closer than this, for unit vectors, are compared in float64; float32 products err by 1e-6 at most."""
 
 
 def assign(
-    x: np.ndarray, centroids: np.ndarray, metric: Metric = "cosine", num_threads: int | None = None
+    x: np.ndarray,
+    centroids: np.ndarray,
+    metric: Metric = "cosine",
+    num_threads: int | None = None,
+    device: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest centroid of each row; equally near ones go to the smallest index.
 
@@ -42,6 +43,7 @@ def assign(
         x: float32 or float16 [N, D], unit-norm rows for cosine; may be memory-mapped, it is read block by block.
         centroids: float32 [K, D], unit-norm for cosine.
         num_threads: changes the time, never the result; Faiss's setting where absent.
+        device: of torch, which finds the candidates there; None: Faiss does, on the processor. The result is the same.
 
     Returns:
         cell int64 [N], and score float32 [N]: the cosine similarity, or the squared distance.
@@ -49,12 +51,17 @@ def assign(
     Raises:
         ValueError: see `nearest_centroids`.
     """
-    cells, scores = nearest_centroids(x, centroids, 1, metric, num_threads)
+    cells, scores = nearest_centroids(x, centroids, 1, metric, num_threads, device)
     return cells[:, 0], scores[:, 0]
 
 
 def nearest_centroids(
-    x: np.ndarray, centroids: np.ndarray, k: int, metric: Metric = "cosine", num_threads: int | None = None
+    x: np.ndarray,
+    centroids: np.ndarray,
+    k: int,
+    metric: Metric = "cosine",
+    num_threads: int | None = None,
+    device: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest centroids of each row, nearest first: cells int64 [N, k], scores float32 [N, k] as in `assign`.
 
@@ -73,23 +80,15 @@ def nearest_centroids(
         raise ValueError("the centroids are not all finite.")
     # |x|^2 - 2xc + |c|^2 loses the digits that x and c share, so L2 is searched around the centroids' mean.
     shift = centroids.mean(axis=0, dtype=np.float64).astype(np.float32) if metric == "l2" else np.float32(0)
-    num_candidates = min(k + min(k, 8), len(centroids))  # the k-th may tie with those after it
-    search, block_rows, near_tie, is_parallel = _searcher(centroids - shift, num_candidates, metric)
+    search, block_rows, is_parallel = _searcher(centroids - shift, k, metric, device)
     cells = np.empty((len(x), k), dtype=np.int64)
     scores = np.empty((len(x), k), dtype=np.float32)
 
     def fill(start: int) -> None:
         rows = np.ascontiguousarray(x[start : start + block_rows], dtype=np.float32)
         check_rows(rows, metric, start)
-        shifted = rows - shift
-        found, found_scores = search(shifted)
         out = slice(start, start + len(rows))
-        tie = np.full(len(rows), near_tie, dtype=np.float32)
-        if metric == "l2":
-            tie *= 4 * (np.einsum("nd,nd->n", shifted, shifted) + np.abs(found_scores[:, k - 1])) + 1e-30
-        unclear = np.abs(found_scores[:, -1] - found_scores[:, k - 1]) <= tie
-        unclear &= num_candidates < len(centroids)
-        _rescore(rows, centroids, found, unclear, metric == "cosine", cells[out], scores[out])
+        _rescore(rows, centroids, *search(rows - shift), metric == "cosine", cells[out], scores[out])
 
     for_each(fill, range(0, len(x), block_rows), num_threads if is_parallel else 1)
     return cells, scores
@@ -123,34 +122,70 @@ def available_threads(num_threads: int | None) -> int:
     return faiss.omp_get_max_threads() if num_threads is None else num_threads
 
 
+class _Candidates(NamedTuple):
+    """Which centroids may be among the nearest of each row; those that are not are farther for sure."""
+
+    cells: np.ndarray
+    """int64, of all rows one after another"""
+    starts: np.ndarray
+    """int64 [n], the row's own part of cells"""
+    stops: np.ndarray
+    is_open: np.ndarray
+    """bool [n]: others may be as near, so that every centroid is a candidate"""
+
+
 class _Searcher(NamedTuple):
-    search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """rows to the cells of their k nearest centroids and rough scores"""
+    search: Callable[[np.ndarray], _Candidates]
     block_rows: int
     """rows to give it at a time"""
-    near_tie: float
-    """scores closer than this, for unit vectors, are undecided"""
     is_parallel: bool
     """whether several threads may search at once"""
 
 
-def _searcher(centroids: np.ndarray, k: int, metric: Metric) -> _Searcher:
-    width = centroids.shape[1]
+def _searcher(centroids: np.ndarray, k: int, metric: Metric, device: str | None) -> _Searcher:
+    num_centroids, width = centroids.shape
+    num_found = min(k + min(k, 8), num_centroids)  # the k-th may tie with those after it
     if width <= TREE_WIDTH:
         tree = cKDTree(centroids)
 
-        def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            distances, cells = tree.query(rows, k=np.arange(1, k + 1))
-            return cells, np.square(distances)
+        def from_tree(rows: np.ndarray) -> _Candidates:
+            distances, cells = tree.query(rows, k=np.arange(1, num_found + 1))
+            return _listed(cells, np.square(distances), k, num_centroids, _ties(rows, np.square(distances), k, 1e-12))
 
-        return _Searcher(search, TREE_BLOCK_ROWS, 1e-12, True)
+        return _Searcher(from_tree, TREE_BLOCK_ROWS, True)
+    if device is not None:
+        from curation.ops.torch_kmeans import CentroidSearch
+
+        on_device = CentroidSearch(centroids, k, metric, device)
+
+        def from_device(rows: np.ndarray) -> _Candidates:
+            cells, bounds = on_device(rows)
+            return _Candidates(cells, bounds[:-1], bounds[1:], np.zeros(len(rows), bool))
+
+        return _Searcher(from_device, on_device.block_rows, False)
     faiss_metric = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
-    if faiss.get_num_gpus() > 0 and k <= MAX_GPU_CANDIDATES:
-        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(width, faiss_metric))
-        index.add(centroids)
-        # One thread: an index on a GPU may not be searched by several at once.
-        return _Searcher(lambda rows: index.search(rows, k)[::-1], GPU_BLOCK_ROWS, NEAR_TIE, False)
-    return _Searcher(lambda rows: faiss.knn(rows, centroids, k, metric=faiss_metric)[::-1], BLOCK_ROWS, NEAR_TIE, True)
+
+    def from_faiss(rows: np.ndarray) -> _Candidates:
+        scores, cells = faiss.knn(rows, centroids, num_found, metric=faiss_metric)
+        ties = np.full(len(rows), NEAR_TIE) if metric == "cosine" else _ties(rows, scores, k, NEAR_TIE)
+        return _listed(cells, scores, k, num_centroids, ties)
+
+    return _Searcher(from_faiss, BLOCK_ROWS, True)
+
+
+def _ties(rows: np.ndarray, squared_distances: np.ndarray, k: int, near_tie: float) -> np.ndarray:
+    """How far apart squared distances must be, float32 [n], for the sizes at hand."""
+    sizes = np.einsum("nd,nd->n", rows, rows) + np.abs(squared_distances[:, k - 1])
+    return (near_tie * 4 * sizes + 1e-30).astype(np.float32)
+
+
+def _listed(cells: np.ndarray, scores: np.ndarray, k: int, num_centroids: int, ties: np.ndarray) -> _Candidates:
+    """The candidates [n, c] that a search gave with rough scores, best first."""
+    num_found = cells.shape[1]
+    is_open = (np.abs(scores[:, -1] - scores[:, k - 1]) <= ties) & (num_found < num_centroids)
+    starts = np.arange(len(cells)) * num_found
+    is_clear = k == 1 and num_found < num_centroids  # a clear winner needs its score only
+    return _Candidates(cells.reshape(-1), starts, starts + (1 if is_clear else num_found), is_open)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -167,16 +202,16 @@ def _exact_score(row, centroid, cosine):  # pragma: no cover, compiled
 
 
 @numba.njit(nogil=True, cache=True)
-def _rescore(rows, centroids, found, unclear, cosine, cells, scores):  # pragma: no cover, compiled
-    """The best by exact score, equal ones by index: of the candidates, or of all centroids where those are unclear."""
+def _rescore(rows, centroids, listed, starts, stops, is_open, cosine, cells, scores):  # pragma: no cover, compiled
+    """The best by exact score, equal ones by index: of the candidates, or of all centroids where those are open."""
     k = cells.shape[1]
     sign = -1.0 if cosine else 1.0
     best_cell = np.empty(k, dtype=np.int64)
     best_cost = np.empty(k, dtype=np.float64)
     for i in range(len(rows)):
         best_cell[:], best_cost[:] = len(centroids), np.inf
-        for j in range(len(centroids) if unclear[i] else found.shape[1]):
-            cell = j if unclear[i] else found[i, j]
+        for j in range(len(centroids) if is_open[i] else stops[i] - starts[i]):
+            cell = j if is_open[i] else listed[starts[i] + j]
             cost = sign * _exact_score(rows[i], centroids[cell], cosine)
             place = k
             while place > 0 and (
@@ -187,8 +222,6 @@ def _rescore(rows, centroids, found, unclear, cosine, cells, scores):  # pragma:
                 for after in range(k - 1, place, -1):
                     best_cell[after], best_cost[after] = best_cell[after - 1], best_cost[after - 1]
                 best_cell[place], best_cost[place] = cell, cost
-            if k == 1 and not unclear[i] and len(centroids) > found.shape[1]:
-                break  # a clear winner needs its score only
         cells[i] = best_cell
         for j in range(k):
             scores[i, j] = sign * best_cost[j]

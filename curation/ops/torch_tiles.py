@@ -1,0 +1,186 @@
+"""The join's tiles in torch, on a GPU: the pairs and neighbours that the processor's kernels find, to the last bit.
+
+float16 rows meet in matrix products that are added up in float32. Those are good to ROUGH_MARGIN and only choose
+candidates. What decides is the dot product in float64, which for stored vectors is *exact* in any order of addition
+(`curation.ops.sketches`), so that a GPU and a processor round the same number once to float32.
+
+Rows arrive as arrays, float16 or float32 with float16 values, and leave as arrays. Memory is a number of bytes on the
+device; it changes the time, never the result. `device="cpu"` is the same code on a processor, for tests.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from curation.ops.sketches import ROUGH_MARGIN, round_directions, round_rows
+
+ENTRY_BYTES = 32
+"""Of one entry of a product: its score, whether it is a candidate, and, if all are, its place and that as int64."""
+
+MAX_ENTRIES = 2**30
+"""of a product; torch.nonzero counts them in 32 bits"""
+
+_SORT_BYTES = 128  # of one candidate for the k nearest, while they are sorted
+_DENSE = 64  # where more than one entry in this many is a candidate, a whole product in float64 is cheaper
+
+
+class Found(NamedTuple):
+    """Pairs of one product: indices int32 [P] of the query and of the member, and float32 [P], exact."""
+
+    query: np.ndarray
+    member: np.ndarray
+    similarity: np.ndarray
+
+
+def memory_bytes(device: str) -> int:
+    """What the products of one call may take: half of what is free on a GPU; 256 MB on a processor."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if torch.device(device).type == "cuda" else 2**28
+
+
+def on_device(x: np.ndarray, device: str | torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy of x on the device (on a processor, possibly x itself); float32 with float16 values narrows exactly."""
+    writable = np.ascontiguousarray(x) if x.flags.writeable else np.array(x)  # torch warns of arrays that are not
+    return torch.from_numpy(writable).to(device=device, dtype=dtype)
+
+
+def half_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x @ y.T of float16 [N, D] and [M, D], added up and returned in float32 [N, M].
+
+    The error is at most D * 2^-23 for unit rows, for tensor cores may cut where others round: 5e-4 at 4,096.
+    """
+    if x.device.type == "cuda":
+        return torch.mm(x, y.T, out_dtype=torch.float32)
+    return x.float() @ y.float().T  # a processor has no product of halves that stays in float32; the values are equal
+
+
+def float_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x @ y.T in float32, without TensorFloat32, whatever the process has set: exact for integers below 2^24."""
+    with _ieee():
+        return x @ y.T
+
+
+def exact_similarities(
+    queries: torch.Tensor, members: torch.Tensor, query: torch.Tensor, member: torch.Tensor, max_bytes: int
+) -> torch.Tensor:
+    """The dot products of named pairs of float16 unit rows, rounded once to float32: those of `exact_dot`."""
+    out = torch.empty(len(query), dtype=torch.float32, device=queries.device)
+    step = max(max_bytes // (ENTRY_BYTES * queries.shape[1]), 1)
+    for start in range(0, len(query), step):
+        pairs = slice(start, start + step)
+        out[pairs] = (queries[query[pairs]].double() * members[member[pairs]].double()).sum(dim=1).float()
+    return out
+
+
+def pairs_above(
+    queries: np.ndarray, members: np.ndarray, threshold: float, device: str, max_bytes: int | None = None
+) -> Iterator[Found]:
+    """Every pair of unit rows [Q, D] and [M, D] whose exact similarity reaches the threshold, product by product.
+
+    The pairs of one product come in the order of (query, member), and are at most max_bytes / ENTRY_BYTES.
+    """
+    max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+    limit = np.float32(threshold).item()
+    asked, met = (on_device(x, device, torch.float16) for x in (queries, members))
+    for some, others in _blocks(len(asked), len(met), max_bytes):
+        x, y = asked[some], met[others]
+        query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
+        if len(query) * _DENSE > len(x) * len(y) and len(x) * len(y) * 8 <= max_bytes:
+            exact = (x.double() @ y.double().T)[query, member].float()
+        else:
+            exact = exact_similarities(x, y, query, member, max_bytes)
+        near = exact >= limit
+        yield Found(
+            (query[near] + some.start).int().cpu().numpy(),
+            (member[near] + others.start).int().cpu().numpy(),
+            exact[near].cpu().numpy(),
+        )
+
+
+class Nearest:
+    """The k nearest members that each of Q queries has met, equal ones by smaller gid, held on the device."""
+
+    def __init__(self, queries: np.ndarray, k: int, device: str, max_bytes: int | None = None) -> None:
+        self._queries = on_device(queries, device, torch.float16)
+        self._gids = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
+        self._similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=device)
+        self._max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+
+    def meet(self, asking: np.ndarray, members: np.ndarray, gids: np.ndarray) -> None:
+        """The queries `asking` (indices, each once) meet unit rows [M, D] of the given gids, new to them."""
+        device = self._queries.device
+        queries, met = on_device(asking, device, torch.int64), on_device(members, device, torch.float16)
+        names = on_device(gids, device, torch.int64)
+        for some, others in _blocks(len(queries), len(met), self._max_bytes * ENTRY_BYTES // _SORT_BYTES):
+            self._insert(queries[some], met[others], names[others])
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """gids int64 [Q, k] and similarities float32 [Q, k], nearest first; -1 and -inf where fewer were met."""
+        return self._gids.cpu().numpy(), self._similarities.cpu().numpy()
+
+    def _insert(self, queries: torch.Tensor, members: torch.Tensor, names: torch.Tensor) -> None:
+        rows, margin = self._queries[queries], float(ROUGH_MARGIN)
+        k = self._gids.shape[1]
+        scores = half_products(rows, members)
+        floor = self._similarities[queries, -1] - margin
+        if len(members) > k:
+            # k members score at least this, so the k-th exact similarity is less by a margin at most, and what reaches
+            # that scores less by another.
+            floor = torch.maximum(floor, scores.topk(k, dim=1).values[:, -1] - 2 * margin)
+        query, member = torch.nonzero(scores >= floor[:, None], as_tuple=True)
+        if not len(query):
+            return
+        exact = exact_similarities(rows, members, query, member, self._max_bytes)
+        held = torch.arange(len(queries), device=query.device).repeat_interleave(k)
+        query = torch.cat([held, query])
+        gids = torch.cat([self._gids[queries].flatten(), names[member]])
+        exact = torch.cat([self._similarities[queries].flatten(), exact])
+        order = gids.argsort()
+        order = order[exact[order].argsort(descending=True, stable=True)]
+        order = order[query[order].argsort(stable=True)]
+        query, gids, exact = query[order], gids[order], exact[order]
+        counts = torch.bincount(query, minlength=len(queries))
+        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        kept = place < k
+        at = queries[query[kept]], place[kept]
+        self._gids[at], self._similarities[at] = gids[kept], exact[kept]
+
+
+def nearest_cells(
+    vectors: np.ndarray, centroids: np.ndarray, nprobe: int, device: str, max_bytes: int | None = None
+) -> np.ndarray:
+    """`curation.ops.cells.nearest_cells`: int32 [n, nprobe], ascending. Scores are integers, the same everywhere."""
+    max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+    directions = on_device(round_directions(centroids), device)
+    num_cells = len(directions)
+    later_first = torch.arange(num_cells - 1, -1, -1, device=device)
+    probes = np.empty((len(vectors), nprobe), np.int32)
+    for some, _ in _blocks(len(vectors), num_cells, max_bytes, whole=True):
+        scores = float_products(on_device(round_rows(vectors[some]), device), directions)
+        keys = scores.long() * num_cells + later_first  # no two are equal, so there is one answer
+        probes[some] = keys.topk(nprobe, dim=1, sorted=False).indices.sort(dim=1).values.cpu().numpy()
+    return probes
+
+
+def _blocks(num_rows: int, num_columns: int, max_bytes: int, whole: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of products of at most max_bytes / ENTRY_BYTES entries, nearly square; or of all columns."""
+    if not num_rows or not num_columns:
+        return
+    entries = max(min(max_bytes // ENTRY_BYTES, MAX_ENTRIES), 1)
+    width = num_columns if whole else min(num_columns, max(int(entries**0.5), entries // num_rows))
+    height = max(entries // width, 1)
+    for top in range(0, num_rows, height):
+        for left in range(0, num_columns, width):
+            yield slice(top, min(top + height, num_rows)), slice(left, min(left + width, num_columns))
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
