@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -178,7 +179,9 @@ class DescriptorEncoder:
 
 
 class TorchEncoder:
-    """A frozen torch model behind the protocol; the model is built at the first embed and never pickled.
+    """A frozen torch model behind the protocol; the model is built once, at the first embed, and never pickled.
+
+    Several threads may embed at once: an actor's concurrent calls share the one model on its device.
 
     A row depends on its batch's size through the choice of matrix kernels only: by about 1e-6 in float32 and 1e-2 in
     bfloat16 (cosine to itself 0.9999), below the steps of float16 storage in the first case. Whoever promises equal
@@ -195,9 +198,13 @@ class TorchEncoder:
         self.precision = precision
         self._dim: int | None = None
         self._loaded: tuple[torch.nn.Module, torch.device, bool] | None = None
+        self._loading = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_loaded", "_loading")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_loaded": None, "_loading": threading.Lock()}
 
     @property
     def dim(self) -> int:
@@ -218,11 +225,7 @@ class TorchEncoder:
         import torch
 
         views = _checked(views, self.view)
-        if self._loaded is None:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            bfloat16 = self.precision == "bfloat16" or (self.precision is None and _has_fast_bfloat16(device))
-            self._loaded = _build(self.name, self.view, self.weights).eval().to(device), device, bfloat16
-        model, device, bfloat16 = self._loaded
+        model, device, bfloat16 = self._model()
         mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in self._mean_std())
         pixels = torch.from_numpy(views).to(device, non_blocking=True).permute(0, 3, 1, 2).float()
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -233,6 +236,17 @@ class TorchEncoder:
         if not np.isfinite(rows).all():
             raise ValueError(f"encoder {self.name!r} gave non-finite values; its weights ({self.weights}) are damaged.")
         return rows
+
+    def _model(self) -> tuple[torch.nn.Module, torch.device, bool]:
+        """The model, its device, and whether it computes in bfloat16."""
+        import torch
+
+        with self._loading:  # or each of an actor's threads would build one, on one GPU
+            if self._loaded is None:
+                device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+                bfloat16 = self.precision == "bfloat16" or (self.precision is None and _has_fast_bfloat16(device))
+                self._loaded = _build(self.name, self.view, self.weights).eval().to(device), device, bfloat16
+            return self._loaded
 
     def _mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         kind, name, path = parse_spec(self.name)

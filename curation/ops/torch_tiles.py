@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from curation.ops.sketches import ROUGH_MARGIN, round_directions, round_rows
+from curation.ops.sketches import HALF_WORDS, ROUGH_MARGIN, SKETCH_WORDS, half_radius, round_directions, round_rows
 
 ENTRY_BYTES = 32
 """Of one entry of a product: its score, whether it is a candidate, and, if all are, its place and that as int64."""
@@ -33,6 +33,14 @@ class Found(NamedTuple):
     query: np.ndarray
     member: np.ndarray
     similarity: np.ndarray
+
+
+class Sketches(NamedTuple):
+    """What limits the pairs of a product to those whose sketches are near: uint64 [Q, 8] and [M, 8], and bits."""
+
+    queries: np.ndarray
+    members: np.ndarray
+    radius: int
 
 
 def memory_bytes(device: str) -> int:
@@ -75,18 +83,29 @@ def exact_similarities(
 
 
 def pairs_above(
-    queries: np.ndarray, members: np.ndarray, threshold: float, device: str, max_bytes: int | None = None
+    queries: np.ndarray,
+    members: np.ndarray,
+    threshold: float,
+    device: str,
+    sketches: Sketches | None = None,
+    *,
+    max_bytes: int | None = None,
 ) -> Iterator[Found]:
     """Every pair of unit rows [Q, D] and [M, D] whose exact similarity reaches the threshold, product by product.
 
-    The pairs of one product come in the order of (query, member), and are at most max_bytes / ENTRY_BYTES.
+    The pairs of one product come in the order of (query, member), and are at most max_bytes / ENTRY_BYTES; a query's
+    members ascend from one product to the next. With sketches, only pairs within their radius, as `pairs_by_sketch`.
     """
     max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
     limit = np.float32(threshold).item()
     asked, met = (on_device(x, device, torch.float16) for x in (queries, members))
+    words = [on_device(x.view(np.int64), device) for x in sketches[:2]] if sketches is not None else []
     for some, others in _blocks(len(asked), len(met), max_bytes):
         x, y = asked[some], met[others]
         query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
+        if sketches is not None:
+            near = _sketches_are_near(words[0][some], words[1][others], query, member, sketches.radius, max_bytes)
+            query, member = query[near], member[near]
         if len(query) * _DENSE > len(x) * len(y) and len(x) * len(y) * 8 <= max_bytes:
             exact = (x.double() @ y.double().T)[query, member].float()
         else:
@@ -162,6 +181,28 @@ def nearest_cells(
         keys = scores.long() * num_cells + later_first  # no two are equal, so there is one answer
         probes[some] = keys.topk(nprobe, dim=1, sorted=False).indices.sort(dim=1).values.cpu().numpy()
     return probes
+
+
+def _sketches_are_near(
+    queries: torch.Tensor, members: torch.Tensor, query: torch.Tensor, member: torch.Tensor, radius: int, max_bytes: int
+) -> torch.Tensor:
+    """bool [P]: whether the sketches of named pairs, and their first halves, differ in few enough bits."""
+    near = torch.empty(len(query), dtype=torch.bool, device=query.device)
+    step = max(max_bytes // (ENTRY_BYTES * SKETCH_WORDS), 1)
+    for start in range(0, len(query), step):
+        pairs = slice(start, start + step)
+        bits = _bit_counts(queries[query[pairs]] ^ members[member[pairs]])
+        in_half = bits[:, :HALF_WORDS].sum(dim=1) <= int(half_radius(radius))
+        near[pairs] = in_half & (bits.sum(dim=1) <= radius)
+    return near
+
+
+def _bit_counts(x: torch.Tensor) -> torch.Tensor:
+    """Set bits of each int64: added up in pairs, then in fours, then in bytes, and those by a product that wraps."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
 
 
 def _blocks(num_rows: int, num_columns: int, max_bytes: int, whole: bool = False) -> Iterator[tuple[slice, slice]]:

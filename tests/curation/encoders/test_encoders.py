@@ -2,12 +2,15 @@
 
 import json
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from curation.encoders import load
 from curation.encoders.load import View, encoder_view, load_encoder, parse_spec
 from curation.ops.randomness import hash_uint64
 
@@ -84,6 +87,32 @@ def test_timm_file_gives_what_the_model_gives(timm_file: Path):
     assert rows.dtype == np.float32
     assert encoder.dim == rows.shape[1]
     np.testing.assert_allclose(rows, expected, atol=1e-6)  # float32, same kernels
+
+
+def test_threads_that_begin_together_share_one_model(timm_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """An actor embeds several parts at once; a dozen models would not fit its GPU."""
+    spec = f"timm:test_vit.r160_in1k@{timm_file}"
+    encoder = pickle.loads(pickle.dumps(load_encoder(spec, device="cpu", precision="float32")))
+    views = _views(encoder.view)
+    build, built, together = load._build, [], threading.Barrier(8)
+
+    def counted(*arguments):
+        built.append(arguments)
+        return build(*arguments)
+
+    def embed(_: int) -> np.ndarray:
+        together.wait()
+        return encoder.embed(views)
+
+    monkeypatch.setattr(load, "_build", counted)
+    with ThreadPoolExecutor(8) as threads:
+        rows = list(threads.map(embed, range(8)))
+    assert len(built) == 1
+    for other in rows:
+        np.testing.assert_array_equal(other, rows[0])
+    again = pickle.loads(pickle.dumps(encoder))  # with its model loaded: that stays behind
+    assert again._loaded is None
+    np.testing.assert_array_equal(again.embed(views), rows[0])
 
 
 def test_timm_pth_file_gives_the_same_and_another_size_resizes_positions(timm_file: Path, tmp_path: Path):
