@@ -10,7 +10,6 @@ device; it changes the time, never the result. `device="cpu"` is the same code o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,22 +24,6 @@ MAX_ENTRIES = 2**30
 
 _SORT_BYTES = 128  # of one candidate for the k nearest, while they are sorted
 _DENSE = 64  # where more than one entry in this many is a candidate, a whole product in float64 is cheaper
-
-
-class Found(NamedTuple):
-    """Pairs of one product: indices int32 [P] of the query and of the member, and float32 [P], exact."""
-
-    query: np.ndarray
-    member: np.ndarray
-    similarity: np.ndarray
-
-
-class Sketches(NamedTuple):
-    """What limits the pairs of a product to those whose sketches are near: uint64 [Q, 8] and [M, 8], and bits."""
-
-    queries: np.ndarray
-    members: np.ndarray
-    radius: int
 
 
 def memory_bytes(device: str) -> int:
@@ -70,52 +53,72 @@ def float_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x @ y.T
 
 
-def exact_similarities(
-    queries: torch.Tensor, members: torch.Tensor, query: torch.Tensor, member: torch.Tensor, max_bytes: int
-) -> torch.Tensor:
-    """The dot products of named pairs of float16 unit rows, rounded once to float32: those of `exact_dot`."""
-    out = torch.empty(len(query), dtype=torch.float32, device=queries.device)
-    step = max(max_bytes // (ENTRY_BYTES * queries.shape[1]), 1)
-    for start in range(0, len(query), step):
-        pairs = slice(start, start + step)
-        out[pairs] = (queries[query[pairs]].double() * members[member[pairs]].double()).sum(dim=1).float()
-    return out
+class Asking:
+    """Q float16 unit rows that stay on the device while tiles of members pass by, with their sketches if those count.
 
-
-def pairs_above(
-    queries: np.ndarray,
-    members: np.ndarray,
-    threshold: float,
-    device: str,
-    sketches: Sketches | None = None,
-    *,
-    max_bytes: int | None = None,
-) -> Iterator[Found]:
-    """Every pair of unit rows [Q, D] and [M, D] whose exact similarity reaches the threshold, product by product.
-
-    The pairs of one product come in the order of (query, member), and are at most max_bytes / ENTRY_BYTES; a query's
-    members ascend from one product to the next. With sketches, only pairs within their radius, as `pairs_by_sketch`.
+    Args:
+        queries: [Q, D]; sketches: uint64 [Q, 8], or None.
+        signs: [D] that turn a row into that of the mirrored image, applied here; sketches are of what they give.
     """
-    max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
-    limit = np.float32(threshold).item()
-    asked, met = (on_device(x, device, torch.float16) for x in (queries, members))
-    words = [on_device(x.view(np.int64), device) for x in sketches[:2]] if sketches is not None else []
-    for some, others in _blocks(len(asked), len(met), max_bytes):
-        x, y = asked[some], met[others]
-        query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
-        if sketches is not None:
-            near = _sketches_are_near(words[0][some], words[1][others], query, member, sketches.radius, max_bytes)
-            query, member = query[near], member[near]
-        if len(query) * _DENSE > len(x) * len(y) and len(x) * len(y) * 8 <= max_bytes:
-            exact = (x.double() @ y.double().T)[query, member].float()
-        else:
-            exact = exact_similarities(x, y, query, member, max_bytes)
-        near = exact >= limit
-        yield Found(
-            (query[near] + some.start).int().cpu().numpy(),
-            (member[near] + others.start).int().cpu().numpy(),
-            exact[near].cpu().numpy(),
-        )
+
+    def __init__(
+        self,
+        queries: np.ndarray,
+        sketches: np.ndarray | None,
+        device: str,
+        *,
+        signs: np.ndarray | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self._queries = on_device(queries, device, torch.float16)
+        if signs is not None:
+            self._queries = self._queries * on_device(signs, device, torch.float16)
+        self._sketches = None if sketches is None else on_device(sketches.view(np.int64), device)
+        self._max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+
+    def show(self, members: np.ndarray, sketches: np.ndarray | None) -> None:
+        """The next tile of members, unit rows [M, D] with float16 values, and their sketches where those count."""
+        self._members = on_device(members, self._queries.device, torch.float16)
+        self._member_sketches = None if sketches is None else on_device(sketches.view(np.int64), self._queries.device)
+
+    def pairs(
+        self, asking: np.ndarray, start: int, stop: int, threshold: float, radius: int | None, most: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Pairs of the queries `asking` (indices) and members start to stop whose exact similarity is the threshold's.
+
+        They come product by product, in the order of (query, member), at most max_bytes / ENTRY_BYTES at a time; a
+        query's members ascend from one product to the next, too.
+
+        Args:
+            radius: only pairs whose sketches are so near, as in `pairs_by_sketch`; None: whatever their sketches.
+            most: of a product's pairs, only so many of each query, those of the first members.
+
+        Returns:
+            positions in asking and members, int32 [P] each, and similarities float32 [P].
+        """
+        limit = np.float32(threshold).item()
+        queries = on_device(asking, self._queries.device, torch.int64)
+        for some, others in _blocks(len(queries), stop - start, self._max_bytes):
+            rows, members = queries[some], slice(start + others.start, start + others.stop)
+            x, y = self._queries[rows], self._members[members]
+            query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
+            if radius is not None:
+                assert self._sketches is not None
+                assert self._member_sketches is not None
+                words = self._sketches[rows], self._member_sketches[members]
+                near = _sketches_are_near(*words, query, member, radius, self._max_bytes)
+                query, member = query[near], member[near]
+            exact = _exact_similarities(x, y, query, member, self._max_bytes)
+            near = exact >= limit
+            query, member, exact = query[near], member[near], exact[near]
+            if most is not None:
+                kept = _places(query, len(x)) < most
+                query, member, exact = query[kept], member[kept], exact[kept]
+            yield (
+                (query + some.start).int().cpu().numpy(),
+                (member + members.start).int().cpu().numpy(),
+                exact.cpu().numpy(),
+            )
 
 
 class Nearest:
@@ -151,7 +154,7 @@ class Nearest:
         query, member = torch.nonzero(scores >= floor[:, None], as_tuple=True)
         if not len(query):
             return
-        exact = exact_similarities(rows, members, query, member, self._max_bytes)
+        exact = _exact_similarities(rows, members, query, member, self._max_bytes)
         held = torch.arange(len(queries), device=query.device).repeat_interleave(k)
         query = torch.cat([held, query])
         gids = torch.cat([self._gids[queries].flatten(), names[member]])
@@ -160,8 +163,7 @@ class Nearest:
         order = order[exact[order].argsort(descending=True, stable=True)]
         order = order[query[order].argsort(stable=True)]
         query, gids, exact = query[order], gids[order], exact[order]
-        counts = torch.bincount(query, minlength=len(queries))
-        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        place = _places(query, len(queries))
         kept = place < k
         at = queries[query[kept]], place[kept]
         self._gids[at], self._similarities[at] = gids[kept], exact[kept]
@@ -183,6 +185,20 @@ def nearest_cells(
     return probes
 
 
+def _exact_similarities(
+    queries: torch.Tensor, members: torch.Tensor, query: torch.Tensor, member: torch.Tensor, max_bytes: int
+) -> torch.Tensor:
+    """The dot products of named pairs of float16 unit rows, rounded once to float32: those of `exact_dot`."""
+    if len(query) * _DENSE > len(queries) * len(members) and len(queries) * len(members) * 8 <= max_bytes:
+        return (queries.double() @ members.double().T)[query, member].float()
+    out = torch.empty(len(query), dtype=torch.float32, device=queries.device)
+    step = max(max_bytes // (ENTRY_BYTES * queries.shape[1]), 1)
+    for start in range(0, len(query), step):
+        pairs = slice(start, start + step)
+        out[pairs] = (queries[query[pairs]].double() * members[member[pairs]].double()).sum(dim=1).float()
+    return out
+
+
 def _sketches_are_near(
     queries: torch.Tensor, members: torch.Tensor, query: torch.Tensor, member: torch.Tensor, radius: int, max_bytes: int
 ) -> torch.Tensor:
@@ -195,6 +211,12 @@ def _sketches_are_near(
         in_half = bits[:, :HALF_WORDS].sum(dim=1) <= int(half_radius(radius))
         near[pairs] = in_half & (bits.sum(dim=1) <= radius)
     return near
+
+
+def _places(query: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """int64 [P]: how many of the same query come before, for queries in ascending order."""
+    counts = torch.bincount(query, minlength=num_queries)
+    return torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
 
 
 def _bit_counts(x: torch.Tensor) -> torch.Tensor:

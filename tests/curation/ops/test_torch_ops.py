@@ -25,6 +25,18 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
+def pairs_of(queries, members, threshold, *, sketches=None, radius=None, memory=2**26, **options):
+    asking = torch_tiles.Asking(queries, sketches and sketches[0], "cpu", max_bytes=memory)
+    asking.show(members, sketches and sketches[1])
+    return list(asking.pairs(np.arange(len(queries)), 0, len(members), threshold, radius, **options))
+
+
+def sorted_pairs(found):
+    query, member, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((member, query))
+    return query[order], member[order], similarity[order]
+
+
 def similarities(a, b):
     return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
 
@@ -56,14 +68,13 @@ def test_pairs_above_are_those_of_the_definition(rows, threshold, memory, which)
     at = {"planted": threshold, "ordinary": 0.5, "nothing": 1.5, "everything": -1.0}[which]
     s = similarities(rows[:450], rows)
     expected = np.nonzero(s >= np.float32(at))
-    found = list(torch_tiles.pairs_above(rows[:450], rows, at, "cpu", max_bytes=memory))
-    query, member, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.lexsort((member, query))
-    np.testing.assert_array_equal(query[order], expected[0])
-    np.testing.assert_array_equal(member[order], expected[1])
-    np.testing.assert_array_equal(similarity[order], s[expected])
+    found = pairs_of(rows[:450], rows, at, memory=memory)
+    query, member, similarity = sorted_pairs(found)
+    np.testing.assert_array_equal(query, expected[0])
+    np.testing.assert_array_equal(member, expected[1])
+    np.testing.assert_array_equal(similarity, s[expected])
     assert query.dtype == member.dtype == np.int32
-    assert max(len(piece.query) for piece in found) <= memory // torch_tiles.ENTRY_BYTES
+    assert max(len(piece[0]) for piece in found) <= memory // torch_tiles.ENTRY_BYTES
     if which == "planted":
         below = s[(s < np.float32(at)) & (s > at - 1e-3)]
         assert min(len(expected[0]), len(below)) > 50, "the threshold must part what lies within the margin"
@@ -75,7 +86,7 @@ def test_pairs_above_are_those_of_the_join(rows, threshold):
     cells = cells_from_arrays(rows, np.arange(700), own, centroids)
     for at in (threshold, 0.55):
         expected = pairs_above(rows.astype(np.float32), cells, at, 9)
-        [found] = torch_tiles.pairs_above(rows, rows, at, "cpu", max_bytes=2**26)
+        [found] = pairs_of(rows, rows, at)
         for ours, theirs in zip(found, (expected.query, expected.gid, expected.similarity), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
@@ -86,22 +97,33 @@ def test_sketches_leave_the_pairs_that_they_leave_the_join(rows, memory):
     sketches = cells.read_sketches(0, 700)
     for radius in (0, 90, 150, 512):
         expected = pairs_above(rows.astype(np.float32), cells, 0.5, 1, radius)
-        near = torch_tiles.Sketches(sketches, sketches, radius)
-        found = list(torch_tiles.pairs_above(rows, rows, 0.5, "cpu", near, max_bytes=memory))
-        query, member, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.lexsort((member, query))
-        np.testing.assert_array_equal(query[order], expected.query)
-        np.testing.assert_array_equal(member[order], expected.gid)
-        np.testing.assert_array_equal(similarity[order], expected.similarity)
+        found = pairs_of(rows, rows, 0.5, sketches=(sketches, sketches), radius=radius, memory=memory)
+        for ours, theirs in zip(sorted_pairs(found), (expected.query, expected.gid, expected.similarity), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_query_meets_members_in_ascending_order_from_product_to_product(rows):
     """What stops a row after so many neighbours counts on it."""
     last = np.full(700, -1)
-    for query, member, _ in torch_tiles.pairs_above(rows, rows, 0.3, "cpu", max_bytes=2**14):
+    for query, member, _ in pairs_of(rows, rows, 0.3, memory=2**14):
         for q, m in zip(query, member, strict=True):
             assert m > last[q]
             last[q] = m
+
+
+def test_some_queries_mirrored_meet_a_part_of_a_tile_up_to_their_limit(rows):
+    signs = np.where(np.random.default_rng(9).random(DIM) < 0.5, -1, 1)
+    turned = rows * signs.astype(np.float16)
+    asking = torch_tiles.Asking(rows, None, "cpu", signs=signs, max_bytes=2**26)
+    asking.show(np.concatenate([turned, rows]), None)
+    some = np.array([600, 3, 200])
+    s = similarities(turned[some], np.concatenate([turned, rows])[150:1200])
+    for most in (None, 7):
+        [(query, member, similarity)] = asking.pairs(some, 150, 1200, 0.5, None, most)
+        for i in range(3):
+            expected = np.flatnonzero(s[i] >= np.float32(0.5))[:most]
+            np.testing.assert_array_equal(member[query == i], 150 + expected)
+            np.testing.assert_array_equal(similarity[query == i], s[i, expected])
 
 
 def test_bits_are_counted():
@@ -117,18 +139,19 @@ def test_the_exact_similarity_is_that_of_the_kernel_with_and_without_a_whole_pro
     wide = rows.astype(np.float32)
     expected = [exact_dot(wide[q], wide[m]) for q, m in zip(query, member, strict=True)]
     x = torch.from_numpy(rows)
-    found = torch_tiles.exact_similarities(x, x, torch.from_numpy(query), torch.from_numpy(member), 2**16)
+    found = torch_tiles._exact_similarities(x, x, torch.from_numpy(query), torch.from_numpy(member), 2**16)
     np.testing.assert_array_equal(found.numpy(), expected)
-    dense = list(torch_tiles.pairs_above(rows, rows, 0.3, "cpu", max_bytes=2**26))
+    monkeypatch.setattr(torch_tiles, "_DENSE", 2**60)
+    dense = pairs_of(rows, rows, 0.3)
     monkeypatch.setattr(torch_tiles, "_DENSE", 0)
-    sparse = list(torch_tiles.pairs_above(rows, rows, 0.3, "cpu", max_bytes=2**26))
+    sparse = pairs_of(rows, rows, 0.3)
     for a, b in zip(dense[0], sparse[0], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_scores_that_err_by_the_margin_change_nothing(rows, threshold, monkeypatch):
     """A GPU adds in another order than a processor: any error up to the margin must leave the same pairs."""
-    expected = list(torch_tiles.pairs_above(rows, rows, threshold, "cpu", max_bytes=2**22))
+    expected = pairs_of(rows, rows, threshold)
     lists = torch_tiles.Nearest(rows, 5, "cpu")
     lists.meet(np.arange(700), rows, np.arange(700))
     honest, generator = torch_tiles.half_products, torch.Generator().manual_seed(0)
@@ -138,9 +161,7 @@ def test_scores_that_err_by_the_margin_change_nothing(rows, threshold, monkeypat
         return scores + (2 * torch.rand(scores.shape, generator=generator) - 1) * 0.999e-3
 
     monkeypatch.setattr(torch_tiles, "half_products", noisy)
-    for ours, theirs in zip(
-        torch_tiles.pairs_above(rows, rows, threshold, "cpu", max_bytes=2**22), expected, strict=True
-    ):
+    for ours, theirs in zip(pairs_of(rows, rows, threshold), expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
     again = torch_tiles.Nearest(rows, 5, "cpu")
@@ -258,7 +279,7 @@ def test_arrays_that_may_not_be_written_are_read(rows):
     """Ray hands out read-only arrays, and torch warns of those."""
     frozen = rows.copy()
     frozen.flags.writeable = False
-    assert len(list(torch_tiles.pairs_above(frozen, frozen, 0.9, "cpu"))) == 1
+    assert len(pairs_of(frozen, frozen, 0.9)) == 1
     x = frozen.astype(np.float32)
     x.flags.writeable = False
     assign(x, x[:9], device="cpu")
