@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells, open_cells, write_cells
-from curation.ops.join import merge_pairs, nearest, pairs_above, self_pairs
+from curation.ops.join import merge_pairs, nearest, pairs_above
+from curation.ops.neighbours import self_pairs
 from curation.ops.sketches import exact_dot, half_radius, radius_needed, widened
 
 DIM = 48
@@ -147,7 +148,7 @@ def test_tiles_ranges_and_threads_change_no_bit(pool, cells, radius):
         ((0, 450, 900), 2**24, 2),
     ]:
         ranges = [
-            self_pairs(cells, a, b, 0.55, 5, radius, mirror=mirror, max_memory_bytes=memory, num_threads=threads)
+            self_pairs(cells, a, b, 0.55, 5, radius, mirror=mirror, max_memory_bytes=memory)
             for a, b in pairwise(bounds)
         ]
         for found, expected in zip(merge_pairs(ranges), whole, strict=True):
