@@ -2,8 +2,8 @@
 
 Vectors lie grouped by k-means cell. Each query probes its nprobe nearest cells; for each cell, all the queries that
 probe it meet its members in one tile; 512-bit sign sketches may shorten the candidate list; an exact similarity decides
-every pair. Decontamination and retrieval are two reducers of that; self-deduplication, whose queries are the pool, has a module of
-its own (curation.ops.neighbours).
+every pair. Decontamination and retrieval are two reducers of that; self-deduplication, whose queries are the pool, has
+a module of its own (curation.ops.neighbours).
 
 Vectors are unit-norm and stored as float16 (queries are rounded to float16 too, so that everything is measured with one
 ruler). The similarity of two such vectors is computed exactly and rounded once to float32, and which cells are probed

@@ -38,7 +38,6 @@ from curation.ops.neighbour_kernels import (
 )
 from curation.ops.sketches import (
     ROUGH_MARGIN,
-    SKETCH_BITS,
     SKETCH_WORDS,
     check_mirror,
     half_radius,
