@@ -24,9 +24,10 @@ import numpy as np
 
 from curation.ops.cells import Cells, write_cells
 from curation.ops.components import duplicate_groups
-from curation.ops.join import Pairs, merge_pairs, self_pairs
+from curation.ops.join import Pairs, merge_pairs
 from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
+from curation.ops.neighbours import self_pairs
 from curation.ops.randomness import hash_sample
 from curation.ops.recall import certify, measured_recall
 
