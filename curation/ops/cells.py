@@ -233,13 +233,17 @@ def open_cells(folder: Path) -> Cells:
 
 
 def nearest_cells(
-    vectors: np.ndarray, centroids: np.ndarray, nprobe: int, num_threads: int | None = None
+    vectors: np.ndarray, centroids: np.ndarray, nprobe: int, num_threads: int | None = None, device: str | None = None
 ) -> np.ndarray:
     """The nprobe nearest centroids of each unit vector [n, D] by cosine: int32 [n, nprobe], ascending cell ids.
 
     Similarities are those of round_rows and round_directions, and equal ones go to the smaller id, so the answer
-    depends on the vector and the centroids alone.
+    depends on the vector and the centroids alone, not on the device: of torch, or None for the processor's own kernels.
     """
+    if device is not None:
+        from curation.ops import torch_tiles
+
+        return torch_tiles.nearest_cells(vectors, centroids, nprobe, device)
     probes = np.empty((len(vectors), nprobe), np.int32)
     directions = round_directions(centroids)
 

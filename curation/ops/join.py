@@ -88,6 +88,7 @@ def pairs_above(
     mirror: np.ndarray | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> Matches:
     """The pool rows at or above the threshold for each query, unit rows [Q, D].
 
@@ -102,6 +103,7 @@ def pairs_above(
             the larger similarity of a pair is kept (the unflipped one when equal).
         max_memory_bytes: of queries and tiles together; the pairs themselves come on top.
         num_threads: changes the time, never the result; Faiss's setting where absent.
+        device: of torch, where the same pairs are found; None: the processor's own kernels.
     """
     check_join(cells, nprobe, sketch_radius)
     check_unit_rows(queries, "queries")
@@ -110,7 +112,7 @@ def pairs_above(
     for low in range(0, len(queries), step):
         vectors = _stored(queries[low : low + step])
         for query, row, similarity, flipped in _both_ways(
-            vectors, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
+            vectors, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads, device
         ):
             columns.append((low + query, row, similarity, np.full(len(row), flipped)))
     query, row, similarity, flipped = _concatenated(columns)
@@ -125,6 +127,7 @@ def nearest(
     *,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest pool rows of each query, unit rows [Q, D], among its nprobe nearest cells.
 
@@ -138,15 +141,18 @@ def nearest(
         raise ValueError(f"k must be at least 1, got {k}.")
     gids = np.full((len(queries), k), -1, np.int64)
     similarities = np.full((len(queries), k), -np.inf, np.float32)
-    threads = available_threads(num_threads)
-    tile_rows = _tile_rows(cells.dim, max_memory_bytes, threads)
+    threads = 1 if device is not None else available_threads(num_threads)
+    tile_rows = _tile_rows(cells.dim, max_memory_bytes, threads, device)
     step = _queries_at_once(cells.dim + 3 * k, nprobe, cells.num_cells, max_memory_bytes // threads)
     step = max(min(step, -(-len(queries) // threads)), 1)
 
     def answer(low: int) -> None:  # blocks of queries share nothing, so each thread has its own
         rows = slice(low, low + step)
         asked = _stored(queries[rows])
-        block = _block(asked, _no_sketches(len(asked)), cells, nprobe, 1)
+        block = _block(asked, _no_sketches(len(asked)), cells, nprobe, 1, device)
+        if device is not None:
+            gids[rows], similarities[rows] = _nearest_on(device, block, cells, k, tile_rows)
+            return
         for tile in _tiles(cells, block, tile_rows):
             vectors, tile_gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
             for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes // threads):
@@ -172,6 +178,7 @@ def _both_ways(
     mirror: np.ndarray | None,
     max_memory_bytes: int,
     num_threads: int | None,
+    device: str | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
     """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored."""
     if mirror is not None:
@@ -179,8 +186,12 @@ def _both_ways(
     for signs in (None,) if mirror is None else (None, mirror):
         asked = vectors if signs is None else mirrored(vectors, signs)
         sketches = _no_sketches(len(asked)) if radius is None else cells.sketch(asked)
-        block = _block(asked, sketches, cells, nprobe, num_threads)
-        query, row, similarity = _block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads)
+        block = _block(asked, sketches, cells, nprobe, num_threads, device)
+        if device is not None:
+            found = _pairs_on(device, block, cells, threshold, radius, max_memory_bytes)
+        else:
+            found = _block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads)
+        query, row, similarity = found
         yield query, row, similarity, signs is not None
 
 
@@ -202,17 +213,51 @@ def _block_pairs(
         )  # fmt: skip
         return found[0].astype(np.int64), found[1] + tile.start, found[2]
 
-    tiles = _tiles(cells, block, _tile_rows(cells.dim, max_memory_bytes, threads))
+    tiles = _tiles(cells, block, _tile_rows(cells.dim, max_memory_bytes, threads, None))
     return _concatenated(_in_threads(work, tiles, threads) or [_no_pairs()])
 
 
-def _block(vectors: np.ndarray, sketches: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None) -> _Queries:
+def _pairs_on(
+    device: str, block: _Queries, cells: Cells, threshold: float, radius: int | None, max_memory_bytes: int
+) -> tuple[np.ndarray, ...]:
+    """_block_pairs on a device: (query, row, similarity)."""
+    from curation.ops.torch_tiles import Rows, near_pairs
+
+    queries = Rows(block.vectors, None if radius is None else block.sketches, device)
+    found = [_no_pairs()]
+    for tile in _tiles(cells, block, _tile_rows(cells.dim, max_memory_bytes, 1, device)):
+        sketches = None if radius is None else cells.read_sketches(tile.start, tile.stop)
+        members = Rows(cells.read_half(tile.start, tile.stop), sketches, device)
+        for asking, start, stop in _spans(block, cells, tile):
+            for query, member, similarity in near_pairs(queries, asking, members, start, stop, threshold, radius):
+                found.append((asking[query].astype(np.int64), member.astype(np.int64) + tile.start, similarity))
+    return _concatenated(found)
+
+
+def _nearest_on(
+    device: str, block: _Queries, cells: Cells, k: int, tile_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `nearest` does for a block of queries, on a device: gids and similarities [Q, k]."""
+    from curation.ops.torch_tiles import Nearest, Rows
+
+    lists = Nearest(Rows(block.vectors, None, device), k)
+    for tile in _tiles(cells, block, tile_rows):
+        members, gids = Rows(cells.read_half(tile.start, tile.stop), None, device), cells.read_gids(tile.start, tile.stop)
+        for asking, start, stop in _spans(block, cells, tile):
+            lists.meet(asking, members, start, stop, gids[start:stop])
+    return lists.result()
+
+
+def _block(
+    vectors: np.ndarray, sketches: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None, device: str | None
+) -> _Queries:
     num_queries = len(vectors)
     if nprobe == cells.num_cells:
         everyone = np.arange(num_queries, dtype=np.int32)
         starts = np.zeros(cells.num_cells, np.int64)
         return _Queries(vectors, sketches, everyone, starts, starts + num_queries)
-    order, bounds = grouped_by_cell(nearest_cells(vectors, cells.centroids, nprobe, num_threads), cells.num_cells)
+    probes = nearest_cells(vectors, cells.centroids, nprobe, num_threads, device)
+    order, bounds = grouped_by_cell(probes, cells.num_cells)
     return _Queries(vectors, sketches, order, bounds[:-1], bounds[1:])
 
 
@@ -257,23 +302,22 @@ def _scored(
     block: _Queries, vectors: np.ndarray, cells: Cells, tile: _Tile, max_memory_bytes: int
 ) -> Iterator[tuple[np.ndarray, range, np.ndarray]]:
     """(query indices [q], members of the tile [n], rough similarities [q, n]) for all that meet in a tile."""
-    together = len(block.order) == len(block.vectors) and np.all(block.stops - block.starts == len(block.order))
-    spans = (
-        [(tile.first_cell, tile.start, tile.stop)]  # everyone asks every cell: one large product
-        if together
-        else [
-            (cell, max(int(cells.offsets[cell]), tile.start), min(int(cells.offsets[cell + 1]), tile.stop))
-            for cell in range(tile.first_cell, tile.last_cell + 1)
-        ]
-    )
-    for cell, start, stop in spans:
-        members = range(start - tile.start, stop - tile.start)
-        if not len(members):
-            continue
-        step = max(max_memory_bytes // 4 // (4 * (len(members) + cells.dim)), 1)
-        for low in range(int(block.starts[cell]), int(block.stops[cell]), step):
-            asking = block.order[low : min(low + step, int(block.stops[cell]))]
-            yield asking, members, products(block.vectors[asking], vectors[members.start : members.stop])
+    for everyone, start, stop in _spans(block, cells, tile):
+        step = max(max_memory_bytes // 4 // (4 * (stop - start + cells.dim)), 1)
+        for low in range(0, len(everyone), step):
+            asking = everyone[low : low + step]
+            yield asking, range(start, stop), products(block.vectors[asking], vectors[start:stop])
+
+
+def _spans(block: _Queries, cells: Cells, tile: _Tile) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(query indices, first member of the tile, last + 1) of those that meet."""
+    if len(block.order) == len(block.vectors) and np.all(block.stops - block.starts == len(block.order)):
+        yield block.order, 0, tile.stop - tile.start  # everyone asks every cell: one large product
+        return
+    for cell in range(tile.first_cell, tile.last_cell + 1):
+        start, stop = (int(np.clip(cells.offsets[c], tile.start, tile.stop)) - tile.start for c in (cell, cell + 1))
+        if stop > start and block.stops[cell] > block.starts[cell]:
+            yield block.order[block.starts[cell] : block.stops[cell]], start, stop
 
 
 def _unique(
@@ -318,9 +362,10 @@ def _queries_at_once(dim: int, nprobe: int, num_cells: int, max_memory_bytes: in
     return max(max_memory_bytes // 2 // (8 * dim + 16 * SKETCH_WORDS + probes), 1)
 
 
-def _tile_rows(dim: int, max_memory_bytes: int, num_threads: int) -> int:
-    """Rows of a tile, so that every thread's takes an eighth of the memory at most, and 8 MiB is enough for any."""
-    return max(min(max_memory_bytes // 8 // num_threads, 2**23) // (6 * dim + 16 * SKETCH_WORDS), 1)
+def _tile_rows(dim: int, max_memory_bytes: int, num_threads: int, device: str | None) -> int:
+    """Rows of a tile: every thread's takes an eighth of the memory at most; 8 MiB is enough for any, 256 for a GPU."""
+    enough = 2**23 if device is None else 2**28
+    return max(min(max_memory_bytes // 8 // num_threads, enough) // (6 * dim + 16 * SKETCH_WORDS), 1)
 
 
 def check_join(cells: Cells, nprobe: int, sketch_radius: int | None) -> None:

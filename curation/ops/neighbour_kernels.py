@@ -204,15 +204,30 @@ def settle(pairs, rows, vectors, members, gids, member_row, asking_row, floor, m
         if asking_row + row == member_row + member or is_done(row, counts):
             continue
         similarity = exact_dot(vectors[pairs[i, 0]], members[member])
-        if similarity < floor:
-            continue
-        counts.in_cell[row] += 1
-        counts.total[row] += 1
-        _keep(row, gids[member] * 2 + mirrored, similarity, member_row + member, lists)
-        if is_done(row, counts):
-            lists.capped[row] = 1
-            num_done += 1
+        if similarity >= floor:
+            num_done += _take(row, gids[member] * 2 + mirrored, similarity, member_row + member, counts, lists)
     return num_done
+
+
+@njit(cache=True, nogil=True)
+def settle_exact(query, member, similarity, rows, gids, member_row, asking_row, mirrored, counts, lists):
+    """`settle` for pairs whose exact similarity [P] is known, and reaches the floor: index into rows, and members."""
+    for i in range(query.size):
+        row = rows[query[i]]
+        if asking_row + row != member_row + member[i] and not is_done(row, counts):
+            _take(row, gids[member[i]] * 2 + mirrored, similarity[i], member_row + member[i], counts, lists)
+
+
+@njit(cache=True, nogil=True)
+def _take(row, neighbour, similarity, neighbour_row, counts, lists):
+    """A hit; returns whether the row is done with it."""
+    counts.in_cell[row] += 1
+    counts.total[row] += 1
+    _keep(row, neighbour, similarity, neighbour_row, lists)
+    if is_done(row, counts):
+        lists.capped[row] = 1
+        return True
+    return False
 
 
 @njit(cache=True, nogil=True)

@@ -12,8 +12,8 @@ Hits are counted at or above the floor, whatever threshold is used later: pairs 
 reach it. Only a row that is `capped` may have had others.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from curation.ops.neighbour_kernels import (
     meet_by_sketch,
     pairs_in_scores,
     settle,
+    settle_exact,
     start_cell,
     still_asking,
     widen_rows,
@@ -42,9 +43,11 @@ from curation.ops.sketches import (
     check_mirror,
     half_radius,
     products,
-    radius_needed,
     widened,
 )
+
+if TYPE_CHECKING:
+    from curation.ops.torch_tiles import Rows
 
 PIECE_ROWS = 2**16
 """Rows, in the cells' order, whose edges are listed together: a file of the join, whatever run they were found in."""
@@ -52,11 +55,6 @@ PIECE_ROWS = 2**16
 _MAX_TILE_BYTES = 2**25
 _MEMBERS_AT_ONCE = 2**10  # of a cell in one product: a row that has found enough is left out of the next
 _ROWS_AT_ONCE = 2**14  # whose probes are found at once
-
-Candidates = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
-"""(asking float32 [q, D], members float32 [n, D], rough floor) -> int64 [P, 2], ascending: all pairs (row of asking,
-row of members) of similarity at or above the rough floor, which is lower than the floor by more than the error of a
-float32 product; pairs below it do no harm."""
 
 
 class Neighbours(NamedTuple):
@@ -118,7 +116,7 @@ def near_rows(
     *,
     mirror: np.ndarray | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    candidates: Candidates | None = None,
+    device: str | None = None,
 ) -> Neighbours:
     """Ask for the rows start to stop, on one thread.
 
@@ -130,25 +128,28 @@ def near_rows(
         mirror: signs [D] that turn an embedding into that of the flipped image; each row then asks both ways, and the
             larger similarity of a pair is kept (the unflipped one when equal).
         max_memory_bytes: see run_rows; it changes the size of a tile, never the result.
-        candidates: by a matrix product rather than by sketches, the same pairs; with no radius, BLAS where absent.
+        device: of torch, where products find the same pairs; None: the processor's sketches, or with no radius BLAS.
     """
     check_join(cells, nprobe, sketch_radius)
     if mirror is not None:
         check_mirror(mirror, cells.dim)
     half = cells.read_half(start, stop)
-    ways = [_way(cells, half, start, nprobe, signs) for signs in ([None] if mirror is None else [None, mirror])]
+    signs = [None] if mirror is None else [None, mirror]
+    ways = [_way(cells, half, start, nprobe, sign, device) for sign in signs]
+    asked = None if device is None else _asked_on(device, half, ways, mirror, sketch_radius)
     lists = empty_lists(stop - start)
     bytes_read = (stop - start) * cells.row_bytes
-    if candidates is None and sketch_radius is None:
-        candidates = near_by_product
     for tile in _tiles(cells, ways, max_memory_bytes):
+        bytes_read += (tile.stop - tile.start) * cells.row_bytes
+        if asked is not None:
+            _meet_on_device(asked, cells, tile, ways, start, floor, sketch_radius, lists)
+            continue
         members, gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
         sketches = None if sketch_radius is None else cells.read_sketches(tile.start, tile.stop)
-        bytes_read += (tile.stop - tile.start) * cells.row_bytes
         bounds = np.clip(cells.offsets[tile.first_cell : tile.last_cell + 2], tile.start, tile.stop) - tile.start
         for mirrored, way in enumerate(ways):
             order, starts, stops = way.probes.of(tile.first_cell, tile.last_cell)
-            if candidates is None:
+            if sketches is not None:
                 meet_by_sketch(
                     sketch_columns(sketches), members, gids, bounds, tile.continues, way.asking, order, starts, stops,
                     tile.start, sketch_radius, half_radius(sketch_radius), np.float32(floor), mirrored, way.counts,
@@ -160,10 +161,9 @@ def near_rows(
                     start_cell(order[low:high], way.counts)
                 for first in range(int(bounds[cell]), int(bounds[cell + 1]), _MEMBERS_AT_ONCE):
                     piece = slice(first, min(first + _MEMBERS_AT_ONCE, int(bounds[cell + 1])))
-                    near = None if sketches is None else (sketches[piece], sketch_radius)
                     _meet_by_product(
-                        candidates, members[piece], gids[piece], near, way, order[low:high], tile.start + first, floor,
-                        mirrored, lists, max_memory_bytes,
+                        members[piece], gids[piece], way, order[low:high], tile.start + first, floor, mirrored, lists,
+                        max_memory_bytes,
                     )  # fmt: skip
     return Neighbours(start, stop, cells.read_gids(start, stop), lists, bytes_read)
 
@@ -189,7 +189,7 @@ def self_pairs(
     *,
     mirror: np.ndarray | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    candidates: Candidates | None = None,
+    device: str | None = None,
 ) -> Pairs:
     """The edges of the rows start to stop, sorted and each once: see near_rows. For pools whose edges fit in memory."""
     step = run_rows(cells, nprobe, mirror is not None, max_memory_bytes)
@@ -197,22 +197,20 @@ def self_pairs(
     for low in range(start, stop, step):
         run = near_rows(
             cells, low, min(low + step, stop), similarity_threshold, nprobe, sketch_radius, mirror=mirror,
-            max_memory_bytes=max_memory_bytes, candidates=candidates,
+            max_memory_bytes=max_memory_bytes, device=device,
         )  # fmt: skip
         found += [edges for _, edges, _ in run.pieces()]
     return merge_pairs(found)
 
 
-def near_by_product(asking: np.ndarray, members: np.ndarray, rough_floor: float) -> np.ndarray:
-    """Candidates by BLAS: see Candidates."""
-    return pairs_in_scores(products(asking, members), np.float32(rough_floor), 0)
+def near_by_product(asking: np.ndarray, members: np.ndarray, floor: float) -> np.ndarray:
+    """Candidates of float32 rows [q, D] and [n, D] by BLAS: int64 [P, 2], ascending, all pairs that reach the floor."""
+    return pairs_in_scores(products(asking, members), np.float32(floor) - ROUGH_MARGIN, 0)
 
 
 def _meet_by_product(
-    candidates: Candidates,
     members: np.ndarray,
     gids: np.ndarray,
-    near: tuple[np.ndarray, int] | None,
     way: _Way,
     order: np.ndarray,
     first_row: int,
@@ -227,18 +225,59 @@ def _meet_by_product(
     for low in range(0, len(asking), step):
         rows = asking[low : low + step]
         vectors = widen_rows(way.asking, rows)
-        pairs = candidates(vectors, members, floor - float(ROUGH_MARGIN))
-        if near is not None:
-            sketches, radius = near
-            needed = radius_needed(way.asking.sketches[rows[pairs[:, 0]]], sketches[pairs[:, 1]])
-            pairs = pairs[needed <= radius]
         settle(
-            pairs, rows, vectors, members, gids, first_row, way.asking.first_row, np.float32(floor), mirrored,
+            near_by_product(vectors, members, floor), rows, vectors, members, gids, first_row, way.asking.first_row, np.float32(floor), mirrored,
             way.counts, lists,
         )  # fmt: skip
 
 
-def _way(cells: Cells, half: np.ndarray, start: int, nprobe: int, mirror: np.ndarray | None) -> _Way:
+def _asked_on(
+    device: str, half: np.ndarray, ways: list[_Way], mirror: np.ndarray | None, radius: int | None
+) -> "list[Rows]":
+    """The asking rows of each way, on the device."""
+    from curation.ops.torch_tiles import Rows
+
+    sketches = [None if radius is None else way.asking.sketches for way in ways]
+    rows = Rows(half, sketches[0], device)
+    return [rows] if mirror is None else [rows, rows.mirrored(mirror, sketches[1])]
+
+
+def _meet_on_device(
+    asked: "list[Rows]",
+    cells: Cells,
+    tile: _Tile,
+    ways: list[_Way],
+    first_row: int,
+    floor: float,
+    radius: int | None,
+    lists: Lists,
+) -> None:
+    """A tile's cells against the rows that probe them: what meet_by_sketch does, by products on the device."""
+    from curation.ops.torch_tiles import Rows, near_pairs
+
+    gids = cells.read_gids(tile.start, tile.stop)
+    sketches = None if radius is None else cells.read_sketches(tile.start, tile.stop)
+    members = Rows(cells.read_half(tile.start, tile.stop), sketches, asked[0].device)
+    bounds = np.clip(cells.offsets[tile.first_cell : tile.last_cell + 2], tile.start, tile.stop) - tile.start
+    for mirrored, (way, rows_on_device) in enumerate(zip(ways, asked, strict=True)):
+        order, starts, stops = way.probes.of(tile.first_cell, tile.last_cell)
+        for cell, (low, high) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+            if cell > 0 or not tile.continues:
+                start_cell(order[low:high], way.counts)
+            rows = still_asking(order[low:high], way.counts)
+            # A row takes no more than this of a cell, and itself does not count.
+            for query, member, similarity in near_pairs(
+                rows_on_device, rows, members, int(bounds[cell]), int(bounds[cell + 1]), floor, radius,
+                most=MAX_NEIGHBOURS + 1,
+            ):  # fmt: skip
+                settle_exact(
+                    query, member, similarity, rows, gids, tile.start, first_row, mirrored, way.counts, lists
+                )
+
+
+def _way(
+    cells: Cells, half: np.ndarray, start: int, nprobe: int, mirror: np.ndarray | None, device: str | None
+) -> _Way:
     """Probes are found, and mirrored sketches made, a few rows at a time."""
     num_rows = len(half)
     signs = np.zeros(cells.dim, np.uint16) if mirror is None else np.where(mirror < 0, 0x8000, 0).astype(np.uint16)
@@ -254,7 +293,7 @@ def _way(cells: Cells, half: np.ndarray, start: int, nprobe: int, mirror: np.nda
         if not is_own:
             sketches[rows] = cells.sketch(asked)
         if nprobe < cells.num_cells:
-            probes.add(low, nearest_cells(asked, cells.centroids, nprobe, 1))
+            probes.add(low, nearest_cells(asked, cells.centroids, nprobe, 1, device))
     asking = Asking(half.view(np.uint16), signs, sketches, start)
     return _Way(asking, probes, Counts(np.zeros(num_rows, np.int32), np.zeros(num_rows, np.uint8)))
 

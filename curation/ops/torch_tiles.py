@@ -8,6 +8,8 @@ Rows arrive as arrays, float16 or float32 with float16 values, and leave as arra
 device; it changes the time, never the result. `device="cpu"` is the same code on a processor, for tests.
 """
 
+import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,9 +28,12 @@ _SORT_BYTES = 128  # of one candidate for the k nearest, while they are sorted
 _DENSE = 64  # where more than one entry in this many is a candidate, a whole product in float64 is cheaper
 
 
-def memory_bytes(device: str) -> int:
-    """What the products of one call may take: half of what is free on a GPU; 256 MB on a processor."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if torch.device(device).type == "cuda" else 2**28
+@functools.cache
+def memory_bytes(device: str | torch.device) -> int:
+    """What the products of one call may take: a quarter of a GPU's memory, which is one actor's; else 256 MB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return 2**28
 
 
 def on_device(x: np.ndarray, device: str | torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -53,97 +58,108 @@ def float_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x @ y.T
 
 
-class Asking:
-    """Q float16 unit rows that stay on the device while tiles of members pass by, with their sketches if those count.
+class Rows:
+    """N unit rows on the device as float16, with their sketches if those count: those that ask, or a tile of members.
 
     Args:
-        queries: [Q, D]; sketches: uint64 [Q, 8], or None.
-        signs: [D] that turn a row into that of the mirrored image, applied here; sketches are of what they give.
+        vectors: [N, D], with float16 values; sketches: uint64 [N, 8], or None.
     """
 
-    def __init__(
-        self,
-        queries: np.ndarray,
-        sketches: np.ndarray | None,
-        device: str,
-        *,
-        signs: np.ndarray | None = None,
-        max_bytes: int | None = None,
-    ) -> None:
-        self._queries = on_device(queries, device, torch.float16)
-        if signs is not None:
-            self._queries = self._queries * on_device(signs, device, torch.float16)
-        self._sketches = None if sketches is None else on_device(sketches.view(np.int64), device)
-        self._max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+    def __init__(self, vectors: np.ndarray, sketches: np.ndarray | None, device: str | torch.device) -> None:
+        self.vectors = on_device(vectors, device, torch.float16)
+        self.sketches = None if sketches is None else on_device(sketches.view(np.int64), device)
+        self.signs: torch.Tensor | None = None
 
-    def show(self, members: np.ndarray, sketches: np.ndarray | None) -> None:
-        """The next tile of members, unit rows [M, D] with float16 values, and their sketches where those count."""
-        self._members = on_device(members, self._queries.device, torch.float16)
-        self._member_sketches = None if sketches is None else on_device(sketches.view(np.int64), self._queries.device)
+    def mirrored(self, signs: np.ndarray, sketches: np.ndarray | None) -> "Rows":
+        """The rows of the mirrored images, with their sketches; the vectors are held once."""
+        turned = copy.copy(self)
+        turned.signs = on_device(signs, self.device, torch.float16)
+        turned.sketches = None if sketches is None else on_device(sketches.view(np.int64), self.device)
+        return turned
 
-    def pairs(
-        self, asking: np.ndarray, start: int, stop: int, threshold: float, radius: int | None, most: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Pairs of the queries `asking` (indices) and members start to stop whose exact similarity is the threshold's.
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
 
-        They come product by product, in the order of (query, member), at most max_bytes / ENTRY_BYTES at a time; a
-        query's members ascend from one product to the next, too.
+    def __len__(self) -> int:
+        return len(self.vectors)
 
-        Args:
-            radius: only pairs whose sketches are so near, as in `pairs_by_sketch`; None: whatever their sketches.
-            most: of a product's pairs, only so many of each query, those of the first members.
+    def of(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        return self.vectors[rows] if self.signs is None else self.vectors[rows] * self.signs
 
-        Returns:
-            positions in asking and members, int32 [P] each, and similarities float32 [P].
-        """
-        limit = np.float32(threshold).item()
-        queries = on_device(asking, self._queries.device, torch.int64)
-        for some, others in _blocks(len(queries), stop - start, self._max_bytes):
-            rows, members = queries[some], slice(start + others.start, start + others.stop)
-            x, y = self._queries[rows], self._members[members]
-            query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
-            if radius is not None:
-                assert self._sketches is not None
-                assert self._member_sketches is not None
-                words = self._sketches[rows], self._member_sketches[members]
-                near = _sketches_are_near(*words, query, member, radius, self._max_bytes)
-                query, member = query[near], member[near]
-            exact = _exact_similarities(x, y, query, member, self._max_bytes)
-            near = exact >= limit
-            query, member, exact = query[near], member[near], exact[near]
-            if most is not None:
-                kept = _places(query, len(x)) < most
-                query, member, exact = query[kept], member[kept], exact[kept]
-            yield (
-                (query + some.start).int().cpu().numpy(),
-                (member + members.start).int().cpu().numpy(),
-                exact.cpu().numpy(),
-            )
+
+def near_pairs(
+    queries: Rows,
+    asking: np.ndarray,
+    members: Rows,
+    start: int,
+    stop: int,
+    threshold: float,
+    radius: int | None = None,
+    *,
+    most: int | None = None,
+    max_bytes: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs of the queries `asking` (indices) and members start to stop whose exact similarity reaches the threshold.
+
+    They come product by product, in the order of (query, member), at most max_bytes / ENTRY_BYTES at a time; a query's
+    members ascend from one product to the next, too.
+
+    Args:
+        radius: only pairs whose sketches are so near, as in `pairs_by_sketch`; None: whatever their sketches.
+        most: of a product's pairs, only so many of each query, those of the first members.
+
+    Returns:
+        positions in asking and in members, int32 [P] each, and similarities float32 [P].
+    """
+    max_bytes = memory_bytes(queries.device) if max_bytes is None else max_bytes
+    limit = np.float32(threshold).item()
+    indices = on_device(asking, queries.device, torch.int64)
+    for some, others in _blocks(len(indices), stop - start, max_bytes):
+        rows, own = indices[some], slice(start + others.start, start + others.stop)
+        x, y = queries.of(rows), members.of(own)
+        query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
+        if radius is not None:
+            assert queries.sketches is not None
+            assert members.sketches is not None
+            near = _sketches_are_near(queries.sketches[rows], members.sketches[own], query, member, radius, max_bytes)
+            query, member = query[near], member[near]
+        exact = _exact_similarities(x, y, query, member, max_bytes)
+        near = exact >= limit
+        query, member, exact = query[near], member[near], exact[near]
+        if most is not None:
+            kept = _places(query, len(x)) < most
+            query, member, exact = query[kept], member[kept], exact[kept]
+        yield (
+            (query + some.start).int().cpu().numpy(),
+            (member + own.start).int().cpu().numpy(),
+            exact.cpu().numpy(),
+        )
 
 
 class Nearest:
     """The k nearest members that each of Q queries has met, equal ones by smaller gid, held on the device."""
 
-    def __init__(self, queries: np.ndarray, k: int, device: str, max_bytes: int | None = None) -> None:
-        self._queries = on_device(queries, device, torch.float16)
-        self._gids = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
-        self._similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=device)
-        self._max_bytes = memory_bytes(device) if max_bytes is None else max_bytes
+    def __init__(self, queries: Rows, k: int, max_bytes: int | None = None) -> None:
+        shape = len(queries), k
+        self._queries = queries
+        self._gids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
+        self._similarities = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
+        self._max_bytes = memory_bytes(queries.device) if max_bytes is None else max_bytes
 
-    def meet(self, asking: np.ndarray, members: np.ndarray, gids: np.ndarray) -> None:
-        """The queries `asking` (indices, each once) meet unit rows [M, D] of the given gids, new to them."""
-        device = self._queries.device
-        queries, met = on_device(asking, device, torch.int64), on_device(members, device, torch.float16)
-        names = on_device(gids, device, torch.int64)
-        for some, others in _blocks(len(queries), len(met), self._max_bytes * ENTRY_BYTES // _SORT_BYTES):
-            self._insert(queries[some], met[others], names[others])
+    def meet(self, asking: np.ndarray, members: Rows, start: int, stop: int, gids: np.ndarray) -> None:
+        """The queries `asking` (indices, each once) meet members start to stop, of these gids, all new to them."""
+        indices, names = (on_device(x, self._queries.device, torch.int64) for x in (asking, gids))
+        for some, others in _blocks(len(indices), stop - start, self._max_bytes * ENTRY_BYTES // _SORT_BYTES):
+            own = slice(start + others.start, start + others.stop)
+            self._insert(indices[some], members.of(own), names[others])
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """gids int64 [Q, k] and similarities float32 [Q, k], nearest first; -1 and -inf where fewer were met."""
         return self._gids.cpu().numpy(), self._similarities.cpu().numpy()
 
     def _insert(self, queries: torch.Tensor, members: torch.Tensor, names: torch.Tensor) -> None:
-        rows, margin = self._queries[queries], float(ROUGH_MARGIN)
+        rows, margin = self._queries.of(queries), float(ROUGH_MARGIN)
         k = self._gids.shape[1]
         scores = half_products(rows, members)
         floor = self._similarities[queries, -1] - margin

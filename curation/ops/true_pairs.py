@@ -5,7 +5,7 @@ smallest there, and the smallest of all ranges are the smallest of the pool.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -13,15 +13,12 @@ from numba import njit
 from curation.ops.cells import Cells, cell_ranks
 from curation.ops.join import DEFAULT_MEMORY_BYTES, sketch_columns
 from curation.ops.join_kernels import pairs_by_sketch
-from curation.ops.neighbours import Candidates, near_by_product
+from curation.ops.neighbours import near_by_product
 from curation.ops.randomness import hash_uint64
-from curation.ops.sketches import (
-    ROUGH_MARGIN,
-    exact_dot,
-    half_radius,
-    mirrored,
-    radius_needed,
-)
+from curation.ops.sketches import exact_dot, half_radius, mirrored, radius_needed
+
+if TYPE_CHECKING:
+    from curation.ops.torch_tiles import Rows
 
 PAIRS_PER_QUERY = 4
 """A placeholder that occurs a thousand times would otherwise outweigh every other image of the sample."""
@@ -87,47 +84,51 @@ def hits_in_range(
     question: Question,
     *,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    candidates: Candidates | None = None,
+    device: str | None = None,
 ) -> Hits:
     """Compare rows start to stop of the cells, read once, with every sampled row, on one thread.
+
+    Args:
+        device: of torch, where the same hits are found; None: the processor's own kernels.
 
     Returns:
         of each sampled row the pairs of smallest hash, at most 4.
     """
-    ways = []
-    for signs in [None] if question.mirror is None else [None, question.mirror]:
-        vectors = question.vectors if signs is None else mirrored(question.vectors, signs)
-        ways.append((vectors, cells.sketch(vectors)))
-    product = candidates or near_by_product
+    signs = [None] if question.mirror is None else [None, question.mirror]
+    ways = [question.vectors if sign is None else mirrored(question.vectors, sign) for sign in signs]
+    own = [cells.sketch(vectors) for vectors in ways]
+    on_device = [] if device is None else _rows_on(device, ways, own)
     kept = no_hits()
     for low in range(start, stop, _TILE_ROWS):
         high = min(low + _TILE_ROWS, stop)
-        members, gids = cells.read(low, high), cells.read_gids(low, high)
-        sketches = cells.read_sketches(low, high)
-        words = sketch_columns(sketches)
+        members, gids, sketches = cells.read(low, high), cells.read_gids(low, high), cells.read_sketches(low, high)
         step = max(max_memory_bytes // 2 // (_HIT_BYTES * len(members)), 1)
+        [tile] = [None] if device is None else _rows_on(device, [members], [sketches])
+        words = sketch_columns(sketches)
         found = [kept]
         for first, last, is_exact in _blocks(question, step):
             both = []
-            for is_mirrored, (vectors, own) in enumerate(ways):
+            for way, vectors in enumerate(ways):
                 asked = vectors[first:last]
-                if is_exact or candidates is not None:
-                    pairs = product(asked, members, question.threshold - float(ROUGH_MARGIN))
-                    if not is_exact:
-                        needed = radius_needed(own[first:last][pairs[:, 0]], sketches[pairs[:, 1]])
-                        pairs = pairs[needed <= question.radius]
+                if tile is not None:
+                    radius = None if is_exact else question.radius
+                    query, member, similarity = _near_on_device(
+                        on_device[way], first, last, tile, question.threshold, radius
+                    )
+                elif is_exact:
+                    pairs = near_by_product(asked, members, question.threshold)
                     similarity = _exact(pairs, asked, members)
                     good = similarity >= np.float32(question.threshold)
                     query, member, similarity = pairs[good, 0], pairs[good, 1], similarity[good]
                 else:
                     query, member, similarity = pairs_by_sketch(
-                        words, members, np.array([0, len(members)]), asked, own[first:last],
+                        words, members, np.array([0, len(members)]), asked, own[way][first:last],
                         np.arange(len(asked), dtype=np.int32), np.array([0]), np.array([len(asked)]), question.radius,
                         half_radius(question.radius), np.float32(question.threshold), 1024,
                     )  # fmt: skip
                 other = question.rows[first:last][query] != low + member
-                query, member = first + query[other].astype(np.int64), member[other]
-                flipped = np.full(len(query), is_mirrored > 0)
+                query, member = first + query[other].astype(np.int64), member[other].astype(np.int64)
+                flipped = np.full(len(query), way > 0)
                 both.append(Hits(query, low + member, gids[member], similarity[other], flipped))
             found.append(fewest(question, both))
         kept = fewest(question, found)
@@ -166,6 +167,23 @@ def needs(cells: Cells, question: Question, hits: Hits) -> TruePairs:
     return TruePairs(
         question.gids[hits.query], hits.gid, hits.similarity, np.stack(ranks, axis=1), np.stack(distances, axis=1)
     )
+
+
+def _rows_on(device: str, vectors: list[np.ndarray], sketches: list[np.ndarray]) -> "list[Rows]":
+    from curation.ops.torch_tiles import Rows
+
+    return [Rows(x, y, device) for x, y in zip(vectors, sketches, strict=True)]
+
+
+def _near_on_device(
+    queries: "Rows", first: int, last: int, members: "Rows", threshold: float, radius: int | None
+) -> list[np.ndarray]:
+    """Query (from first on), member and similarity of the pairs of some queries and a tile."""
+    from curation.ops.torch_tiles import near_pairs
+
+    asking = np.arange(first, last)
+    found = near_pairs(queries, asking, members, 0, len(members), threshold, radius)
+    return [np.concatenate(column) for column in zip(*found, strict=True)]
 
 
 def _blocks(question: Question, step: int) -> Iterable[tuple[int, int, bool]]:

@@ -92,8 +92,8 @@ def test_caps_are_the_definition(small, nprobe, radius, with_mirror):
     mirror = mirror if with_mirror else None
     edges, capped = reference(cells, nprobe, radius, mirror)
     assert len(capped) > 100
-    for memory, product in [(2**22, None), (200_000, None), (100_000, near_by_product)]:
-        kind = {"mirror": mirror, "max_memory_bytes": memory, "candidates": product}
+    for memory, device in [(2**22, None), (200_000, None), (2**22, "cpu"), (100_000, "cpu")]:
+        kind = {"mirror": mirror, "max_memory_bytes": memory, "device": device}
         assert as_list(self_pairs(cells, 0, cells.num_rows, FLOOR, nprobe, radius, **kind)) == edges
         run = near_rows(cells, 0, cells.num_rows, FLOOR, nprobe, radius, **kind)
         np.testing.assert_array_equal(np.concatenate([rows for _, _, rows in run.pieces()]), capped)

@@ -137,15 +137,16 @@ def test_a_small_pool_is_answered_exactly():
     assert (certificate.recall, certificate.lower_bound, len(truth.gid)) == (1.0, 1.0, 0)
 
 
-@pytest.mark.parametrize(("num_exact", "product"), [(0, None), (700, None), (0, near_by_product)])
-def test_ranges_of_the_pool_and_products_change_nothing(num_exact, product):
+@pytest.mark.parametrize("num_exact", [0, 300, 700])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_ranges_of_the_pool_and_its_device_change_nothing(num_exact, device):
     mirror = np.where(np.random.default_rng(1).random(DIM) < 0.5, -1, 1)
     cells = planted(3000, 300, hot=200, mirror=mirror)
     rows = np.random.default_rng(0).permutation(3000)[:700]
     question = question_about(cells, rows, cells.gids_of_rows(rows), 0.75, num_exact, 150, mirror=mirror)
     whole = hits_in_range(cells, 0, 3000, question)
     ranges = [
-        hits_in_range(cells, a, b, question, max_memory_bytes=memory, candidates=product)
+        hits_in_range(cells, a, b, question, max_memory_bytes=memory, device=device)
         for a, b, memory in [(0, 1, 2**20), (1, 1700, 2**20), (1700, 3000, 2**28)]
     ]
     for one, other in zip(whole, fewest(question, ranges), strict=True):
