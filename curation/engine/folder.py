@@ -7,11 +7,14 @@ import io
 import os
 import posixpath
 import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -81,6 +84,33 @@ class Folder:
             with self._reached():
                 fs.pipe_file(path, bytes(content))
         return File(path=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file to be written piece by piece, for what is too large to be held; it appears when all is written."""
+        fs, path = self._fs[0], self.path(name)
+        if self.is_local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    yield file
+                os.replace(temporary, path)
+            except BaseException:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                raise
+            return
+        with self._reached(), tempfile.TemporaryFile() as file:  # a store shows the file once it is whole
+            yield file
+            file.seek(0)
+            with fs.open(path, "wb") as remote:
+                shutil.copyfileobj(file, remote, 16 << 20)
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file."""
+        with self._reached():
+            return self._fs[0].cat_file(self.path(name), start=start, end=stop)  # type: ignore[return-value]
 
     def read_array(self, name: str) -> np.ndarray:
         return np.load(io.BytesIO(self.read_bytes(name)), allow_pickle=False)

@@ -29,6 +29,7 @@ _CELLS = (
     "cells/cells.json",
     "cells/cells.json.tmp",
 )
+_EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*.parquet")  # of any stage
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
@@ -61,7 +62,7 @@ _FILES: dict[str, tuple[str, ...]] = {
 
 def file_names(stage: str) -> tuple[str, ...]:
     """Patterns of the files that a stage writes to its folder."""
-    return (STARTED, TIMING, MANIFEST_NAME, *_FILES[stage])
+    return (STARTED, TIMING, MANIFEST_NAME, *_EXCHANGE, *_FILES[stage])
 
 
 def check_run_folder(folder: Folder) -> None:

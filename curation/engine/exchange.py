@@ -1,0 +1,178 @@
+"""Rows to where their key lives: one operation for all that moves by key, on Ray tasks and files.
+
+Each map task writes the rows of its item grouped by bucket, and where each bucket begins; each reduce task reads its
+bucket from all of them by range requests. Files are all that passes between tasks, so nodes share nothing but the run
+folder, memory is one bucket, and what was finished before an interruption is not done again. The result does not depend
+on workers: pieces are read in the order of items, and then sorted.
+
+Measured against Ray Data's hash shuffle: `python -m benchmarks.exchange`.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.engine.folder import Folder
+from curation.engine.workers import ExecutionConfig, run_tasks
+
+BUCKET = "bucket"
+"""int column of what a map function gives: where the row goes; it does not arrive there"""
+FILES = ("map-*.arrow", "map-*.npy")
+_REQUESTS_AT_ONCE = 16  # of one reduce task on an object store
+
+Map = Callable[..., Iterable[pa.Table]]
+Reduce = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one bucket of one table lies."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def exchange(
+    items: Sequence[Any],
+    map_rows: Map,
+    num_buckets: int,
+    reduce_rows: Reduce,
+    *shared: Any,
+    scratch: Folder,
+    outputs: tuple[Folder, Sequence[str]],
+    sort_by: Sequence[str],
+    execution: ExecutionConfig,
+    label: str,
+    unit: str,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Move rows by bucket, and make one file of each bucket.
+
+    Args:
+        items: what the map tasks start from, a name or a number each; their order is part of the result.
+        map_rows: (item, *shared) -> tables, each of a size that fits `execution.memory_gb` a few times over, with a
+            column BUCKET.
+        num_buckets: so many that the rows of one fit `execution.memory_gb` (`buckets_for`).
+        reduce_rows: (bucket, table, *shared) -> what `output_writer` takes; the table is sorted by `sort_by`, and has
+            no column at all where no row came.
+        scratch: a folder for this exchange alone; emptied when all is done.
+        outputs: the folder and the name of each bucket's file, which `reduce_rows` writes as its last act:
+            a bucket whose file is there is not done again.
+        sort_by: columns that tell all rows apart, or any order among equal ones would do.
+    """
+    folder, names = outputs
+    assert len(names) == num_buckets
+    there = set(folder.names())
+    todo = [bucket for bucket, name in enumerate(names) if name not in there]
+    if todo:
+        maps = [f"map-{num_buckets}-{number:05d}" for number in range(len(items))]
+        done = set(scratch.names())
+        missing = [number for number, name in enumerate(maps) if f"{name}.npy" not in done]
+        run_tasks(
+            _map,
+            [(maps[number], items[number]) for number in missing],
+            map_rows,
+            num_buckets,
+            scratch,
+            shared,
+            execution=execution,
+            label=label,
+            unit=unit,
+            weights=[weights[number] for number in missing] if weights is not None else None,
+        )
+        offsets = [scratch.read_array(f"{name}.npy") for name in maps]  # [tables, buckets + 1] each
+        jobs = [
+            (bucket, [_Piece(f"{name}.arrow", int(table[bucket]), int(table[bucket + 1] - table[bucket]))
+                      for name, tables in zip(maps, offsets, strict=True) for table in tables
+                      if table[bucket + 1] > table[bucket]])
+            for bucket in todo
+        ]  # fmt: skip
+        run_tasks(
+            _reduce,
+            jobs,
+            reduce_rows,
+            scratch,
+            list(sort_by),
+            shared,
+            execution=execution,
+            label=f"{label}, by key",
+            unit="buckets",
+        )
+    scratch.clear(FILES)
+
+
+def buckets_for(num_bytes: float, execution: ExecutionConfig) -> int:
+    """How many buckets cut `num_bytes` into eighths of `execution.memory_gb`: a bucket is read, sorted and grouped.
+
+    The number must not change results, only how they are cut into files that do not stay; those should be named after
+    it, since a run may be continued with another memory.
+    """
+    return max(1, -(-int(num_bytes) // int(execution.memory_gb * 1e9 / 8)))
+
+
+def bucket_of(keys: np.ndarray, num_buckets: int) -> np.ndarray:
+    """int32 [N]: a bucket for each key, by its first 8 bytes; keys are uint64 hashes, or digests as uint8 [N, >= 8]."""
+    if keys.dtype == np.uint8:
+        keys = np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+    # The high half of the product of two 64-bit numbers, from the key's upper 32 bits: as even as the keys are.
+    return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int32)
+
+
+def _map(job: tuple[str, Any], map_rows: Map, num_buckets: int, scratch: Folder, shared: tuple[Any, ...]) -> None:
+    name, item = job
+    offsets: list[np.ndarray] = []
+    with scratch.writing(f"{name}.arrow") as file:
+        at = 0
+        for table in map_rows(item, *shared):
+            bounds = np.full(num_buckets + 1, at, np.int64)
+            for bucket, rows in _grouped(table, num_buckets):
+                content = _to_bytes(rows)
+                file.write(content)
+                bounds[bucket + 1 :] += len(content)
+            at = int(bounds[-1])
+            offsets.append(bounds)
+    scratch.write_array(f"{name}.npy", np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
+
+
+def _grouped(table: pa.Table, num_buckets: int) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of each bucket that has any, in their order."""
+    buckets = table[BUCKET].to_numpy()
+    table = table.drop_columns([BUCKET]).combine_chunks()
+    order = np.argsort(buckets, kind="stable")
+    table = table.take(pa.array(order))
+    starts = np.searchsorted(buckets[order], np.arange(num_buckets + 1))
+    for bucket in np.flatnonzero(np.diff(starts)):
+        yield int(bucket), table.slice(starts[bucket], starts[bucket + 1] - starts[bucket])
+
+
+def _to_bytes(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _reduce(
+    job: tuple[int, list[_Piece]], reduce_rows: Reduce, scratch: Folder, sort_by: list[str], shared: tuple[Any, ...]
+) -> None:
+    bucket, pieces = job
+    reduce_rows(bucket, _gathered(pieces, scratch, sort_by), *shared)
+
+
+def _gathered(pieces: Sequence[_Piece], scratch: Folder, sort_by: list[str]) -> pa.Table:
+    def read(piece: _Piece) -> pa.Table:
+        content = scratch.read_range(piece.name, piece.offset, piece.offset + piece.size)
+        with pa.ipc.open_stream(io.BytesIO(content)) as reader:
+            return reader.read_all()
+
+    if not pieces:
+        return pa.table({})
+    with ThreadPoolExecutor(1 if scratch.is_local else _REQUESTS_AT_ONCE) as pool:
+        table = pa.concat_tables(pool.map(read, pieces))
+    return table.sort_by([(name, "ascending") for name in sort_by]) if sort_by else table
