@@ -234,15 +234,16 @@ def _pairs_on(
     return _concatenated(found)
 
 
-def _nearest_on(
-    device: str, block: _Queries, cells: Cells, k: int, tile_rows: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_on(device: str, block: _Queries, cells: Cells, k: int, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """What `nearest` does for a block of queries, on a device: gids and similarities [Q, k]."""
     from curation.ops.torch_tiles import Nearest, Rows
 
     lists = Nearest(Rows(block.vectors, None, device), k)
     for tile in _tiles(cells, block, tile_rows):
-        members, gids = Rows(cells.read_half(tile.start, tile.stop), None, device), cells.read_gids(tile.start, tile.stop)
+        members, gids = (
+            Rows(cells.read_half(tile.start, tile.stop), None, device),
+            cells.read_gids(tile.start, tile.stop),
+        )
         for asking, start, stop in _spans(block, cells, tile):
             lists.meet(asking, members, start, stop, gids[start:stop])
     return lists.result()

@@ -225,8 +225,9 @@ def _meet_by_product(
     for low in range(0, len(asking), step):
         rows = asking[low : low + step]
         vectors = widen_rows(way.asking, rows)
+        pairs = near_by_product(vectors, members, floor)
         settle(
-            near_by_product(vectors, members, floor), rows, vectors, members, gids, first_row, way.asking.first_row, np.float32(floor), mirrored,
+            pairs, rows, vectors, members, gids, first_row, way.asking.first_row, np.float32(floor), mirrored,
             way.counts, lists,
         )  # fmt: skip
 
@@ -270,9 +271,7 @@ def _meet_on_device(
                 rows_on_device, rows, members, int(bounds[cell]), int(bounds[cell + 1]), floor, radius,
                 most=MAX_NEIGHBOURS + 1,
             ):  # fmt: skip
-                settle_exact(
-                    query, member, similarity, rows, gids, tile.start, first_row, mirrored, way.counts, lists
-                )
+                settle_exact(query, member, similarity, rows, gids, tile.start, first_row, mirrored, way.counts, lists)
 
 
 def _way(

@@ -8,7 +8,7 @@ import pytest
 from curation.ops import neighbours
 from curation.ops.cells import cells_from_arrays, nearest_cells
 from curation.ops.neighbour_kernels import MAX_HITS, MAX_NEIGHBOURS, code_width, decode_probes, encode_probes
-from curation.ops.neighbours import near_by_product, near_rows, self_pairs
+from curation.ops.neighbours import near_rows, self_pairs
 from curation.ops.sketches import radius_needed
 
 DIM, NUM_CELLS, FLOOR = 32, 12, 0.6

@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from curation.ops import recall
 from curation.ops.cells import cells_from_arrays, nearest_cells
-from curation.ops.neighbours import near_by_product, self_pairs
+from curation.ops.neighbours import self_pairs
 from curation.ops.recall import (
     are_among,
     certify,
