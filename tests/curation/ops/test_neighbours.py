@@ -84,6 +84,7 @@ def small():
     return crowd(700, 150)
 
 
+@pytest.mark.usefixtures("torch_on_one_thread")
 @pytest.mark.parametrize("nprobe", [1, 5, NUM_CELLS])
 @pytest.mark.parametrize("radius", [None, 170])
 @pytest.mark.parametrize("with_mirror", [False, True])

@@ -137,6 +137,7 @@ def test_a_small_pool_is_answered_exactly():
     assert (certificate.recall, certificate.lower_bound, len(truth.gid)) == (1.0, 1.0, 0)
 
 
+@pytest.mark.usefixtures("torch_on_one_thread")
 @pytest.mark.parametrize("num_exact", [0, 300, 700])
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_ranges_of_the_pool_and_its_device_change_nothing(num_exact, device):

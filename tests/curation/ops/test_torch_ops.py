@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 from curation.ops import torch_kmeans, torch_tiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 DIM = 64
 MEMORY = [2**26, 2**16]  # everything in one product; products of 2,048 entries
 
