@@ -16,7 +16,7 @@ from curation.engine.store import ImageSet
 from curation.reading.again import LOST_REASONS
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
+from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.state import Run, Written
 
@@ -24,6 +24,7 @@ STAGES = (
     "embed",
     "filter",
     "cells",
+    "join",
     "dedup",
     "decontaminate",
     "cluster",
@@ -91,7 +92,8 @@ def plan_steps(run: Run) -> list[Step]:
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
             _cells, needs_local=True,
         ),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "cells"), _dedup),
+        Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "join"), _dedup),
         Step(
             "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
             ("embed/pool", "filter", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
@@ -176,12 +178,17 @@ def _cells(run: Run, folder: Folder) -> Written:
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
 
+def _join(run: Run, folder: Folder) -> Written:
+    mirror = load_encoder(run.config.embed.encoders()[-1]).mirror
+    return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), run.config.execution)
+
+
 def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
         run.pool,
         filter_stage.passed(run.folder / "filter"),
-        run.cells("cells"),
+        join.Joined(run.folder / "join"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,

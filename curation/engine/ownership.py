@@ -35,8 +35,17 @@ _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
     "filter": ("reasons.parquet",),
     "cells": _CELLS,
+    "join": (
+        "certificate.json",
+        "truth.parquet",
+        "found.parquet",
+        "done/part-*.json",
+        "edges/part-*.parquet",
+        "forest/part-*.parquet",
+        "capped/part-*.parquet",
+    ),
     "dedup": (
-        "edges/*.parquet",
+        "edges/perceptual.parquet",
         "representative.npy",
         "component.npy",
         "similarity.npy",

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,18 +13,15 @@ from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig, run_tasks
-from curation.ops.cells import Cells
-from curation.ops.components import Groups, component_labels, duplicate_groups, representatives
+from curation.ops.components import Groups, Similar, component_labels, duplicate_groups, representatives
 from curation.ops.hashes import MIN_QUALITY, equal_groups, hash_distances, hash_pairs
-from curation.ops.join import Pairs, pairs_above, self_pairs
-from curation.ops.randomness import hash_sample
-from curation.ops.recall import TruePairs, certify, measured_recall
+from curation.ops.randomness import hash_uint64
+from curation.ops.recall import measured_recall
+from curation.stages.join import Joined, JoinSettings, default_floor
 from curation.stages.kmeans import unit_rows
 
-VERSION = 1
-_ROWS_PER_TASK = 65_536
-_NEAR_MISS_MARGIN = 0.1
-_NEAR_MISS_PRODUCTS = 2e9  # query-row products spent on looking just below the threshold
+VERSION = 2
+_NEAR_MISS_SAMPLE = 4096
 _NEAR_MISS_PAIRS = 200
 STEPS = ("", "exact", "perceptual", "embedding", "chain")
 
@@ -38,6 +36,9 @@ class DedupConfig:
     """cosine of the copy encoder at or above which two images are linked"""
     target_recall: float = 0.99
     """of linked pairs, against brute force, to be certified with 95% confidence"""
+    edge_floor: float | None = None
+    """cosine down to which pairs are kept, so that a similarity_threshold at or above it needs no new join; null: 0.05
+    below the threshold"""
     representative: list[str] = field(default_factory=lambda: ["resolution", "bytes", "central"])
     """which image of a component is kept: the largest by the first key, then the next; last, the smallest gid.
     resolution: width x height; bytes: of the file; central: similarity to the component's mean"""
@@ -56,6 +57,7 @@ class DedupConfig:
             perceptual_distance="[0, 31]",
             similarity_threshold="(-1, 1]",
             target_recall="(0, 1)",
+            edge_floor="[-1, 1]",
             max_component_size="[2, inf)",
             min_similarity_to_representative="[-1, 1]",
             seed=SEEDS,
@@ -64,6 +66,16 @@ class DedupConfig:
             raise ValueError(
                 f"dedup.representative: {', '.join(sorted(unknown))} unknown; choose from resolution, bytes, central."
             )
+        if self.edge_floor is not None and self.edge_floor > self.similarity_threshold:
+            raise ValueError(
+                f"dedup.edge_floor={self.edge_floor} is above dedup.similarity_threshold={self.similarity_threshold}: "
+                "linked pairs would be lost. Lower it, or leave it out."
+            )
+
+    def join(self) -> JoinSettings:
+        """What of these settings the join depends on."""
+        floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
+        return JoinSettings(floor=floor, target_recall=self.target_recall, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def deduplicate(
     folder: Folder,
     pool: ImageSet,
     passed: np.ndarray,
-    cells: Cells,
+    joined: Joined,
     encoder: str,
     mirror: np.ndarray | None,
     config: DedupConfig,
@@ -102,33 +114,37 @@ def deduplicate(
     """Group the images `passed` (int64, ascending) and choose one of each group; see Duplicates for what is written.
 
     Args:
-        cells: the copy encoder's vectors of the heads among them.
+        joined: the edges of the heads among them.
         mirror: signs that turn a vector into that of the flipped image, or None.
     """
     head = heads(pool, passed)
     distinct = passed[head == passed]
     perceptual = _perceptual_pairs(folder, pool, distinct, encoder, config)
-    certificate, truth = certify(
-        cells, config.similarity_threshold, config.target_recall, seed=config.seed, mirror=mirror
-    )
-    names = _join(folder, cells, mirror, certificate.nprobe, certificate.sketch_radius, config, execution)
-    edges = _Edges(folder, names, perceptual, distinct)
+    edges = _Edges(joined, "edges", config.similarity_threshold, perceptual, distinct)
+    links = _Edges(joined, "forest", config.similarity_threshold, perceptual, distinct)
+    labels = component_labels(len(distinct), links)
+    truth, found = joined.truth(config.similarity_threshold)
+    certificate = joined.certificate()
+    recall, bound = measured_recall(found, truth) if len(found) else (1.0, certificate.lower_bound)
+    if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
+        bound = certificate.lower_bound
+    ends = (np.searchsorted(distinct, end) for end in (truth.query, truth.gid))
+    together = np.equal(*(labels[end] for end in ends))
 
-    keys = _priorities(pool, distinct, encoder, edges, config)
+    keys = _priorities(pool, distinct, encoder, labels, config)
+    capped = joined.capped()
     groups = duplicate_groups(
         len(distinct),
         edges,
         keys,
         max_component_size=config.max_component_size,
         min_similarity=config.min_similarity_to_representative,
+        labels=labels,
+        capped=np.isin(distinct, capped),
+        similar=_similar(pool, distinct, capped, encoder, mirror, config.similarity_threshold),
     )
     files = _write_groups(folder, pool, passed, head, distinct, groups, config)
-    files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
-    recall, bound = (
-        measured_recall(_pairs_of(folder, names, truth), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
-    )
-    if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
-        bound = certificate.lower_bound
+    files.append(_write_near_misses(folder, joined, config, execution))
     representative = Duplicates(folder).representative()
     counts = {
         "images in": len(passed),
@@ -136,13 +152,15 @@ def deduplicate(
         "exact copies": int((equal_groups(pool.column("sha256")[passed]) != np.arange(len(passed))).sum()),
         "images joined": len(distinct),
         "perceptual pairs": perceptual.num_rows,
-        "embedding pairs": sum(folder.read_table(name, ["a"]).num_rows for name in names),
+        "embedding pairs": sum(joined.edges(piece, config.similarity_threshold).num_rows for piece in joined.pieces()),
+        "images with more pairs than are kept": len(capped),
         "components split": len(groups.split.label),
     }
     figures = {
         **asdict(certificate),
         "measured_recall": recall,
         "measured_lower_bound": bound,
+        "measured_together": float(together.mean()) if len(together) else 1.0,  # of true pairs, in one component
         "similarity_threshold": config.similarity_threshold,
     }
     return files, counts, figures
@@ -166,15 +184,36 @@ def heads(pool: ImageSet, passed: np.ndarray) -> np.ndarray:
 class _Edges:
     """Batches of (a, b, similarity) over positions in `distinct`, read anew from the files for each pass."""
 
-    folder: Folder
-    names: list[str]
+    joined: Joined
+    kind: Literal["edges", "forest"]
+    threshold: float
     perceptual: pa.Table
     distinct: np.ndarray
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for table in [self.perceptual, *(self.folder.read_table(name) for name in self.names)]:
+        read = self.joined.edges if self.kind == "edges" else self.joined.forest
+        for table in chain([self.perceptual], (read(piece, self.threshold) for piece in self.joined.pieces())):
             ends = (np.searchsorted(self.distinct, table[end].to_numpy()) for end in ("a", "b"))
             yield (*ends, table["similarity"].to_numpy())
+
+
+def _similar(
+    pool: ImageSet, distinct: np.ndarray, capped: np.ndarray, encoder: str, mirror: np.ndarray | None, threshold: float
+) -> Similar:
+    """Cosines as the join computes them, of capped images (gids, ascending) to one; -inf below the threshold."""
+    vectors = pool.take_embeddings(encoder, capped) if len(capped) else np.empty((0, 0), np.float16)
+
+    def similar(row: int, others: np.ndarray) -> np.ndarray:
+        rows = np.searchsorted(capped, distinct[np.append(others, row)])
+        own = vectors[rows[-1]].astype(np.float64)
+        ways = np.stack([own] if mirror is None else [own, own * mirror])
+        cosine = np.empty(len(others), np.float32)
+        for start in range(0, len(others), 1 << 14):  # sums in float64 are exact, whatever the order
+            block = slice(start, start + (1 << 14))
+            cosine[block] = (vectors[rows[:-1][block]].astype(np.float64) @ ways.T).max(axis=1)
+        return np.where(cosine >= np.float32(threshold), cosine, np.float32(-np.inf))
+
+    return similar
 
 
 def _perceptual_pairs(
@@ -200,81 +239,8 @@ def _perceptual_pairs(
     return table
 
 
-def _join(
-    folder: Folder,
-    cells: Cells,
-    mirror: np.ndarray | None,
-    nprobe: int,
-    sketch_radius: int | None,
-    config: DedupConfig,
-    execution: ExecutionConfig,
-) -> list[str]:
-    starts = range(0, cells.num_rows, _ROWS_PER_TASK)
-    names = [f"edges/embedding-{number:06d}.parquet" for number in range(len(starts))]
-    done = set(folder.names())
-    todo = [
-        (name, start, min(start + _ROWS_PER_TASK, cells.num_rows))
-        for name, start in zip(names, starts, strict=True)
-        if name not in done
-    ]
-    run_tasks(
-        _join_range,
-        todo,
-        folder,
-        cells,
-        mirror,
-        config.similarity_threshold,
-        nprobe,
-        sketch_radius,
-        int(execution.memory_gb * 0.5e9),
-        execution=execution,
-        label="dedup: join",
-        unit="images",
-        weights=[stop - start for _, start, stop in todo],
-    )
-    return names
-
-
-def _join_range(
-    job: tuple[str, int, int],
-    folder: Folder,
-    cells: Cells,
-    mirror: np.ndarray | None,
-    threshold: float,
-    nprobe: int,
-    sketch_radius: int | None,
-    memory_bytes: int,
-) -> None:
-    name, start, stop = job
-    pairs = self_pairs(
-        cells,
-        start,
-        stop,
-        threshold,
-        nprobe,
-        sketch_radius,
-        mirror=mirror,
-        max_memory_bytes=memory_bytes,
-        num_threads=1,
-    )
-    folder.write_table(name, pa.table(pairs._asdict()))
-
-
-def _pairs_of(folder: Folder, names: list[str], truth: TruePairs) -> Pairs:
-    """The pairs found whose smaller end belongs to a sampled pair, sorted: what recall is measured on."""
-    wanted = np.unique(np.minimum(truth.query, truth.gid))
-    found = []
-    for name in names:
-        table = folder.read_table(name)
-        found.append(table.filter(pa.array(np.isin(table["a"].to_numpy(), wanted))))
-    table = pa.concat_tables(found)
-    columns = [table[name].to_numpy() for name in ("a", "b", "similarity", "mirrored")]
-    order = np.lexsort((columns[1], columns[0]))
-    return Pairs(*(column[order] for column in columns))
-
-
 def _priorities(
-    pool: ImageSet, distinct: np.ndarray, encoder: str, edges: _Edges, config: DedupConfig
+    pool: ImageSet, distinct: np.ndarray, encoder: str, labels: np.ndarray, config: DedupConfig
 ) -> list[np.ndarray]:
     keys = []
     for name in config.representative:
@@ -283,7 +249,7 @@ def _priorities(
         elif name == "bytes":
             keys.append(image_bytes(pool)[distinct])
         else:
-            keys.append(_centrality(pool, distinct, encoder, component_labels(len(distinct), edges)))
+            keys.append(_centrality(pool, distinct, encoder, labels))
     return keys
 
 
@@ -348,39 +314,32 @@ def _write_groups(
     return [*files, folder.write_table("split.parquet", table)]
 
 
-def _write_near_misses(
-    folder: Folder,
-    pool: ImageSet,
-    cells: Cells,
-    encoder: str,
-    distinct: np.ndarray,
-    mirror: np.ndarray | None,
-    config: DedupConfig,
-) -> File:
-    """near.parquet: sampled pairs on both sides of the threshold, nearest to it first, so that people can judge it."""
-    sample = hash_sample(config.seed, distinct, int(min(1024, max(1, _NEAR_MISS_PRODUCTS / max(len(distinct), 1)))))
-    found = pairs_above(
-        unit_rows(pool.take_embeddings(encoder, sample)),
-        cells,
-        config.similarity_threshold - _NEAR_MISS_MARGIN,
-        cells.num_cells,
-        mirror=mirror,
-    )
-    a, b = sample[found.query], found.gid
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    gap = np.abs(found.similarity - config.similarity_threshold)
-    order = np.lexsort((high, low, gap))
-    order = order[(a != b)[order]]
-    _, unique = np.unique(np.stack([low, high])[:, order], axis=1, return_index=True)
-    order = order[np.sort(unique)]
-    above = found.similarity[order] >= config.similarity_threshold
-    chosen = np.concatenate([order[above][:_NEAR_MISS_PAIRS], order[~above][:_NEAR_MISS_PAIRS]])
-    table = pa.table(
-        {
-            "a": low[chosen],
-            "b": high[chosen],
-            "similarity": found.similarity[chosen],
-            "mirrored": found.mirrored[chosen],
-        }
-    )
-    return folder.write_table("near.parquet", table)
+def _write_near_misses(folder: Folder, joined: Joined, config: DedupConfig, execution: ExecutionConfig) -> File:
+    """near.parquet: sampled edges on both sides of the threshold, nearest to it first, so that people can judge it."""
+    threshold = config.similarity_threshold
+    samples = run_tasks(
+        _edge_sample, joined.pieces(), joined, threshold, config.seed, execution=execution, label="dedup: near",
+        unit="files",
+    )  # fmt: skip
+    chosen = []
+    for side in zip(*samples, strict=True):
+        table = _fewest(pa.concat_tables(side), config.seed)
+        columns = [table[name].to_numpy() for name in ("a", "b", "similarity")]
+        order = np.lexsort((columns[1], columns[0], np.abs(columns[2] - np.float32(threshold))))
+        chosen.append(table.take(pa.array(order[:_NEAR_MISS_PAIRS])))
+    return folder.write_table("near.parquet", pa.concat_tables(chosen))
+
+
+def _edge_sample(piece: str, joined: Joined, threshold: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """Edges of one piece at or above the threshold, and below: those of smallest hash."""
+    edges = joined.edges(piece, -1.0)
+    above = edges["similarity"].to_numpy() >= np.float32(threshold)
+    return _fewest(edges.filter(pa.array(above)), seed), _fewest(edges.filter(pa.array(~above)), seed)
+
+
+def _fewest(edges: pa.Table, seed: int) -> pa.Table:
+    """The edges of smallest hash, each once."""
+    a, b = edges["a"].to_numpy(), edges["b"].to_numpy()
+    hashes = hash_uint64(seed, hash_uint64(seed, a) + b.astype(np.uint64))
+    _, first = np.unique(hashes, return_index=True)
+    return edges.take(pa.array(first[:_NEAR_MISS_SAMPLE]))
