@@ -19,7 +19,7 @@ On a machine that is lent for minutes:
 1. Before, on a processor: `python -m benchmarks.gpu --out /tmp/dry --device cpu`, and mend what does not end "ok".
 2. Find out what the machine lacks: `python -m benchmarks.gpu --out /tmp/a --sections A` there, or its list of packages.
    Section A names the packages that are needed and not installed. B, C, F to J need omegaconf, simplejpeg, braceexpand;
-   K needs Faiss (faiss-gpu for the GPU's side of it). A section that lacks one says so and the rest runs.
+   K needs Faiss, numba and scipy, on the processor. A section that lacks one says so and the rest runs.
 3. A machine without a network takes them along as wheels:
        pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
            --platform manylinux_2_17_x86_64 -d wheels omegaconf simplejpeg braceexpand faiss-cpu      # 20 MB

@@ -1,14 +1,14 @@
 """Tasks that compute on GPUs: an actor a GPU, which takes one item after another; and where tasks compute at all."""
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import ray
 
 from curation.engine.actors import run_actors
-from curation.engine.workers import ExecutionConfig, num_gpus, run_tasks
+from curation.engine.workers import ExecutionConfig, num_gpus, num_workers, run_tasks
 
 R = TypeVar("R")
 
@@ -24,11 +24,16 @@ def task_device(execution: ExecutionConfig) -> str | None:
         ValueError: execution.device=cuda, and there is no GPU or no torch.
     """
     gpus = num_gpus(execution)
-    if gpus and importlib.util.find_spec("torch") is None:
+    if gpus and find_spec("torch") is None:
         if execution.device == "cuda":
             raise ValueError("execution.device=cuda needs torch; install seedbed[encoders], or use auto or cpu.")
         return None
     return _TORCH_DEVICE if gpus else None
+
+
+def num_at_once(device: str | None, execution: ExecutionConfig) -> int:
+    """How many tasks of `run_on` compute at a time."""
+    return num_workers(execution) if device is None else num_gpus(execution)
 
 
 def run_on(
@@ -59,7 +64,7 @@ def run_on(
         lambda: actor.remote(arguments),
         "call",
         items,
-        num_actors=min(num_gpus(execution), len(items)),
+        num_actors=min(num_at_once(device, execution), len(items)),
         at_once=1,
         weights=weights if weights is not None else [1.0] * len(items),
         names=names if names is not None else [f"task {number + 1:,}" for number in range(len(items))],

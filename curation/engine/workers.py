@@ -55,7 +55,7 @@ class ExecutionConfig:
     memory_gb: float = 4.0
     """what one task may hold in its tiles and buffers, in GB (10^9 bytes)"""
     device: str = "auto"
-    """auto, cpu or cuda: where encoders run"""
+    """auto, cpu or cuda: where encoders, the join, k-means, assignment and retrieval compute"""
 
     def __post_init__(self) -> None:
         check_ranges("execution", self, workers="[0, inf)", memory_gb="[0.25, inf)")
@@ -118,7 +118,15 @@ def num_workers(execution: ExecutionConfig) -> int:
 
 
 def num_gpus(execution: ExecutionConfig) -> int:
-    return 0 if execution.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    """GPUs that may be used.
+
+    Raises:
+        ValueError: execution.device=cuda, and Ray knows of none.
+    """
+    gpus = 0 if execution.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    if execution.device == "cuda" and not gpus:
+        raise ValueError("execution.device=cuda, but Ray knows of no GPU; use auto or cpu, or run where there is one.")
+    return gpus
 
 
 def run_tasks(

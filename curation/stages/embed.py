@@ -15,6 +15,7 @@ import ray
 
 from configs.ranges import check_ranges
 from curation.encoders.load import Encoder, View, load_encoder
+from curation.encoders.weights import DESCRIPTOR_NAMES
 from curation.engine.actors import run_actors
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
@@ -98,11 +99,13 @@ def _embed_parts(
     execution: ExecutionConfig,
     label: str,
 ) -> None:
-    gpus = num_gpus(execution)
-    device = "cuda" if gpus else "cpu"
-    encoders = {encoder_folder(spec): load_encoder(spec, device, config.image_px) for spec in encoder_specs}
     rules = [(rule, rule.view()) for rule in filters if isinstance(rule, Pixels)]
     of_views = [(rule, view) for rule, view in rules if view is not None]
+    # Descriptors are computed by processors: an actor for each of those, not one a GPU that would have nothing to do.
+    has_models = bool(of_views) or any(spec not in DESCRIPTOR_NAMES for spec in encoder_specs)
+    gpus = num_gpus(execution) if has_models else 0
+    device = "cuda" if gpus else "cpu"
+    encoders = {encoder_folder(spec): load_encoder(spec, device, config.image_px) for spec in encoder_specs}
     job = DecodeJob(
         views=tuple(dict.fromkeys([encoder.view for encoder in encoders.values()] + [view for _, view in of_views])),
         limits=ImageLimits(max_file_bytes=config.max_file_bytes, max_pixels=config.max_pixels),

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.devices import num_at_once, run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.workers import ExecutionConfig, num_workers, run_tasks
+from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells
 from curation.ops.components import spanning_forest
 from curation.ops.neighbours import PIECE_ROWS, near_rows, run_rows
@@ -98,13 +99,15 @@ def join_pool(
     done = [json.loads(folder.read_bytes(f"done/{name}.json")) for name in names if f"{name}.json" in there]
     missing = [number for number, name in enumerate(names) if f"{name}.json" not in there]
     memory = int(execution.memory_gb * 1e9 * _MEMORY_SHARE)
-    fair = -(-cells.num_rows // (2 * num_workers(execution)))  # or a pool of few runs would leave workers idle
+    device = task_device(execution)
+    fair = -(-cells.num_rows // (2 * num_at_once(device, execution)))  # or a pool of few runs would leave workers idle
     rows = min(run_rows(cells, certificate.nprobe, mirror is not None, memory), -(-fair // PIECE_ROWS) * PIECE_ROWS)
     jobs = [
         (run[0] * PIECE_ROWS, min((run[-1] + 1) * PIECE_ROWS, cells.num_rows))
         for run in _consecutive(missing, rows // PIECE_ROWS)
     ]
-    for pieces in run_tasks(
+    for pieces in run_on(
+        device,
         _join_run,
         jobs,
         folder,
@@ -114,6 +117,7 @@ def join_pool(
         certificate,
         truth,
         memory,
+        device,
         execution=execution,
         label="join",
         unit="images",
@@ -139,13 +143,17 @@ def _certify(
     starts = range(0, cells.num_rows, _CERTIFIED_TOGETHER)
     ranges = [(start, min(start + _CERTIFIED_TOGETHER, cells.num_rows)) for start in starts]
 
+    device = task_device(execution)
+
     def compare(question: Question) -> list[Hits]:
-        return run_tasks(
+        return run_on(
+            device,
             _compare_range,
             ranges,
             cells,
             question,
             memory,
+            device,
             execution=execution,
             label="join: certify",
             unit="images",
@@ -159,8 +167,10 @@ def _certify(
     folder.write_bytes("certificate.json", json.dumps(asdict(certificate)).encode())
 
 
-def _compare_range(job: tuple[int, int], cells: Cells, question: Question, memory_bytes: int) -> Hits:
-    return hits_in_range(cells, *job, question, max_memory_bytes=memory_bytes)
+def _compare_range(
+    job: tuple[int, int], cells: Cells, question: Question, memory_bytes: int, device: str | None
+) -> Hits:
+    return hits_in_range(cells, *job, question, max_memory_bytes=memory_bytes, device=device)
 
 
 def _join_run(
@@ -172,11 +182,13 @@ def _join_run(
     certificate: Certificate,
     truth: TruePairs,
     memory_bytes: int,
+    device: str | None,
 ) -> list[dict[str, Any]]:
     """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know."""
     run = near_rows(
-        cells, *job, floor, certificate.nprobe, certificate.sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes
-    )
+        cells, *job, floor, certificate.nprobe, certificate.sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes,
+        device=device,
+    )  # fmt: skip
     done = []
     for number, edges, capped in run.pieces():
         name = f"part-{number:06d}"
