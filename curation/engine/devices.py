@@ -12,7 +12,7 @@ from curation.engine.workers import ExecutionConfig, num_gpus, num_workers, run_
 
 R = TypeVar("R")
 
-_TORCH_DEVICE = "cuda"  # the one that Ray gave the actor: it sets CUDA_VISIBLE_DEVICES
+TORCH_DEVICE = "cuda"  # the one that Ray gave the actor: it sets CUDA_VISIBLE_DEVICES
 
 
 def task_device(execution: ExecutionConfig) -> str | None:
@@ -28,7 +28,7 @@ def task_device(execution: ExecutionConfig) -> str | None:
         if execution.device == "cuda":
             raise ValueError("execution.device=cuda needs torch; install seedbed[encoders], or use auto or cpu.")
         return None
-    return _TORCH_DEVICE if gpus else None
+    return TORCH_DEVICE if gpus else None
 
 
 def num_at_once(device: str | None, execution: ExecutionConfig) -> int:
