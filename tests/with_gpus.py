@@ -63,12 +63,20 @@ def dispatch() -> dict[str, object]:
     return found
 
 
-def curate(folder: Path) -> dict[str, dict[str, str]]:
+def curate(folder: Path) -> dict[str, object]:
+    """The files of each step, and what actors with a GPU did."""
     from tests.tiny_run import full_run
 
-    devices.TORCH_DEVICE = "cpu"
+    labels, run_actors = [], devices.run_actors
+
+    def told(*arguments, **options):
+        labels.append(options["label"])
+        return run_actors(*arguments, **options)
+
+    devices.TORCH_DEVICE, devices.run_actors = "cpu", told
     run = full_run(folder)
-    return {name: {file.path: file.sha256 for file in step.files} for name, step in run.manifests.items()}
+    files = {name: {file.path: file.sha256 for file in step.files} for name, step in run.manifests.items()}
+    return {"files": files, "labels": labels}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from configs.ranges import check_ranges
+from curation.engine.devices import run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import ImageSet
@@ -94,11 +95,11 @@ def cluster_survivors(
     sample = hash_sample(k.seed, gids, k.points_per_cluster * levels[0])
     resamplings = (list(config.num_resamplings) + [config.num_resamplings[-1]] * len(levels))[: len(levels)]
     if len(levels) > 1 and len(sample) <= k.max_points_in_memory:
-        hierarchy = _hierarchy(unit_rows(images.take_embeddings(encoder, sample)), levels, resamplings, k, sample)
+        hierarchy = _hierarchy((images, encoder), levels, resamplings, k, sample, execution)
         finest, upper = hierarchy[0].centroids, hierarchy[1:]
     else:  # the finest level over Ray workers, without resampling; those above it cluster its centroids
         finest = train_centroids(images, encoder, gids, levels[0], k, execution, "cluster: k-means")
-        upper = _hierarchy(finest, levels[1:], resamplings[1:], k, None) if len(levels) > 1 else []
+        upper = _hierarchy(finest, levels[1:], resamplings[1:], k, None, execution) if len(levels) > 1 else []
     assignment = assign_parts(images, encoder, gids, finest, execution, "cluster: assign")
     sizes = np.bincount(assignment[gids], minlength=len(finest))
     # Above the finest level the items are its centroids; at the finest, all images rather than the training sample.
@@ -117,10 +118,26 @@ def cluster_survivors(
 
 
 def _hierarchy(
-    rows: np.ndarray, levels: list[int], resamplings: list[int], config: KMeansConfig, ids: np.ndarray | None
+    items: np.ndarray | tuple[ImageSet, str],
+    levels: list[int],
+    resamplings: list[int],
+    config: KMeansConfig,
+    ids: np.ndarray | None,
+    execution: ExecutionConfig,
 ) -> list[Level]:
+    """Cluster rows, or the images `ids` of a set by an encoder: here, or where there is a GPU."""
+    device = task_device(execution)
+    job = items, levels, resamplings, config, ids
+    if device is None:
+        return _levels_of(job, None)
+    options = {"execution": execution, "label": "cluster: hierarchy", "unit": "levels", "weights": [len(levels)]}
+    return run_on(device, _levels_of, [job], device, **options)[0]
+
+
+def _levels_of(job: tuple, device: str | None) -> list[Level]:
+    items, levels, resamplings, config, ids = job
     return hierarchical_kmeans(
-        rows,
+        items if isinstance(items, np.ndarray) else unit_rows(items[0].take_embeddings(items[1], ids)),
         levels,
         num_resamplings=resamplings,
         num_iterations=config.num_iterations,
@@ -128,4 +145,5 @@ def _hierarchy(
         metric="cosine",
         clamp=True,
         ids=ids,
+        device=device,
     )

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from configs.ranges import check_ranges
+from curation.engine.devices import run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells
 from curation.ops.hashes import hash_matches
 from curation.ops.join import pairs_above
@@ -141,10 +142,12 @@ def _matches(
 
     at_threshold = np.array([config.similarity_threshold])
     radius = None if cells.num_rows <= _EXACT_ROWS else sketch_radius(at_threshold, _SKETCH_LOSS)
+    device = task_device(execution)
     chunks = [good[i : i + _QUERIES_PER_TASK] for i in range(0, len(good), _QUERIES_PER_TASK)]
     for chunk, (query, gids, similarity) in zip(
         chunks,
-        run_tasks(
+        run_on(
+            device,
             _matches_of,
             chunks,
             images,
@@ -153,6 +156,7 @@ def _matches(
             config.similarity_threshold,
             radius,
             mirror,
+            device,
             execution=execution,
             label=f"decontaminate {name}",
             unit="evaluation images",
@@ -172,9 +176,10 @@ def _matches_of(
     threshold: float,
     radius: int | None,
     mirror: np.ndarray | None,
+    device: str | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = unit_rows(images.take_embeddings(encoder, chunk))
-    found = pairs_above(rows, cells, threshold, cells.num_cells, radius, mirror=mirror, num_threads=1)
+    found = pairs_above(rows, cells, threshold, cells.num_cells, radius, mirror=mirror, num_threads=1, device=device)
     return found.query, found.gid, found.similarity
 
 

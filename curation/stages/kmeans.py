@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.ranges import SEEDS, check_ranges
+from curation.engine.devices import run_on, task_device
 from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig
 from curation.ops import kmeans as ops
 from curation.ops.randomness import hash_sample
 
@@ -42,23 +43,30 @@ def train_centroids(
 ) -> np.ndarray:
     """float32 [num_clusters, D] unit-norm centroids of the images `gids` (int64, ascending)."""
     sample = hash_sample(config.seed, gids, config.points_per_cluster * num_clusters)
-    if len(sample) <= config.max_points_in_memory:
-        rows = unit_rows(images.take_embeddings(encoder, sample))
-        return ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=sample).centroids
-    # The start is a k-means of what fits; the iterations then see the whole sample.
-    start = hash_sample(config.seed, gids, config.max_points_in_memory)
-    rows = unit_rows(images.take_embeddings(encoder, start))
-    centroids = ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=start).centroids
+    device = task_device(execution)
+    # Beyond what fits, the start is a k-means of that; the iterations then see the whole sample.
+    fits = len(sample) <= config.max_points_in_memory
+    start = sample if fits else hash_sample(config.seed, gids, config.max_points_in_memory)
+    shared = images, encoder, num_clusters, config, device
+    if device is None:
+        centroids = _centroids_of(start, *shared)
+    else:  # the driver need not have a GPU
+        told = {"label": label, "unit": "images", "weights": [len(start)]}
+        [centroids] = run_on(device, _centroids_of, [start], *shared, execution=execution, **told)
+    if fits:
+        return centroids
     # A task adds up many parts, so that the driver merges a few sums of num_clusters x D, not one a part.
     by_part = split_by_part(images, sample)
     shares = [share for i in range(_SHARES) if (share := by_part[i::_SHARES])]
     for iteration in range(config.num_iterations):
-        sums = run_tasks(
+        sums = run_on(
+            device,
             _add_up,
             shares,
             images,
             encoder,
             centroids,
+            device,
             execution=execution,
             label=f"{label} iteration {iteration + 1}/{config.num_iterations}",
             unit="images",
@@ -78,12 +86,15 @@ def assign_parts(
 ) -> np.ndarray:
     """int32 [num_images]: the nearest centroid of each image in `gids`, -1 for the others."""
     by_part = split_by_part(images, gids)
-    cells = run_tasks(
+    device = task_device(execution)
+    cells = run_on(
+        device,
         _part_cells,
         by_part,
         images,
         encoder,
         centroids,
+        device,
         execution=execution,
         label=label,
         unit="images",
@@ -108,18 +119,27 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
+def _centroids_of(
+    gids: np.ndarray, images: ImageSet, encoder: str, num_clusters: int, config: KMeansConfig, device: str | None
+) -> np.ndarray:
+    rows = unit_rows(images.take_embeddings(encoder, gids))
+    return ops.kmeans(rows, num_clusters, config.num_iterations, config.seed, ids=gids, device=device).centroids
+
+
 def _add_up(
-    share: list[tuple[int, np.ndarray]], images: ImageSet, encoder: str, centroids: np.ndarray
+    share: list[tuple[int, np.ndarray]], images: ImageSet, encoder: str, centroids: np.ndarray, device: str | None
 ) -> ops.PartialSums:
     def sums() -> Iterator[ops.PartialSums]:
         for part, rows_of_part in share:
             rows = unit_rows(images.embeddings(encoder, part)[rows_of_part])
-            cell, score = ops.assign(rows, centroids, num_threads=1)
-            yield ops.partial_sums(rows, cell, score, len(centroids), num_threads=1)
+            cell, score = ops.assign(rows, centroids, num_threads=1, device=device)
+            yield ops.partial_sums(rows, cell, score, len(centroids), num_threads=1, device=device)
 
     return ops.merge(sums())
 
 
-def _part_cells(item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray) -> np.ndarray:
+def _part_cells(
+    item: tuple[int, np.ndarray], images: ImageSet, encoder: str, centroids: np.ndarray, device: str | None
+) -> np.ndarray:
     rows = unit_rows(images.embeddings(encoder, item[0])[item[1]])
-    return ops.assign(rows, centroids, num_threads=1)[0].astype(np.int32)
+    return ops.assign(rows, centroids, num_threads=1, device=device)[0].astype(np.int32)

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curation.engine.devices import run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells
 from curation.ops.join import nearest
 from curation.ops.kmeans import assign
@@ -70,13 +71,16 @@ def _by_sample(
 ) -> tuple[pa.Table, dict[str, Any]]:
     depth = min(cells.num_rows, rule.k * (_DEPTH if rule.collisions == "next_neighbor" else 1))
     chunks = [seed_gids[i : i + _QUERIES_PER_TASK] for i in range(0, len(seed_gids), _QUERIES_PER_TASK)]
-    found = run_tasks(
+    device = task_device(execution)
+    found = run_on(
+        device,
         _nearest_of,
         chunks,
         seeds,
         encoder,
         cells,
         depth,
+        device,
         execution=execution,
         label=f"retrieve {label}",
         unit="seed images",
@@ -102,10 +106,10 @@ def _by_sample(
 
 
 def _nearest_of(
-    chunk: np.ndarray, seeds: ImageSet, encoder: str, cells: Cells, depth: int
+    chunk: np.ndarray, seeds: ImageSet, encoder: str, cells: Cells, depth: int, device: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
     queries = unit_rows(seeds.take_embeddings(encoder, chunk))
-    return nearest(queries, cells, depth, num_probes(cells.num_rows, cells.num_cells), num_threads=1)
+    return nearest(queries, cells, depth, num_probes(cells.num_rows, cells.num_cells), num_threads=1, device=device)
 
 
 def _by_cluster(

@@ -1,0 +1,36 @@
+"""A whole run whose products torch computes, in actors that Ray gave a GPU, against one on the processor's kernels.
+
+torch's device is the processor here (tests/with_gpus.py), so no GPU has to be there.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import full_run
+
+from tests.conftest import REPOSITORY
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.slow
+def test_a_run_on_gpus_writes_the_same_bytes(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> None:
+    command = [sys.executable, "-m", "tests.with_gpus", "curate", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    names = ("join", "decontaminate", "retrieve")
+    clustering = {f"{stage}: {what}" for stage in ("cells", "cluster") for what in ("k-means", "assign")}
+    assert clustering <= set(told["labels"])
+    assert {label.split()[0] for label in told["labels"]} >= set(names)
+    # The other steps write the places of their files, which differ.
+    steps = [name for name in told["files"] if name.split("/")[0] in ("cells", "dedup", "cluster", "balance", *names)]
+    assert len(steps) >= 7
+    manifests = full_run(tmp_path_factory.getbasetemp()).manifests
+    for name in steps:
+        assert told["files"][name] == {file.path: file.sha256 for file in manifests[name].files}
