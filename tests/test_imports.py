@@ -88,6 +88,14 @@ def test_light_modules_import_neither_ray_nor_torch() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_curation_imports_no_torch_before_it_needs_it() -> None:
+    """It installs without: seedbed[curation]. Encoders, GPUs and the costs of models do need it."""
+    code = "import sys, curation.run, curation.explain, curation.engine.devices; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
 def test_what_takes_a_device_imports_torch_and_no_ray() -> None:
     files = sorted((REPOSITORY / "curation" / "ops").glob("torch_*.py"))
     assert files

@@ -53,7 +53,8 @@ class ExecutionConfig:
     workers: int = 0
     """CPU tasks at a time; 0: one for each core of the machine or cluster"""
     memory_gb: float = 4.0
-    """what one task may hold in its tiles and buffers, in GB (10^9 bytes)"""
+    """what one task may hold in its tiles and buffers, in GB (10^9 bytes); with GPUs also its rows there, which leave a
+    quarter of a GPU's memory to products: at most half of that memory"""
     device: str = "auto"
     """auto, cpu or cuda: where encoders, the join, k-means, assignment and retrieval compute"""
 

@@ -160,7 +160,8 @@ def _searcher(centroids: np.ndarray, k: int, metric: Metric, device: str | None)
 
         def from_device(rows: np.ndarray) -> _Candidates:
             cells, bounds = on_device(rows)
-            return _Candidates(cells, bounds[:-1], bounds[1:], np.zeros(len(rows), bool))
+            # No score beats itself where squares are beyond float32.
+            return _Candidates(cells, bounds[:-1], bounds[1:], bounds[1:] == bounds[:-1])
 
         return _Searcher(from_device, on_device.block_rows, False)
     faiss_metric = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2

@@ -34,8 +34,8 @@ class CentroidSearch:
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Float32 rows [n, D] to their candidates: cells int64, those of row i from bounds[i] to bounds[i + 1]."""
         exact = on_device(rows, self._device)
-        # Twice what adding in any order can lose, and what the rounding of the inputs and of the last steps does.
-        adding = (exact.shape[1] + 8) * 2.0**-23
+        # More than adding in any order can lose, by tensor cores that cut or others that round, and the last steps.
+        adding = (exact.shape[1] + 8) * 2.0**-22
         norms = vector_norm(exact, dim=1)
         if self._cosine:
             half = exact.half()

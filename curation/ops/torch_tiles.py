@@ -18,13 +18,13 @@ import torch
 
 from curation.ops.sketches import HALF_WORDS, ROUGH_MARGIN, SKETCH_WORDS, half_radius, round_directions, round_rows
 
-ENTRY_BYTES = 32
-"""Of one entry of a product: its score, whether it is a candidate, and, if all are, its place and that as int64."""
+ENTRY_BYTES = 64
+"""Of one entry of a product, if all are candidates: its score, its place, its exact similarity, copies of these."""
 
 MAX_ENTRIES = 2**30
 """of a product; torch.nonzero counts them in 32 bits"""
 
-_SORT_BYTES = 128  # of one candidate for the k nearest, while they are sorted
+_SORT_BYTES = 192  # of one candidate for the k nearest, while they are sorted
 _DENSE = 64  # where more than one entry in this many is a candidate, a whole product in float64 is cheaper
 
 
@@ -45,7 +45,8 @@ def on_device(x: np.ndarray, device: str | torch.device, dtype: torch.dtype | No
 def half_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x @ y.T of float16 [N, D] and [M, D], added up and returned in float32 [N, M].
 
-    The error is at most D * 2^-23 for unit rows, for tensor cores may cut where others round: 5e-4 at 4,096.
+    The error is below D * 2^-22 for unit rows, ROUGH_MARGIN at 4,096: tensor cores that cut where others round may lose
+    half of that.
     """
     if x.device.type == "cuda":
         return torch.mm(x, y.T, out_dtype=torch.float32)
@@ -150,7 +151,9 @@ class Nearest:
     def meet(self, asking: np.ndarray, members: Rows, start: int, stop: int, gids: np.ndarray) -> None:
         """The queries `asking` (indices, each once) meet members start to stop, of these gids, all new to them."""
         indices, names = (on_device(x, self._queries.device, torch.int64) for x in (asking, gids))
-        for some, others in _blocks(len(indices), stop - start, self._max_bytes * ENTRY_BYTES // _SORT_BYTES):
+        width, k = stop - start, self._gids.shape[1]  # what a query holds is sorted with what it meets
+        share = ENTRY_BYTES * width / (_SORT_BYTES * max(width + k, 1))
+        for some, others in _blocks(len(indices), width, int(self._max_bytes * share)):
             own = slice(start + others.start, start + others.stop)
             self._insert(indices[some], members.of(own), names[others])
 
