@@ -16,7 +16,8 @@ import ray
 
 from curation.engine import devices
 from curation.engine.devices import num_at_once, run_on, task_device
-from curation.engine.workers import ExecutionConfig
+from curation.engine.workers import ExecutionConfig, num_gpus
+from curation.stages import embed
 
 
 @contextmanager
@@ -73,7 +74,11 @@ def curate(folder: Path) -> dict[str, object]:
         labels.append(options["label"])
         return run_actors(*arguments, **options)
 
-    devices.TORCH_DEVICE, devices.run_actors = "cpu", told
+    def asked(execution: ExecutionConfig) -> int:
+        labels.append("embed")
+        return num_gpus(execution)
+
+    devices.TORCH_DEVICE, devices.run_actors, embed.num_gpus = "cpu", told, asked
     run = full_run(folder)
     files = {name: {file.path: file.sha256 for file in step.files} for name, step in run.manifests.items()}
     return {"files": files, "labels": labels}

@@ -28,6 +28,7 @@ def test_a_run_on_gpus_writes_the_same_bytes(
     clustering = {f"{stage}: {what}" for stage in ("cells", "cluster") for what in ("k-means", "assign")}
     assert clustering <= set(told["labels"])
     assert {label.split()[0] for label in told["labels"]} >= set(names)
+    assert "embed" not in told["labels"]  # descriptors are the processor's work, and leave GPUs to others
     # The other steps write the places of their files, which differ.
     steps = [name for name in told["files"] if name.split("/")[0] in ("cells", "dedup", "cluster", "balance", *names)]
     assert len(steps) >= 7
