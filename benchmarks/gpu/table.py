@@ -40,9 +40,7 @@ SECTIONS = {
     "H": Section(40, "ranks", "ranks", "one rank of DDP and FSDP2, and their checkpoints", torchrun=True),
     "I": Section(40, "training", "resumed", "pretrain.train on a tar, stopped and resumed"),
     "J": Section(60, "training", "learning", "a short real training, k-NN before and after"),
-    "K": Section(
-        30, "vectors", "vectors", "k-means, join, retrieval and leaks, against the processor"
-    ),
+    "K": Section(30, "vectors", "vectors", "k-means, join, retrieval and leaks, against the processor"),
     "L": Section(30, "throughput", "throughput", "encoders and the loader, images a second"),
 }
 

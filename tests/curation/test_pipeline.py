@@ -129,6 +129,7 @@ def test_changed_settings_rerun_only_what_depends_on_them(finished, demo_pool, c
     changed = rerun(floor, "dedup.similarity_threshold=0.65")
     assert "dedup" in changed
     assert not {"cells", "join"} & set(changed)
+    rerun()
     changed = rerun("retrieve.k=2")
     assert not {"embed/pool", "filter", "cells", "join", "dedup", "decontaminate", "cluster"} & set(changed)
     digest = digest_of(finished)
