@@ -244,7 +244,7 @@ class TorchEncoder:
         with self._loading:  # or each of an actor's threads would build one, on one GPU
             if self._loaded is None:
                 device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-                bfloat16 = self.precision == "bfloat16" or (self.precision is None and _has_fast_bfloat16(device))
+                bfloat16 = self.precision == "bfloat16" or (self.precision is None and has_fast_bfloat16(device))
                 self._loaded = _build(self.name, self.view, self.weights).eval().to(device), device, bfloat16
             return self._loaded
 
@@ -377,7 +377,8 @@ def _require_torch(spec: str) -> None:
         ) from error
 
 
-def _has_fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 natively; then models run in it."""
     import torch
 
     if device.type == "cuda":
