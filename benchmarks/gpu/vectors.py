@@ -52,7 +52,11 @@ def vectors(at: Setting) -> Iterator[Part]:
     )
     cells = cells_of(few, sizes.centroids // 8)
     queries = few[:: max(len(few) // QUERIES, 1)][:QUERIES]
-    yield "probed cells", lambda: same(len(few), device, lambda d: [nearest_cells(few, cells.centroids, NPROBE, 1, d)])
+    nprobe = min(NPROBE, cells.num_cells)
+    yield (
+        "probed cells",
+        lambda: same(len(few), device, lambda d: [nearest_cells(few, cells.centroids, nprobe, device=d)]),
+    )
     yield "join", lambda: same(len(few), device, joins(cells))
     yield "certificate", lambda: same(QUERIES, device, certificate(cells))
     yield "retrieval", lambda: same(len(queries), device, lambda d: nearest(queries, cells, d))
