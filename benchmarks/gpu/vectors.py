@@ -52,11 +52,7 @@ def vectors(at: Setting) -> Iterator[Part]:
     )
     cells = cells_of(few, sizes.centroids // 8)
     queries = few[:: max(len(few) // QUERIES, 1)][:QUERIES]
-    nprobe = min(NPROBE, cells.num_cells)
-    yield (
-        "probed cells",
-        lambda: same(len(few), device, lambda d: [nearest_cells(few, cells.centroids, nprobe, device=d)]),
-    )
+    yield "probed cells", lambda: same(len(few), device, lambda d: probes(few, cells, d))
     yield "join", lambda: same(len(few), device, joins(cells))
     yield "certificate", lambda: same(QUERIES, device, certificate(cells))
     yield "retrieval", lambda: same(len(queries), device, lambda d: nearest(queries, cells, d))
@@ -136,6 +132,10 @@ def certificate(cells: Cells) -> Work:
     rows = np.arange(0, cells.num_rows, max(cells.num_rows // QUERIES, 1))
     asked = question_about(cells, rows, cells.gids_of_rows(rows), SIMILARITY, len(rows) // 4, SKETCH_RADIUS)
     return lambda device: hits_in_range(cells, 0, cells.num_rows, asked, device=device)
+
+
+def probes(x: np.ndarray, cells: Cells, device: str | None) -> Sequence[np.ndarray]:
+    return [nearest_cells(x, cells.centroids, min(NPROBE, cells.num_cells), device=device)]
 
 
 def nearest(queries: np.ndarray, cells: Cells, device: str | None) -> Sequence[np.ndarray]:
