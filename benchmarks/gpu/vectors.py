@@ -54,7 +54,7 @@ def vectors(at: Setting) -> Iterator[Part]:
     queries = few[:: max(len(few) // QUERIES, 1)][:QUERIES]
     yield "probed cells", lambda: same(len(few), device, lambda d: probes(few, cells, d))
     yield "join", lambda: same(len(few), device, joins(cells))
-    yield "certificate", lambda: same(QUERIES, device, certificate(cells))
+    yield "certificate", lambda: same(len(queries), device, certificate(cells))
     yield "retrieval", lambda: same(len(queries), device, lambda d: nearest(queries, cells, d))
     yield "leaks", lambda: same(len(queries), device, lambda d: leaks(queries, cells, d))
     everything = cells_of(x, sizes.centroids, device)
