@@ -1,4 +1,4 @@
-"""python -m tests.lost_node POOL OUT: embeds a pool, then writes pieces, on two Ray nodes one of which is lost each time."""
+"""python -m tests.lost_node POOL OUT: embeds a pool, then writes pieces, on two Ray nodes; each time one is lost."""
 
 import json
 import logging
@@ -26,13 +26,13 @@ def main(pool: str, out: str) -> None:
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
 
-    def lose_a_node_when(folder: str) -> None:
-        """Once a file is there, the second node goes: its raylet is killed, and what it runs with it."""
+    def lose_a_node_when(folder: str, count: int) -> None:
+        """Once so many files are there, the second node goes: its raylet is killed, and what it runs with it."""
         second = cluster.add_node(**node)
         cluster.wait_for_nodes()
 
         def watch() -> None:
-            while not list(Path(out, folder).glob("*")):
+            while len(list(Path(out, folder).glob("*"))) < count:
                 time.sleep(0.05)
             cluster.remove_node(second, allow_graceful=False)
             print(f"lost a node in {folder}", flush=True)
@@ -41,17 +41,17 @@ def main(pool: str, out: str) -> None:
 
     os.environ["RAY_ADDRESS"] = cluster.address
     start_ray(EXECUTION)
-    lose_a_node_when("run/done")
+    lose_a_node_when("run/done", 1)
     slow = build_filters([{"kind": "pixels", "path": "tests.mortal:slowly", "options": {"seconds": 0.05}}])
     config = EmbedConfig(encoder="descriptors", batch_size=4)
     files = embed_set(Folder(f"{out}/run"), find_parts([pool]), ["descriptors"], config, slow, EXECUTION, "embed")
     Path(out, "files.json").write_text(json.dumps([asdict(file) for file in files]))
 
-    lose_a_node_when("pieces")
-    names = [f"{number}.txt" for number in range(12)]
+    lose_a_node_when("pieces", 6)
+    names = [f"{number}.txt" for number in range(20)]
     folder = Folder(f"{out}/pieces")
-    run_pieces(square_slowly, range(12), names, folder, execution=EXECUTION, label="squares", unit="numbers")
-    assert [int(folder.read_bytes(name)) for name in names] == [i * i for i in range(12)]
+    run_pieces(square_slowly, range(20), names, folder, execution=EXECUTION, label="squares", unit="numbers")
+    assert [int(folder.read_bytes(name)) for name in names] == [i * i for i in range(20)]
     os._exit(0)  # the rest of the cluster ends with this process
 
 
