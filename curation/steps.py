@@ -11,8 +11,6 @@ from curation.account.decisions import decide, kept_with_provenance
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
-from curation.engine.manifest import Manifest
-from curation.engine.store import ImageSet
 from curation.reading.again import LOST_REASONS
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
@@ -83,9 +81,12 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [
         Step(
             "filter", "filter", filter_stage.VERSION,
-            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)]},
+            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
+             "range_rows": c.range_rows},
             ("embed/pool",),
-            lambda run, folder: (filter_stage.filter_pool(folder, run.pool, run.filters, c.execution), {}, {}),
+            lambda run, folder: (
+                filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution), {}, {}
+            ),
         ),
         Step(
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
@@ -136,14 +137,12 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
-    files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
-    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
-    counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    files, tallies = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
+    counts, lost, total, worst = embed.count_losses(parts, tallies)
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
-    if not images.num_images:
+    if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
-        worst = max(reasons, key=lambda r: reasons[r])
         unread = ""
         if counts.get("unread bytes"):
             unread = (
@@ -155,9 +154,9 @@ def _embed(
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )
-    if sum(reasons.values()) == images.num_images and name != "embed/pool":
+    if sum(reasons.values()) == counts["images"] and name != "embed/pool":
         raise ValueError(
-            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, "
+            f"{name}: none of its {counts['images']:,} images can be read, so it does nothing: check its URL, "
             "or leave it out."
         )
     return files, counts, {}
@@ -170,7 +169,7 @@ def _cells(run: Run, folder: Folder) -> Written:
         told = ", ".join(f"{entry['counts']:,} {entry['values']}" for entry in reasons)
         raise ValueError(
             f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
-            f"{run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
+            f"{run.folder.url}/filter/reasons-*.parquet). Loosen `filters`, or check --pool."
         )
     where, c = run.local("cells") / "cells", run.config
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}

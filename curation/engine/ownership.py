@@ -33,7 +33,7 @@ _EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
-    "filter": ("reasons.parquet",),
+    "filter": ("reasons-*.parquet",),
     "cells": _CELLS,
     "dedup": (
         "edges/*.parquet",
