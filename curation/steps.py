@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.account.decisions import decide, kept_with_provenance
+from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
@@ -29,6 +29,7 @@ STAGES = (
     "cluster",
     "retrieve",
     "balance",
+    "decide",
     "shard",
     "report",
 )
@@ -118,9 +119,14 @@ def plan_steps(run: Run) -> list[Step]:
             Step("balance", "balance", balance.VERSION, asdict(c.balance), ("cluster", "decontaminate"), _balance)
         )
     choices = tuple(step.name for step in steps if step.stage in ("retrieve", "balance"))
+    named = tuple(
+        f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
+    )
+    decided = (*named, "filter", "dedup", "decontaminate", "cluster", *choices)
+    steps.append(Step("decide", "decide", decisions.VERSION, {"range_rows": c.range_rows}, decided, decisions.decide))
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
     settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
-    before = ("embed/pool", "dedup", "decontaminate", *choices, *as_is)
+    before = ("embed/pool", "decide", *as_is)
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
     )
@@ -241,7 +247,7 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [shard.KeptSet("pool", run.pool, *kept_with_provenance(run, decide(run)))]
+    kept = [shard.KeptSet("pool", run.pool, *decisions.kept_with_provenance(run))]
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
             images = run.images(f"embed/seed-{name}")

@@ -48,6 +48,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
     "retrieve": ("matches.parquet",),
     "balance": ("balanced.parquet",),
+    "decide": ("decisions-*.parquet",),
     "shard": (
         f"{_SHARD}.tar",
         f"{_SHARD}.parquet",

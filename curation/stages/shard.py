@@ -163,12 +163,12 @@ def write_shards(
     return files, lost
 
 
-def read_shard_of(folder: Folder, files: Sequence[File], set_name: str, num_images: int) -> np.ndarray:
-    """By gid of one image set: the shard (file name) that holds the image, None where none does."""
-    shard = np.full(num_images, None, object)
-    for file in files:
-        table = folder.read_table(index_name(file.path), ["gid", "set"])
-        shard[table["gid"].to_numpy()[table["set"].to_numpy(zero_copy_only=False) == set_name]] = file.path
+def read_shard_of(folder: Folder, shards: Sequence[str], set_name: str, start: int, stop: int) -> np.ndarray:
+    """For the gids [start, stop) of one image set: the shard (file name) that holds the image, None where none does."""
+    shard = np.full(stop - start, None, object)
+    ours = (pc.field("set") == set_name) & (pc.field("gid") >= start) & (pc.field("gid") < stop)
+    for name in shards:
+        shard[folder.table_where(index_name(name), ours, ["gid"])["gid"].to_numpy() - start] = name
     return shard
 
 
