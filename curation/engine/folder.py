@@ -124,6 +124,14 @@ class Folder:
         source = self.path(name) if self.is_local else io.BytesIO(self.read_bytes(name))
         return pq.read_table(source, columns=columns, partitioning=None)
 
+    def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """The row groups of a Parquet file one after another; of a remote one, these columns and no more are fetched."""
+        path = self.path(name)
+        with self._reached(), open(path, "rb") if self.is_local else self._fs[0].open(path, cache_type="none") as file:
+            parquet = pq.ParquetFile(file, pre_buffer=True)
+            for group in range(parquet.num_row_groups):
+                yield parquet.read_row_group(group, columns)
+
     def write_table(self, name: str, table: pa.Table) -> File:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
