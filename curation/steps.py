@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from curation.account.decisions import decide, kept_with_provenance
@@ -12,13 +11,14 @@ from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
+from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
-from curation.reading.again import LOST_REASONS
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.state import Run, Written
+from curation.writing.plan import PROVENANCE, KeptSet
 
 STAGES = (
     "embed",
@@ -241,25 +241,37 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [shard.KeptSet("pool", run.pool, *kept_with_provenance(run, decide(run)))]
+    # Until the decisions are a step of their own, they are written here, in the form that it gives them.
+    decisions = _write_decisions(run, folder / "decide")
+    kept = [KeptSet("pool", run.pool, decisions, folder / "decide")]
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
-            images = run.images(f"embed/seed-{name}")
-            good = [images.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(images.num_parts)]
-            gids = np.flatnonzero(np.concatenate(good)).astype(np.int64)
-            kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
-    if not sum(len(k.gids) for k in kept):
+            counts = run.manifests[f"embed/seed-{name}"].counts
+            good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
+            kept.append(KeptSet(f"seed:{name}", run.images(f"embed/seed-{name}"), good, seed=name))
+    if not sum(k.num_kept for k in kept):
         raise ValueError(
             f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
             f"{_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
-    files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
-    sets, reasons = (lost[name].to_numpy(zero_copy_only=False) for name in ("set", "reason"))
-    counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
-    counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
+    files, counts = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
     return files, counts, {"bytes": sum(f.bytes for f in files)}
+
+
+def _write_decisions(run: Run, folder: Folder) -> int:
+    table = decide(run)
+    gids, why = kept_with_provenance(run, table)
+    draws: list[Any] = [None] * table.num_rows
+    for gid, drawn in zip(gids.tolist(), why["draws"].to_pylist(), strict=True):
+        draws[gid] = [(name, count) for name, count in drawn.items() if count]
+    table = table.append_column("draws", pa.array(draws, PROVENANCE.field("draws").type))
+    ranges = Ranges(run.pool.num_images)
+    for number in range(len(ranges)):
+        start, stop = ranges.bounds(number)
+        folder.write_table(range_file("decisions", number), table.slice(start, stop - start))
+    return len(gids)
 
 
 def _rules_in_words(run: Run) -> str:

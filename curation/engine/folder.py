@@ -125,7 +125,7 @@ class Folder:
         return pq.read_table(source, columns=columns, partitioning=None)
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
-        """The row groups of a Parquet file one after another; of a remote one, these columns and no more are fetched."""
+        """The row groups of a Parquet file one after another; of a remote one, only these columns are fetched."""
         path = self.path(name)
         with self._reached(), open(path, "rb") if self.is_local else self._fs[0].open(path, cache_type="none") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True)

@@ -53,7 +53,13 @@ def record_name(shard: str) -> str:
 def outcome_of(folder: Folder, buckets: Sequence[Sequence[str]], execution: ExecutionConfig) -> Outcome:
     """Add up the records of all shards; each task reads those of one bucket."""
     parts = run_tasks(
-        _outcome, buckets, folder, execution=execution, label="shard records", unit="shards", weights=list(map(len, buckets))
+        _outcome,
+        buckets,
+        folder,
+        execution=execution,
+        label="shard records",
+        unit="shards",
+        weights=list(map(len, buckets)),
     )
     return Outcome(
         [file for part in parts for file in part.files],
@@ -76,7 +82,8 @@ def place(
 ) -> None:
     """Write PLACED_SCHEMA by range of the gids of one set, sorted by gid: every image of it that was chosen."""
     exchange(
-        buckets, _rows_of_bucket, len(ranges), _write_range, folder, set_name, ranges, scratch=folder / "exchange/placed",
+        buckets, _rows_of_bucket, len(ranges), _write_range, folder, set_name, ranges, 
+        scratch=folder / "exchange/placed",
         outputs=(folder / PLACED, [range_file("placed", number) for number in range(len(ranges))]), sort_by=["gid"],
         execution=execution, label="placed", unit="shards", weights=list(map(len, buckets)),
     )  # fmt: skip

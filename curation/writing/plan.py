@@ -86,7 +86,7 @@ class Plan:
     has_label: bool
     has_others: bool
 
-    def of_bucket(self) -> list[tuple[int, int]]:
+    def by_bucket(self) -> list[tuple[int, int]]:
         """For each bucket with images, its first shard and the one after its last."""
         buckets = np.array([shard.bucket for shard in self.shards], np.int64)
         starts = np.flatnonzero(np.diff(buckets, prepend=-1)).tolist()

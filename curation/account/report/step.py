@@ -11,12 +11,13 @@ from curation.account.decisions import SCHEMA, STATUSES, decide, without_lost
 from curation.account.report.page import report_page
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
+from curation.engine.ranges import Ranges
 from curation.ops.kmeans import balance
 from curation.reading.again import LOST_REASONS
 from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
-from curation.stages.shard import read_lost, read_shard_of
 from curation.state import Run, step_seconds
+from curation.writing.placed import read_placed
 
 VERSION = 2
 _LARGEST_GROUPS = 20
@@ -34,9 +35,12 @@ def write_report(run: Run, folder: Folder) -> tuple[list[File], dict[str, int], 
 
 
 def decisions_with_shards(run: Run) -> pa.Table:
-    lost = read_lost(run.folder / "shards", "pool")
+    ranges = range(len(Ranges(run.pool.num_images)))
+    placed = pa.concat_tables([read_placed(run.folder / "shards", number) for number in ranges])
+    lost = placed.filter(placed["shard"].is_null())
     decisions = without_lost(decide(run), lost["gid"].to_numpy(), lost["reason"].to_numpy(zero_copy_only=False))
-    shard = read_shard_of(run.folder / "shards", run.manifests["shards"].files, "pool", decisions.num_rows)
+    shard = np.full(decisions.num_rows, None, object)
+    shard[placed["gid"].to_numpy()] = placed["shard"].to_numpy(zero_copy_only=False)
     return decisions.append_column(SCHEMA.field("shard"), pa.array(shard, pa.string()))
 
 
