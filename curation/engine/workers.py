@@ -321,3 +321,42 @@ def _in_words(error: RayError) -> Exception:
 def ray_folder() -> str:
     """Where Ray keeps its sockets, logs and what does not fit its memory."""
     return os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
+
+
+from collections.abc import Iterator  # noqa: E402
+
+
+def drive(
+    submits: Iterator[Callable[[], Any]],
+    count: int,
+    *,
+    in_flight: int,
+    label: str,
+    unit: str,
+    weights: Sequence[float] | None = None,
+) -> list[Any]:
+    """Submit lazily, keep at most `in_flight` under way, and gather results in submission order."""
+    weights = weights if weights is not None else [1.0] * count
+    results: list[Any] = [None] * count
+    pending: dict[Any, int] = {}
+    with StageProgress(label, sum(weights), unit) as progress:
+        try:
+            for number, submit in enumerate(submits):
+                pending[submit()] = number
+                while len(pending) >= in_flight:
+                    _collect(pending, results, weights, progress)
+            while pending:
+                _collect(pending, results, weights, progress)
+        except BaseException:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+            raise
+    return results
+
+
+def _collect(pending: dict[Any, int], results: list[Any], weights: Sequence[float], progress: StageProgress) -> None:
+    done, _ = ray.wait(list(pending), num_returns=1)
+    for reference in done:
+        number = pending.pop(reference)
+        results[number] = unwrapped(reference)
+        progress.advance(weights[number])
