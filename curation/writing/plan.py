@@ -120,21 +120,21 @@ def plan_shards(
         scratch=folder / _EXCHANGES / "plan", outputs=(plan, names), sort_by=["order", "set_number", "gid"],
         execution=execution, label="shard plan", unit="images", weights=[item.stop - item.start for item in items],
     )  # fmt: skip
-    # Which keys several images have: each bucket's different keys meet where their hash lives, and come home.
-    shared, found = folder / _EXCHANGES / "shared", [f"piece-{bucket:05d}.parquet" for bucket in range(count)]
     home = [_shared_name(bucket) for bucket in range(count)]
     if len(finished_pieces(plan, home)) < count:
+        # Which keys several images have: each bucket's different keys meet where their hash lives, and come home.
+        shared, found = folder / _EXCHANGES / "shared", [f"piece-{bucket:05d}.parquet" for bucket in range(count)]
         exchange(
             list(range(count)), _keys_of_bucket, count, _write_shared, count, plan, shared,
             scratch=folder / _EXCHANGES / "keys", outputs=(shared, found), sort_by=["hash", "origin"],
             execution=execution, label="shard keys", unit="buckets",
         )  # fmt: skip
-    exchange(
-        found, _shared_keys, count, _write_home, shared, plan,
-        scratch=folder / _EXCHANGES / "home", outputs=(plan, home), sort_by=["hash"],
-        execution=execution, label="shard keys, back", unit="buckets",
-    )  # fmt: skip
-    shared.clear(["piece-*.parquet"])
+        exchange(
+            found, _shared_keys, count, _write_home, shared, plan,
+            scratch=folder / _EXCHANGES / "home", outputs=(plan, home), sort_by=["hash"],
+            execution=execution, label="shard keys, back", unit="buckets",
+        )  # fmt: skip
+        shared.clear(["piece-*.parquet"])
     about = [json.loads(plan.read_bytes(name)) for name in names]
     return Plan(
         shards=[PlannedShard(bucket, *shard) for bucket, a in enumerate(about) for shard in a["shards"]],
@@ -270,6 +270,8 @@ def _write_bucket(
                     writer.write_table(table.slice(start, stop - start))
                 shards.append((offset, file.tell() - offset, stop - start))
     plan.write_array(_keys_name(bucket), np.stack([hashes, counts.astype(np.uint64)]))
+    if num_buckets == 1:
+        plan.write_array(_shared_name(bucket), hashes[counts > 1])
     about = {"shards": shards, "rows": rows, "has_label": has_label, "has_others": has_others}
     plan.write_bytes(f"bucket-{bucket:05d}.json", json.dumps(about).encode())
 
