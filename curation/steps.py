@@ -65,7 +65,7 @@ def plan_steps(run: Run) -> list[Step]:
         # Encoders are named by their fingerprints; the limit decides whether to go on, not what is written.
         for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
-        settings["pixel_filters"] = [f.path for f in filters]
+        settings["pixel_filters"] = [f.settings() for f in filters]
         return Step(
             name,
             "embed",
