@@ -12,6 +12,7 @@ from curation.config import CurationConfig
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
 from curation.engine.ownership import TIMING, scratch_folder
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet, encoder_folder
 from curation.ops.cells import Cells, open_cells
 from curation.reading.filters import Filter, build_filters
@@ -72,6 +73,11 @@ class Run:
     @property
     def pool(self) -> ImageSet:
         return self.images("embed/pool")
+
+    @property
+    def ranges(self) -> Ranges:
+        """How per-image state is cut into files."""
+        return Ranges(self.pool.num_images, self.config.range_rows)
 
     def local(self, step: str) -> Path:
         """Where a step's random-access files lie: in the run folder, or, where that is remote, in a scratch folder."""

@@ -4,21 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-
-from curation.account.decisions import decide, kept_with_provenance
+from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
-from curation.engine.ranges import Ranges, range_file
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.state import Run, Written
-from curation.writing.plan import PROVENANCE, KeptSet
+from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
@@ -29,6 +27,7 @@ STAGES = (
     "cluster",
     "retrieve",
     "balance",
+    "decide",
     "shard",
     "report",
 )
@@ -118,9 +117,14 @@ def plan_steps(run: Run) -> list[Step]:
             Step("balance", "balance", balance.VERSION, asdict(c.balance), ("cluster", "decontaminate"), _balance)
         )
     choices = tuple(step.name for step in steps if step.stage in ("retrieve", "balance"))
+    named = tuple(
+        f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
+    )
+    decided = (*named, "filter", "dedup", "decontaminate", "cluster", *choices)
+    steps.append(Step("decide", "decide", decisions.VERSION, {"range_rows": c.range_rows}, decided, decisions.decide))
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
     settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
-    before = ("embed/pool", "dedup", "decontaminate", *choices, *as_is)
+    before = ("embed/pool", "decide", *as_is)
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
     )
@@ -241,14 +245,14 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    # Until the decisions are a step of their own, they are written here, in the form that it gives them.
-    decisions = _write_decisions(run, folder / "decide")
-    kept = [KeptSet("pool", run.pool, decisions, folder / "decide")]
+    kept = [KeptSet("pool", run.pool, run.ranges, run.manifests["decide"].counts["kept"], run.folder / "decide")]
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
             counts = run.manifests[f"embed/seed-{name}"].counts
             good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
-            kept.append(KeptSet(f"seed:{name}", run.images(f"embed/seed-{name}"), good, seed=name))
+            images = run.images(f"embed/seed-{name}")
+            ranges = Ranges(images.num_images, run.ranges.size)
+            kept.append(KeptSet(f"seed:{name}", images, ranges, good, seed=name))
     if not sum(k.num_kept for k in kept):
         raise ValueError(
             f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
@@ -258,20 +262,6 @@ def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
     limit = run.config.embed.max_rejected_fraction
     files, counts = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
     return files, counts, {"bytes": sum(f.bytes for f in files)}
-
-
-def _write_decisions(run: Run, folder: Folder) -> int:
-    table = decide(run)
-    gids, why = kept_with_provenance(run, table)
-    draws: list[Any] = [None] * table.num_rows
-    for gid, drawn in zip(gids.tolist(), why["draws"].to_pylist(), strict=True):
-        draws[gid] = [(name, count) for name, count in drawn.items() if count]
-    table = table.append_column("draws", pa.array(draws, PROVENANCE.field("draws").type))
-    ranges = Ranges(run.pool.num_images)
-    for number in range(len(ranges)):
-        start, stop = ranges.bounds(number)
-        folder.write_table(range_file("decisions", number), table.slice(start, stop - start))
-    return len(gids)
 
 
 def _rules_in_words(run: Run) -> str:

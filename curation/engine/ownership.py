@@ -48,6 +48,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
     "retrieve": ("matches.parquet",),
     "balance": ("balanced.parquet",),
+    "decide": ("decisions-*.parquet",),
     "shard": (
         f"{_SHARD}.tar",
         f"{_SHARD}.parquet",
@@ -59,7 +60,6 @@ _FILES: dict[str, tuple[str, ...]] = {
         "plan/bucket-*.json",
         "plan/keys-*.npy",
         "plan/shared-*.npy",
-        "decide/decisions-*.parquet",
         "fetched.json",
         "README.md",
     ),

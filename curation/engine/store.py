@@ -67,6 +67,18 @@ class ImageSet:
     def index(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.index_files[part].path, list(columns) if columns is not None else None)
 
+    def rows(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Index rows of the gids [start, stop)."""
+        parts = range(*np.searchsorted(self.part_base, [start, stop], side="right").tolist())
+        first = max(0, parts.start - 1)
+        tables = [INDEX_SCHEMA.empty_table().select(columns)]
+        for part in range(first, min(parts.stop, self.num_parts)):
+            base, end = self.part_base[part : part + 2].tolist()
+            if base < stop and start < end:
+                name = self.index_files[part].path
+                tables.append(self.folder.table_rows(name, max(start, base) - base, min(stop, end) - base, columns))
+        return pa.concat_tables(tables)
+
     def column(self, name: str) -> np.ndarray:
         """One column over all gids: numbers as they are (0 for null), fixed-size binary as uint8 [N, width]."""
         return np.concatenate([_values(self.index(part, [name])[name]) for part in range(self.num_parts)])

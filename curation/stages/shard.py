@@ -93,7 +93,7 @@ def write_shards(
         ValueError: too many images changed, or a source does not answer.
     """
     max_bytes = int(config.max_mb * 1e6)
-    plan = plan_shards(folder, kept, config.seed, config.max_images, max_bytes, execution)
+    plan = plan_shards(folder, kept, draw_names, config.seed, config.max_images, max_bytes, execution)
     layout = Layout(plan.has_label, plan.has_others, tuple(draw_names), max_bytes)
     names = [f"shard-{number:06d}" for number in range(len(plan.shards))]
     run_pieces(
@@ -118,7 +118,7 @@ def write_shards(
         raise ValueError(_too_many_lost(outcome, total, max_lost_fraction))
     assert sum(file.rows for file in outcome.files) + num_lost == total
     write_lost(folder, outcome.losers)
-    place(folder, buckets, kept[0].name, kept[0].by_range(), execution)
+    place(folder, buckets, kept[0].name, kept[0].ranges, execution)
     folder.write_bytes(_FETCHED_FILE, json.dumps(dict(sorted(outcome.fetched.items()))).encode())
     folder.write_bytes("README.md", shard_card(layout, f"shard-*{_SUFFIXES[config.format]}").encode())
     forget_plan(folder)
@@ -216,8 +216,7 @@ def _sample(row: dict[str, Any], contents: list[bytes], roles: Roles, layout: La
             "text_encoding": encoding,
             "label_text": label,
             "left_out": json.dumps([others[i].name for i in roles.left_out]) if roles.left_out else "",
-            **{name: value for name, value in row["provenance"].items() if value is not None and name != "draws"},
-            "draws": dict(row["provenance"]["draws"] or ()),
+            **{name: value for name, value in row["provenance"].items() if value is not None},
         },
         layout,
     )

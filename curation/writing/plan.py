@@ -29,19 +29,15 @@ PLAN = "plan"
 FILES = ("bucket-*.arrow", "bucket-*.json", "keys-*.npy", "shared-*.npy")
 BUCKET_IMAGES, BUCKET_BYTES = 250_000, 256_000_000
 """of one bucket: images, and bytes of their index rows as the index files hold them (compressed)"""
-PROVENANCE = pa.schema(
-    [
-        ("reason", pa.string()),
-        ("seed", pa.string()),
-        ("seed_match", pa.string()),
-        ("similarity", pa.float32()),
-        ("cluster", pa.int64()),
-        ("component", pa.int64()),
-        ("component_size", pa.int32()),
-        ("draws", pa.map_(pa.string(), pa.int64())),
-    ]
-)
-"""columns of the decisions that a sample's .json tells"""
+_WHY: dict[str, pa.DataType] = {
+    "reason": pa.string(),
+    "seed": pa.string(),
+    "seed_match": pa.string(),
+    "similarity": pa.float32(),
+    "cluster": pa.int64(),
+    "component": pa.int64(),
+    "component_size": pa.int32(),
+}
 _INDEX = ["key", "source", "source_kind", "image", "others", "metadata", "sha256", "width", "height", "format"]
 _ROWS_AT_ONCE = 1 << 17
 _EXCHANGES = "exchange"
@@ -54,16 +50,12 @@ class KeptSet:
     name: str
     """as the .json says it in `set`"""
     images: ImageSet
+    ranges: Ranges
     num_kept: int
     decisions: Folder | None = None
     """where `decisions-*.parquet` lie, one file a range; None: every image that could be read is kept"""
     seed: str | None = None
     """name of the seed set, where it is one"""
-    ranges: Ranges | None = None
-    """of the decisions; those of the set's images, unless said"""
-
-    def by_range(self) -> Ranges:
-        return self.ranges or Ranges(self.images.num_images)
 
 
 @dataclass(frozen=True)
@@ -107,16 +99,23 @@ class _Range:
     decisions: tuple[Folder, str] | None
 
 
+def provenance_schema(draw_names: Sequence[str]) -> pa.Schema:
+    """Columns of the decisions that a sample's .json tells."""
+    return pa.schema([*_WHY.items(), ("draws", pa.struct([(name, pa.int64()) for name in draw_names]))])
+
+
 def plan_shards(
-    folder: Folder, kept: Sequence[KeptSet], seed: int, max_images: int, max_bytes: int, execution: ExecutionConfig
-) -> Plan:
+    folder: Folder, kept: Sequence[KeptSet], draw_names: Sequence[str], seed: int, max_images: int, max_bytes: int,
+    execution: ExecutionConfig,
+) -> Plan:  # fmt: skip
     """Plan the shards of all sets, below PLAN in the stage's folder; what is there already is not planned again."""
     count = num_buckets(kept)
     plan = folder / PLAN
     names = [f"bucket-{bucket:05d}.json" for bucket in range(count)]
     items = [item for number, k in enumerate(kept) for item in _items(number, k)]
     exchange(
-        items, _kept_rows, count, _write_bucket, len(kept), count, seed, plan, max_images, max_bytes,
+        items, _kept_rows, count, _write_bucket, len(kept), count, seed, provenance_schema(draw_names), plan,
+        max_images, max_bytes,
         scratch=folder / _EXCHANGES / "plan", outputs=(plan, names), sort_by=["order", "set_number", "gid"],
         execution=execution, label="shard plan", unit="images", weights=[item.stop - item.start for item in items],
     )  # fmt: skip
@@ -175,18 +174,19 @@ def forget_plan(folder: Folder) -> None:
 
 def _items(number: int, kept: KeptSet) -> Iterator[_Range]:
     bases, files = kept.images.part_base, kept.images.index_files
-    ranges = kept.by_range()
-    for r in range(len(ranges)):
-        start, stop = ranges.bounds(r)
+    for r in range(len(kept.ranges)):
+        start, stop = kept.ranges.bounds(r)
         first, last = np.searchsorted(bases, [start, stop - 1], side="right") - 1
         parts = [(files[part].path, int(bases[part])) for part in range(first, last + 1) if files[part].rows]
         decisions = (kept.decisions, range_file("decisions", r)) if kept.decisions is not None else None
         yield _Range(number, kept.name, kept.seed, start, stop, kept.images.folder, parts, decisions)
 
 
-def _kept_rows(item: _Range, num_sets: int, num_buckets: int, seed: int, *_: object) -> Iterator[pa.Table]:
+def _kept_rows(
+    item: _Range, num_sets: int, num_buckets: int, seed: int, provenance: pa.Schema, *_: object
+) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
-    for table in _joined(item):
+    for table in _joined(item, provenance):
         held.append(table)
         if sum(t.num_rows for t in held) >= _ROWS_AT_ONCE:
             yield _addressed(pa.concat_tables(held), item, num_sets, num_buckets, seed)
@@ -195,11 +195,11 @@ def _kept_rows(item: _Range, num_sets: int, num_buckets: int, seed: int, *_: obj
         yield _addressed(pa.concat_tables(held), item, num_sets, num_buckets, seed)
 
 
-def _joined(item: _Range) -> Iterator[pa.Table]:
+def _joined(item: _Range, provenance: pa.Schema) -> Iterator[pa.Table]:
     """Index rows of what is kept, with gid and provenance. Each index file is read once."""
     firsts = np.array([first for _, first in item.parts], np.int64)
     current, index = -1, INDEX_SCHEMA.empty_table()
-    for gids, why in _chosen(item):
+    for gids, why in _chosen(item, provenance):
         part_of = np.searchsorted(firsts, gids, side="right") - 1
         for part in np.unique(part_of).tolist():
             if part != current:
@@ -212,27 +212,27 @@ def _joined(item: _Range) -> Iterator[pa.Table]:
             yield rows.drop_columns(["status"])
 
 
-def _chosen(item: _Range) -> Iterator[tuple[np.ndarray, pa.StructArray]]:
+def _chosen(item: _Range, provenance: pa.Schema) -> Iterator[tuple[np.ndarray, pa.StructArray]]:
     """gids, ascending, and the provenance of each."""
     if item.decisions is None:
         ends = [*(first for _, first in item.parts[1:]), item.stop]
         for (_, first), end in zip(item.parts, ends, strict=True):
             gids = np.arange(max(first, item.start), min(end, item.stop))
-            columns = {field.name: pa.nulls(len(gids), field.type) for field in PROVENANCE}
+            columns = {field.name: pa.nulls(len(gids), field.type) for field in provenance}
             columns["seed"] = pa.array([item.seed] * len(gids), pa.string())
-            yield gids, _struct(pa.table(columns, schema=PROVENANCE))
+            yield gids, _struct(pa.table(columns, schema=provenance))
         return
     folder, name = item.decisions
-    for table in folder.row_groups(name, ["gid", "status", *PROVENANCE.names]):
+    for table in folder.row_groups(name, ["gid", "status", *provenance.names]):
         table = table.filter(pc.equal(table["status"], "kept"))
         if table.num_rows:
-            yield table["gid"].to_numpy(), _struct(table.select(PROVENANCE.names).cast(PROVENANCE))
+            yield table["gid"].to_numpy(), _struct(table.select(provenance.names).cast(provenance))
 
 
 def _struct(table: pa.Table) -> pa.StructArray:
     # As a struct of its own, so that no name can meet one of the index.
     columns = [column.combine_chunks() for column in table.columns]
-    return pa.StructArray.from_arrays(columns, fields=list(PROVENANCE))
+    return pa.StructArray.from_arrays(columns, fields=list(table.schema))
 
 
 def _addressed(table: pa.Table, item: _Range, num_sets: int, num_buckets: int, seed: int) -> pa.Table:
@@ -250,8 +250,8 @@ def _addressed(table: pa.Table, item: _Range, num_sets: int, num_buckets: int, s
 
 
 def _write_bucket(
-    bucket: int, table: pa.Table, num_sets: int, num_buckets: int, seed: int, plan: Folder, max_images: int,
-    max_bytes: int,
+    bucket: int, table: pa.Table, num_sets: int, num_buckets: int, seed: int, provenance: pa.Schema, plan: Folder,
+    max_images: int, max_bytes: int,
 ) -> None:  # fmt: skip
     hashes, counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
     shards: list[tuple[int, int, int]] = []

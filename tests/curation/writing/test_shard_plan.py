@@ -14,10 +14,19 @@ from curation.engine.store import INDEX_SCHEMA, ImageSet
 from curation.engine.workers import ExecutionConfig
 from curation.ops.randomness import hash_uint64
 from curation.writing import plan as planning
-from curation.writing.plan import PROVENANCE, KeptSet, PlannedShard, forget_plan, num_buckets, plan_shards, planned_rows
+from curation.writing.plan import (
+    KeptSet,
+    PlannedShard,
+    forget_plan,
+    num_buckets,
+    plan_shards,
+    planned_rows,
+    provenance_schema,
+)
 
 PARTS, ROWS, RANGE = 7, 60, 100
 SEED, MAX_IMAGES, MAX_BYTES = 3, 9, 400_000
+PROVENANCE = provenance_schema(["s", "balance"])
 
 
 def image_set(folder: Folder, name: str, keys: list[str], rng: np.random.Generator) -> ImageSet:
@@ -63,15 +72,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> list[KeptSet]:
                 "similarity": 0.5,
                 "cluster": gid % 5,
                 "component_size": 1,
-                "draws": [("s", gid)],
+                "draws": {"s": gid, "balance": None},
             }
             for gid in gids.tolist()
         ]
         schema = pa.schema([("gid", pa.int64()), ("status", pa.string()), *PROVENANCE])
         (root / "decide").write_table(range_file("decisions", number), pa.Table.from_pylist(rows, schema))
     return [
-        KeptSet("pool", pool, int(is_kept.sum()), root / "decide", ranges=ranges),
-        KeptSet("seed:s", seeds, 50, seed="s"),
+        KeptSet("pool", pool, ranges, int(is_kept.sum()), root / "decide"),
+        KeptSet("seed:s", seeds, Ranges(50, RANGE), 50, seed="s"),
     ]
 
 
@@ -83,7 +92,7 @@ def expected(kept: list[KeptSet]) -> list[tuple[int, int]]:
         if k.decisions is None:
             gids = gids[k.images.arrow("status").to_numpy() == "ok"]
         else:
-            names = [range_file("decisions", r) for r in range(len(k.by_range()))]
+            names = [range_file("decisions", r) for r in range(len(k.ranges))]
             status = [k.decisions.read_table(name)["status"].to_numpy(zero_copy_only=False) for name in names]
             gids = gids[np.concatenate(status) == "kept"]
         order = hash_uint64(SEED, gids * len(kept) + number)
@@ -102,7 +111,7 @@ def rows_of(folder: Folder, shards: list[PlannedShard]) -> list[dict]:
 def test_every_kept_image_is_planned_once_in_the_order_of_its_hash(kept, tmp_path, monkeypatch, bucket_images):
     monkeypatch.setattr(planning, "BUCKET_IMAGES", bucket_images)
     folder = Folder(str(tmp_path))
-    plan = plan_shards(folder, kept, SEED, MAX_IMAGES, MAX_BYTES, ExecutionConfig(workers=2))
+    plan = plan_shards(folder, kept, ["s", "balance"], SEED, MAX_IMAGES, MAX_BYTES, ExecutionConfig(workers=2))
     rows = rows_of(folder, plan.shards)
     assert [(row["set_number"], row["gid"]) for row in rows] == expected(kept)
     assert plan.num_rows == dict(Counter(row["set"] for row in rows))
@@ -119,7 +128,7 @@ def test_every_kept_image_is_planned_once_in_the_order_of_its_hash(kept, tmp_pat
         )
         why = row["provenance"]
         assert (why["reason"], why["draws"]) == (
-            (f"why {row['gid']}", [("s", row["gid"])]) if row["set"] == "pool" else (None, None)
+            (f"why {row['gid']}", {"s": row["gid"], "balance": None}) if row["set"] == "pool" else (None, None)
         )
         assert why["seed"] == "s"
     assert (plan.has_label, plan.has_others) == (False, False)
@@ -140,12 +149,12 @@ def test_the_plan_is_the_same_for_any_execution_and_after_an_interruption(kept, 
     contents = []
     for name, execution in (("a", ExecutionConfig(workers=1)), ("b", ExecutionConfig(workers=2, memory_gb=0.25))):
         folder = Folder(str(tmp_path / name))
-        plan = plan_shards(folder, kept, SEED, MAX_IMAGES, MAX_BYTES, execution)
+        plan = plan_shards(folder, kept, ["s", "balance"], SEED, MAX_IMAGES, MAX_BYTES, execution)
         contents.append({name: folder.read_bytes(name) for name in folder.names()})
     assert contents[0] == contents[1]
     for name in ("plan/bucket-00003.json", "plan/shared-00001.npy", "plan/shared-00005.npy"):
         Path(folder.path(name)).unlink()
-    assert plan_shards(folder, kept, SEED, MAX_IMAGES, MAX_BYTES, ExecutionConfig()) == plan
+    assert plan_shards(folder, kept, ["s", "balance"], SEED, MAX_IMAGES, MAX_BYTES, ExecutionConfig()) == plan
     assert {name: folder.read_bytes(name) for name in folder.names()} == contents[0]
 
 
@@ -161,12 +170,12 @@ def test_a_task_reads_each_index_file_once(kept, monkeypatch):
     monkeypatch.setattr(Folder, "read_table", counted)
     for item in planning._items(0, kept[0]):
         read.clear()
-        rows = pa.concat_tables(planning._joined(item)).num_rows
+        rows = pa.concat_tables(planning._joined(item, PROVENANCE)).num_rows
         assert rows
         assert sorted(read) == sorted(name for name, _ in item.parts)
         assert len(read) <= 3
     read.clear()
-    list(planning._joined(next(planning._items(1, kept[1]))))
+    list(planning._joined(next(planning._items(1, kept[1])), PROVENANCE))
     assert len(read) == PARTS
 
 
