@@ -4,21 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
+from curation.engine.ranges import Ranges
 from curation.engine.store import NOT_IN_POOL, ImageSet
-from curation.reading.again import LOST_REASONS
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.state import Run, Written
+from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
@@ -66,7 +64,7 @@ def plan_steps(run: Run) -> list[Step]:
         # Encoders are named by their fingerprints; the limit decides whether to go on, not what is written.
         for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
-        settings["pixel_filters"] = [f.path for f in filters]
+        settings["pixel_filters"] = [f.settings() for f in filters]
         return Step(
             name,
             "embed",
@@ -249,24 +247,22 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [shard.KeptSet("pool", run.pool, *decisions.kept_with_provenance(run))]
+    kept = [KeptSet("pool", run.pool, run.ranges, run.manifests["decide"].counts["kept"], run.folder / "decide")]
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
+            counts = run.manifests[f"embed/seed-{name}"].counts
+            good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
             images = run.images(f"embed/seed-{name}")
-            good = [images.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(images.num_parts)]
-            gids = np.flatnonzero(np.concatenate(good)).astype(np.int64)
-            kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
-    if not sum(len(k.gids) for k in kept):
+            ranges = Ranges(images.num_images, run.ranges.size)
+            kept.append(KeptSet(f"seed:{name}", images, ranges, good, seed=name))
+    if not sum(k.num_kept for k in kept):
         raise ValueError(
             f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
             f"{_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
-    files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
-    sets, reasons = (lost[name].to_numpy(zero_copy_only=False) for name in ("set", "reason"))
-    counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
-    counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
+    files, counts = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
     return files, counts, {"bytes": sum(f.bytes for f in files)}
 
 

@@ -18,7 +18,7 @@ from curation.engine.exchange import BUCKET, exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import run_tasks
 from curation.state import Run, Written
 
 __all__ = ["SCHEMA", "STATUSES", "decide", "decided_schema", "range_name"]
@@ -107,26 +107,17 @@ def decide(run: Run, folder: Folder) -> Written:
             unit="ranges of keys",
         )
     (folder / _ANSWERS).clear(("piece-*.parquet",))
-    return described(folder, names, ranges, execution), {"images": ranges.num_rows}, {}
-
-
-def kept_with_provenance(run: Run) -> tuple[np.ndarray, pa.Table]:
-    """gids of the kept pool images, ascending, and what each one's .json says of why."""
-    columns = ["reason", "seed", "seed_match", "similarity", "cluster", "component", "component_size", "draws"]
-    names = [range_name(number) for number in range(len(run.ranges))]
-    is_kept = pc.field("status") == "kept"
-    kept = pa.concat_tables((run.folder / "decide").table_where(n, is_kept, ["gid", *columns]) for n in names)
-    return kept["gid"].to_numpy(), kept.select(columns)
-
-
-def described(folder: Folder, names: list[str], ranges: Ranges, execution: ExecutionConfig) -> list[File]:
-    """The manifest's entries of one file a range."""
     jobs = [(name, int(rows)) for name, rows in zip(names, ranges.weights(), strict=True)]
-    return run_tasks(_described, jobs, folder, execution=execution, label="sum up", unit="files")
+    done = run_tasks(_described, jobs, folder, execution=execution, label="decide: sum up", unit="files")
+    counts = {"images": ranges.num_rows, "kept": sum(kept for _, kept in done)}
+    return [file for file, _ in done], counts, {}
 
 
-def _described(job: tuple[str, int], folder: Folder) -> File:
-    return folder.described(*job)
+def _described(job: tuple[str, int], folder: Folder) -> tuple[File, int]:
+    """The manifest's entry of a range's file, and how many of its images are kept."""
+    name, rows = job
+    kept = folder.table_where(name, pc.field("status") == "kept", ["gid"]).num_rows
+    return folder.described(name, rows), kept
 
 
 def _asked(number: int, sources: Sources, _: Folder) -> Iterator[pa.Table]:

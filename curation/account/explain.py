@@ -20,7 +20,7 @@ from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
 from curation.stages.dedup import STEPS
 from curation.stages.kmeans import unit_rows
-from curation.stages.shard import index_name
+from curation.writing.placed import index_name
 
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for

@@ -133,7 +133,8 @@ class Folder:
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
         """A file to be read here and there."""
-        with self._reached(), self._fs[0].open(self.path(name), "rb") as file:
+        only = {} if self.is_local else {"cache_type": "none"}  # fsspec would read far ahead
+        with self._reached(), self._fs[0].open(self.path(name), "rb", **only) as file:
             yield file  # type: ignore[misc]  # fsspec says any kind of file
 
     def array_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -156,6 +157,12 @@ class Folder:
             first = int(ends[groups[0]] - sizes[groups[0]]) if groups else start
             names = list(columns) if columns is not None else None
             return table.read_row_groups(groups, columns=names).slice(start - first, stop - start)
+
+    def row_groups(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """These columns of a Parquet file, one row group after another."""
+        with self.reading(name) as file, pq.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                yield table.read_row_group(group, list(columns))
 
     def table_where(self, name: str, condition: pc.Expression, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a Parquet file that meet a condition; row groups whose statistics exclude it are not read."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +54,8 @@ class Parts:
     """bytes [parts]: Part.id of each"""
     base: np.ndarray
     """int64 [parts + 1]: the gid of each part's first row, then the number of rows"""
+    index_bytes: int
+    """of all index files"""
     gone: frozenset[int] = frozenset()
     """numbers of those that the set does not list any more: their rows stay, rejected as NOT_IN_POOL"""
 
@@ -62,7 +64,7 @@ class Parts:
         index = [file for file in manifest.files if file.path.startswith("index/")]
         ids = np.array([file.path.removeprefix("index/part-").removesuffix(".parquet") for file in index], "S")
         base = np.cumsum([0, *(file.rows for file in index)]).astype(np.int64)
-        return Parts(ids, base, frozenset(manifest.figures.get("gone", ())))
+        return Parts(ids, base, sum(file.bytes for file in index), frozenset(manifest.figures.get("gone", ())))
 
 
 def registered(folder: Folder) -> dict[str, list[File]]:
@@ -128,7 +130,10 @@ class ImageSet:
         """Consecutive parts alone, rows counted from the first of them."""
         base = self.parts.base[parts.start : parts.stop + 1]
         gone = frozenset(part - parts.start for part in self.parts.gone if part in parts)
-        return ImageSet(self.folder, Parts(self.parts.ids[parts.start : parts.stop], base - base[0], gone))
+        return ImageSet(
+            self.folder,
+            replace(self.parts, ids=self.parts.ids[parts.start : parts.stop], base=base - base[0], gone=gone),
+        )
 
     def _name(self, part: int) -> str:
         return f"part-{self.parts.ids[part].decode()}"
@@ -152,6 +157,16 @@ class ImageSet:
             for part in parts
         ]
         return [rows for rows in found if rows.stop > rows.start]
+
+    def whole_parts(self, start: int, stop: int) -> list[tuple[PartRows, int]]:
+        """Every part that has rows among the gids [start, stop), whole, and the gid of its first row."""
+        base = self.parts.base
+        parts = range(max(0, int(np.searchsorted(base, start, side="right")) - 1), int(np.searchsorted(base, stop)))
+        return [
+            (self.rows_between(int(base[part]), int(base[part + 1]))[0], int(base[part]))
+            for part in parts
+            if base[part] < base[part + 1]
+        ]
 
     def rows(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """Index rows of the gids [start, stop)."""

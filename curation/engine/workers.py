@@ -1,22 +1,45 @@
-"""The one wrapper around Ray: start or join it, run a function over items, unwrap what went wrong."""
+"""The one wrapper around Ray: start or join it, run a function over items again and again until each is done."""
 
 import errno
+import heapq
 import logging
 import os
+import posixpath
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from configs.ranges import check_ranges
-from curation.engine.progress import StageProgress
+from curation.engine.folder import Folder
+from curation.engine.progress import StageProgress, duration
 
 R = TypeVar("R")
+logger = logging.getLogger(__name__)
+
+TRIES = {"worker": 6, "memory": 10, "node": 30}
+"""how often a task may lose its worker, by what took it; the last time ends the run"""
+SILENCE_S = 600.0
+"""after so long without a finished task a message says what is waited for"""
+_NODE_ERRORS = (ActorUnavailableError, NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
 
 # Every task computes on one thread: parallelism comes from tasks, and results cannot depend on a thread count.
 _ONE_THREAD = dict.fromkeys(
@@ -78,7 +101,17 @@ def start_ray(execution: ExecutionConfig) -> None:
 
 
 class WorkerLost(RuntimeError):
-    """A Ray worker died under a task, and did so again when the task was tried again."""
+    """A process of Ray's died under a task, or its node did, or memory was short there.
+
+    `taken_by` is worker, node or memory; `actor` says that the actor is gone, and not only a task of it.
+    """
+
+    def __init__(self, told: str, taken_by: str = "worker", actor: bool = False) -> None:
+        super().__init__(told, taken_by, actor)  # all of it, or it would not come out of a pickle
+        self.taken_by, self.actor = taken_by, actor
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def num_workers(execution: ExecutionConfig) -> int:
@@ -97,60 +130,175 @@ def run_tasks(
     label: str,
     unit: str,
     weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[R]:
     """function(item, *shared) for each item, in Ray tasks of one CPU; results in the order of items.
 
-    At most two tasks a worker are in flight. The first error cancels the rest and is raised as itself.
+    At most two tasks a worker are in flight. A task that lost its worker is tried again, a bounded number of times
+    (`Losses`). The first error of its own cancels the rest and is raised as itself.
+
+    Args:
+        names: what to call each item in messages.
     """
-    task = ray.remote(max_retries=2)(function)
+    task = ray.remote(max_retries=0)(function)  # `Losses` counts, tells and waits; Ray would do neither
     try:
         arguments = [ray.put(value) for value in shared]
     except RayError as error:
         raise _in_words(error) from None
-    return drive(
-        (lambda item=item: task.remote(item, *arguments) for item in items),
-        len(items),
-        in_flight=2 * num_workers(execution),
-        label=label,
-        unit=unit,
-        weights=weights,
-    )
-
-
-def drive(
-    submits: Iterator[Callable[[], Any]],
-    count: int,
-    *,
-    in_flight: int,
-    label: str,
-    unit: str,
-    weights: Sequence[float] | None = None,
-) -> list[Any]:
-    """Submit lazily, keep at most `in_flight` under way, and gather results in submission order."""
-    weights = weights if weights is not None else [1.0] * count
-    results: list[Any] = [None] * count
+    results: list[Any] = [None] * len(items)
+    weights = weights if weights is not None else [1.0] * len(items)
+    queue, losses, silence = Queue(len(items)), Losses(label, names), Silence(label)
     pending: dict[Any, int] = {}
     with StageProgress(label, sum(weights), unit) as progress:
         try:
-            for number, submit in enumerate(submits):
-                pending[submit()] = number
-                while len(pending) >= in_flight:
-                    _collect(pending, results, weights, progress)
-            while pending:
-                _collect(pending, results, weights, progress)
+            while True:
+                while len(pending) < 2 * num_workers(execution) and (number := queue.pop()) is not None:
+                    pending[task.remote(items[number], *arguments)] = number
+                if not pending and not queue:
+                    return results
+                silence.tell(len(pending))
+                for reference in ready(list(pending), queue.wait_s()):
+                    number = pending.pop(reference)
+                    try:
+                        results[number] = unwrapped(reference)
+                    except WorkerLost as error:
+                        queue.put_back(number, losses.wait_s(number, error))
+                    else:
+                        silence.heard()
+                        progress.advance(weights[number])
         except BaseException:
             for reference in pending:
                 ray.cancel(reference, force=False)
             raise
-    return results
 
 
-def _collect(pending: dict[Any, int], results: list[Any], weights: Sequence[float], progress: StageProgress) -> None:
-    done, _ = ray.wait(list(pending), num_returns=1)
-    for reference in done:
-        number = pending.pop(reference)
-        results[number] = unwrapped(reference)
-        progress.advance(weights[number])
+def run_pieces(
+    function: Callable[..., Any],
+    items: Sequence[Any],
+    names: Sequence[str],
+    folder: Folder,
+    *shared: Any,
+    execution: ExecutionConfig,
+    label: str,
+    unit: str,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """function(item, folder, name, *shared) for each item whose file `names[i]` is not in `folder` yet.
+
+    Each call writes its file last, whole, under that name: who finds it need not do the work again, after whatever
+    death. What a stage wrote for other settings is not there any more (the pipeline clears it).
+    """
+    done = finished_pieces(folder, names)
+    todo = [i for i, name in enumerate(names) if name not in done]
+    run_tasks(
+        _write_piece,
+        [(items[i], names[i]) for i in todo],
+        function,
+        folder,
+        *shared,
+        execution=execution,
+        label=label,
+        unit=unit,
+        weights=[weights[i] for i in todo] if weights is not None else None,
+        names=[names[i] for i in todo],
+    )
+
+
+def finished_pieces(folder: Folder, names: Iterable[str]) -> set[str]:
+    """Those of the files `names` that are in `folder`: a listing of each folder that they name, not of all."""
+    found: set[str] = set()
+    for inside in {posixpath.dirname(name) for name in names}:
+        here = folder / inside if inside else folder
+        found.update(posixpath.join(inside, name) for name in here.entries())
+    return found & set(names)
+
+
+def _write_piece(piece: tuple[Any, str], function: Callable[..., Any], folder: Folder, *shared: Any) -> None:
+    item, name = piece
+    function(item, folder, name, *shared)
+
+
+class Queue:
+    """Numbers of tasks: those not tried yet, in order, and those to be tried again, each from its time on."""
+
+    def __init__(self, count: int) -> None:
+        self._first = deque(range(count))
+        self._again: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._again)
+
+    def pop(self) -> int | None:
+        """The next one; None where there is none yet."""
+        if self._again and self._again[0][0] <= time.monotonic():
+            return heapq.heappop(self._again)[1]
+        return self._first.popleft() if self._first else None
+
+    def put_back(self, number: int, wait_s: float) -> None:
+        heapq.heappush(self._again, (time.monotonic() + wait_s, number))
+
+    def wait_s(self) -> float | None:
+        """Until one comes whose time has not; None where none waits."""
+        return max(0.0, self._again[0][0] - time.monotonic()) if self._again else None
+
+
+class Losses:
+    """How often each task lost its worker. It is tried again a number of times that depends on what took the worker.
+
+    A worker that dies by itself may die of what it works on. A node that goes, or memory that others took, says nothing
+    about the task.
+    """
+
+    def __init__(self, label: str, names: Sequence[str] | None = None) -> None:
+        self.label, self.names = label, names
+        self._counts: Counter[tuple[int, str]] = Counter()
+
+    def wait_s(self, number: int, error: WorkerLost) -> float:
+        """Seconds until the task is tried again: none at first, then 1, 2, 4, up to a minute; more for memory.
+
+        Raises:
+            WorkerLost: it was tried often enough.
+        """
+        self._counts[number, error.taken_by] += 1
+        count, most = self._counts[number, error.taken_by], TRIES[error.taken_by]
+        name = self.names[number] if self.names is not None else f"task {number + 1:,}"
+        if count >= most:
+            raise WorkerLost(f"{self.label}: {name} lost its worker {count} times, the last time: {error}") from None
+        logger.warning("%s: %s: %s; it is tried again (%d of %d)", self.label, name, error, count, most - 1)
+        if error.taken_by == "memory":
+            return min(60.0, 2.0**count)
+        return min(60.0, 2.0 ** (count - 2)) if count > 1 else 0.0
+
+
+class Silence:
+    """Tells, every `SILENCE_S` in which nothing was finished, that the run waits, and for what."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._heard = self._told = time.monotonic()
+
+    def heard(self) -> None:
+        self._heard = self._told = time.monotonic()
+
+    def tell(self, num_pending: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= SILENCE_S:
+            self._told = now
+            has = ray.cluster_resources()
+            logger.warning(
+                "%s: nothing was finished for %s; %d tasks are under way or wait for one of %d CPUs and %d GPUs",
+                self.label, duration(now - self._heard), num_pending, has.get("CPU", 0), has.get("GPU", 0),
+            )  # fmt: skip
+
+
+def ready(pending: list[Any], timeout_s: float | None) -> list[Any]:
+    """Those of the references that are done: one at least, unless the time is over."""
+    timeout_s = min(timeout_s if timeout_s is not None else SILENCE_S, SILENCE_S)
+    if not pending:
+        time.sleep(timeout_s)
+        return []
+    done, rest = ray.wait(pending, num_returns=1, timeout=timeout_s)
+    return done + ray.wait(rest, num_returns=len(rest), timeout=0)[0] if done and rest else done
 
 
 def unwrapped(reference: Any) -> Any:
@@ -161,6 +309,8 @@ def unwrapped(reference: Any) -> Any:
         cause = error.cause if isinstance(error.cause, Exception) else error
         while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception) and cause.cause is not cause:
             cause = cause.cause
+        if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):  # what it was to work on is lost
+            cause = _in_words(cause)
         raise cause from None
     except RayError as error:
         raise _in_words(error) from None
@@ -169,7 +319,15 @@ def unwrapped(reference: Any) -> Any:
 def _in_words(error: RayError) -> Exception:
     if isinstance(error, OutOfDiskError):
         return OSError(errno.ENOSPC, "No space left on device", ray_folder())
-    return WorkerLost(f"a Ray worker was lost: {str(error).splitlines()[0]}")
+    if isinstance(error, RaySystemError):  # arguments or results that do not unpickle: no other try helps
+        return RuntimeError(str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    actor = isinstance(error, RayActorError)
+    if isinstance(error, OutOfMemoryError):
+        return WorkerLost(f"a Ray worker was stopped, for its node has no memory left: {lines[0]}", "memory")
+    if isinstance(error, _NODE_ERRORS) or (actor and "its node has died" in str(error)):
+        return WorkerLost(f"a node of the cluster was lost: {lines[0]}", "node", actor)
+    return WorkerLost(f"a Ray worker was lost: {lines[0]}", "worker", actor)
 
 
 def ray_folder() -> str:

@@ -33,8 +33,8 @@ from curation.engine.manifest import File
 from curation.engine.ranges import range_file
 from curation.engine.workers import run_tasks
 from curation.reading.again import LOST_REASONS
-from curation.stages.shard import read_lost, read_shard_of
 from curation.state import Run, Written, step_seconds
+from curation.writing.placed import read_placed
 
 VERSION = 3
 _OTHER_GROUPS, _BALANCED_CLUSTERS = 10, 6
@@ -50,12 +50,10 @@ def write_report(run: Run, _: Folder) -> Written:
     sources, execution = Sources.of(run), run.config.execution
     names = decision_files(len(run.ranges))
     _make_room(run.folder, names)
-    shards = [file.path for file in run.manifests["shards"].files]
     done = run_tasks(
         _finish,
         list(enumerate(names)),
         sources,
-        shards,
         execution=execution,
         label="report: decisions",
         unit="images",
@@ -90,11 +88,11 @@ def _make_room(folder: Folder, names: list[str]) -> None:
         folder.delete(_NAME)
 
 
-def _finish(job: tuple[int, str], sources: Sources, shards: list[str]) -> tuple[File, Tally]:
+def _finish(job: tuple[int, str], sources: Sources) -> tuple[File, Tally]:
     """Write the decisions of a range, with what became of the images that were chosen, and sum them up."""
     number, name = job
     first, end = sources.ranges.bounds(number)
-    placed = _placed_of(sources.folder, shards, first, end)
+    placed = read_placed(sources.folder / "shards", number)
     found = Tally()
     with sources.folder.writing(name) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for start, stop in sources.spans(number):
@@ -104,18 +102,6 @@ def _finish(job: tuple[int, str], sources: Sources, shards: list[str]) -> tuple[
             writer.write_table(rows)
             found += tally(rows, was_balanced)
     return sources.folder.described(name, end - first), found
-
-
-def _placed_of(folder: Folder, shards: list[str], start: int, stop: int) -> pa.Table:
-    """gid, shard, reason, by gid: where each chosen image of the gids [start, stop) was written, or why it was not."""
-    shard = read_shard_of(folder / "shards", shards, "pool", start, stop)
-    lost = read_lost(folder / "shards", "pool")
-    is_ours = (lost["gid"].to_numpy() >= start) & (lost["gid"].to_numpy() < stop)
-    reason = np.full(stop - start, None, object)
-    reason[lost["gid"].to_numpy()[is_ours] - start] = lost["reason"].to_numpy(zero_copy_only=False)[is_ours]
-    columns = {"gid": np.arange(start, stop), "shard": pa.array(shard, pa.string())}
-    table = pa.table({**columns, "reason": pa.array(reason, pa.string())})
-    return table.filter(pc.or_(pc.is_valid(table["shard"]), pc.is_valid(table["reason"])))
 
 
 def _with_shards(rows: pa.Table, placed: pa.Table, start: int, stop: int) -> pa.Table:
