@@ -45,7 +45,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "capped/part-*.parquet",
     ),
     "dedup": (
-        "edges/perceptual.parquet",
+        "edges/*.parquet",
         "representative.npy",
         "component.npy",
         "similarity.npy",

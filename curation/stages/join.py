@@ -4,6 +4,7 @@ Edges serve every threshold at or above the floor: another one is a filter (Join
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from curation.ops.components import spanning_forest
 from curation.ops.neighbours import PIECE_ROWS, near_rows, run_rows
 from curation.ops.recall import Certificate, are_among, certify, found_by
 from curation.ops.true_pairs import Hits, Question, TruePairs, hits_in_range
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 _MEMORY_SHARE = (
@@ -104,7 +107,8 @@ def join_pool(
         (run[0] * PIECE_ROWS, min((run[-1] + 1) * PIECE_ROWS, cells.num_rows))
         for run in _consecutive(missing, rows // PIECE_ROWS)
     ]
-    for pieces in run_tasks(
+    bytes_read = 0
+    for pieces, run_bytes in run_tasks(
         _join_run,
         jobs,
         folder,
@@ -120,6 +124,8 @@ def join_pool(
         weights=[float(stop - start) for start, stop in jobs],
     ):
         done += pieces
+        bytes_read += run_bytes
+    logger.info("join: %d runs of up to %d images read %.1f GB of cells", len(jobs), rows, bytes_read / 1e9)
     among, capped = (np.zeros(len(truth.gid), bool) for _ in range(2))
     for piece in done:
         among[piece["found"]] = capped[piece["capped_ends"]] = True
@@ -172,8 +178,12 @@ def _join_run(
     certificate: Certificate,
     truth: TruePairs,
     memory_bytes: int,
-) -> list[dict[str, Any]]:
-    """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know.
+
+    Returns:
+        the contents of done/, and the bytes read, which depend on the memory and so are no part of the result.
+    """
     run = near_rows(
         cells, *job, floor, certificate.nprobe, certificate.sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes
     )
@@ -196,7 +206,7 @@ def _join_run(
         }
         folder.write_bytes(f"done/{name}.json", json.dumps(piece).encode())
         done.append(piece)
-    return done
+    return done, run.bytes_read
 
 
 def _consecutive(numbers: list[int], most: int) -> Iterator[list[int]]:
