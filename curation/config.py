@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.ranges import check_ranges
+from curation.engine.ranges import RANGE_ROWS
 from curation.engine.workers import ExecutionConfig
 from curation.reading.filters import build_filters
 from curation.reading.seeds import RetrievalRule
@@ -26,6 +28,8 @@ class CurationConfig:
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     filters: list[Any] = field(default_factory=_default_filters)
     """in order; the first that rejects an image names the reason; kinds are in curation/reading/filters.py"""
+    range_rows: int = RANGE_ROWS
+    """images in one file of what is known of each; the driver holds files, never images"""
     cells: CellsConfig = field(default_factory=CellsConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
@@ -37,4 +41,5 @@ class CurationConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        check_ranges("", self, range_rows="[1, inf)")
         build_filters(self.filters)

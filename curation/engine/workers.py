@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -287,6 +287,42 @@ def ready(pending: list[Any], timeout_s: float | None, label: str) -> list[Any]:
             "%d GPUs",
             label, duration(silent_s), len(pending), has["CPU"], has["GPU"],
         )  # fmt: skip
+
+
+def drive(
+    submits: Iterator[Callable[[], Any]],
+    count: int,
+    *,
+    in_flight: int,
+    label: str,
+    unit: str,
+    weights: Sequence[float] | None = None,
+) -> list[Any]:
+    """Submit lazily, keep at most `in_flight` under way, and gather results in submission order."""
+    weights = weights if weights is not None else [1.0] * count
+    results: list[Any] = [None] * count
+    pending: dict[Any, int] = {}
+    with StageProgress(label, sum(weights), unit) as progress:
+        try:
+            for number, submit in enumerate(submits):
+                pending[submit()] = number
+                while len(pending) >= in_flight:
+                    _collect(pending, results, weights, progress)
+            while pending:
+                _collect(pending, results, weights, progress)
+        except BaseException:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+            raise
+    return results
+
+
+def _collect(pending: dict[Any, int], results: list[Any], weights: Sequence[float], progress: StageProgress) -> None:
+    done, _ = ray.wait(list(pending), num_returns=1)
+    for reference in done:
+        number = pending.pop(reference)
+        results[number] = unwrapped(reference)
+        progress.advance(weights[number])
 
 
 def unwrapped(reference: Any) -> Any:

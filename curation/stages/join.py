@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.engine.folder import Folder
-from curation.engine.manifest import File
+from curation.engine.manifest import MANIFEST_NAME, File, Manifest
 from curation.engine.workers import ExecutionConfig, num_workers, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.components import spanning_forest
@@ -53,6 +53,10 @@ class Joined:
 
     def pieces(self) -> list[str]:
         return [name.removeprefix("edges/") for name in (self.folder / "edges").names()]
+
+    def num_images(self) -> int:
+        """How many images were compared."""
+        return Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).counts["images"]
 
     def edges(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity, mirrored of the pairs at or above the threshold."""

@@ -402,7 +402,7 @@ def test_an_image_that_crashes_the_decoder_is_a_row_with_a_reason(tmp_path, ray_
     members = [(f"k{i}.jpg", encoded(picture(i))) for i in range(6)]
     pool = write_tar(tmp_path / "a.tar", [*members[:3], ("bad.png", bad), *members[3:]])
     (tmp_path / "filters.yaml").write_text(
-        "embed: {encoder: descriptors}\nfilters: [{kind: pixels, path: 'tests.test_pipeline:crash_on_red'}]\n"
+        "embed: {encoder: descriptors}\nfilters: [{kind: pixels, path: 'tests.curation.test_pipeline:crash_on_red'}]\n"
     )
     arguments = ["--pool", str(pool), "--config", str(tmp_path / "filters.yaml"), "--out", str(tmp_path / "run")]
     assert main([*arguments, "balance.num_images=3"]) == 0
@@ -419,12 +419,12 @@ def stamp(content, row):
 def test_an_edit_changes_bytes_and_says_so(tmp_path, ray_session):
     pool = picture_tar(tmp_path / "a.tar", range(3))
     (tmp_path / "edit.yaml").write_text(
-        "embed: {encoder: descriptors}\nfilters: [{kind: edit, path: 'tests.test_pipeline:stamp'}]\n"
+        "embed: {encoder: descriptors}\nfilters: [{kind: edit, path: 'tests.curation.test_pipeline:stamp'}]\n"
     )
     arguments = ["--pool", str(pool), "--config", str(tmp_path / "edit.yaml"), "--out", str(tmp_path / "run")]
     assert main([*arguments, "balance.num_images=3"]) == 0
     for sample in webdataset.WebDataset(str(tmp_path / "run/shards/shard-000000.tar"), shardshuffle=False):
         about = json.loads(sample["json"])
         assert sample["jpeg"].endswith(b"edited")
-        assert about["edited_by"] == "tests.test_pipeline:stamp"
+        assert about["edited_by"] == "tests.curation.test_pipeline:stamp"
         assert about["sha256"] == hashlib.sha256(sample["jpeg"]).hexdigest() != about["sha256_original"]
