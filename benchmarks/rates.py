@@ -25,7 +25,7 @@ from curation.ops.neighbours import self_pairs
 from curation.reading.listing import find_parts
 from curation.reading.pictures.images import ImageLimits
 from curation.reading.sources import read_samples
-from curation.stages.embed import DecodeJob, prepare_sample
+from curation.stages.decode import DecodeJob, prepare_samples
 from curation.writing.tars import ShardBuilder
 
 SPECS = ("descriptors", "vit_small_patch14_dinov2.lvd142m")
@@ -65,9 +65,9 @@ def read_and_decode(label: str, tar: Path) -> None:
     read_s = seconds(lambda: sum(1 for _ in read_samples(part, LIMITS.max_file_bytes)))
     print(f"{label}: tar read {len(samples) / read_s:,.0f} images/s, {part.size / read_s / 1e6:,.0f} MB/s")
     for specs in (SPECS[:1], SPECS[1:]):
-        job = DecodeJob({spec: encoder_view(spec) for spec in specs}, LIMITS, (), 64)
-        rows = [prepare_sample(sample, part, job).row for sample in samples]
-        decode_s = seconds(lambda job=job: [prepare_sample(sample, part, job) for sample in samples], repeats=2)
+        job = DecodeJob(tuple({encoder_view(spec) for spec in specs}), LIMITS, (), 64)
+        rows = [prepared.row for prepared in prepare_samples(samples, part, job)]
+        decode_s = seconds(lambda job=job: list(prepare_samples(samples, part, job)), repeats=2)
         megapixels = sum(row["width"] * row["height"] for row in rows) / 1e6
         print(
             f"{label}: decode + hashes + view of {'+'.join(specs)}: {len(rows) / decode_s:,.0f} images/s "

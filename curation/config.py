@@ -28,8 +28,6 @@ class CurationConfig:
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     filters: list[Any] = field(default_factory=_default_filters)
     """in order; the first that rejects an image names the reason; kinds are in curation/reading/filters.py"""
-    range_rows: int = RANGE_ROWS
-    """images in one file of what is known of each; the driver holds files, never images"""
     cells: CellsConfig = field(default_factory=CellsConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
@@ -38,6 +36,8 @@ class CurationConfig:
     """for seed sets given by path; those in configs/seeds/ bring their published rule"""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    range_rows: int = RANGE_ROWS
+    """images whose state is kept in one file and worked on in one task; decisions.parquet is one file up to here"""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:

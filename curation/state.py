@@ -74,6 +74,11 @@ class Run:
     def pool(self) -> ImageSet:
         return self.images("embed/pool")
 
+    @property
+    def ranges(self) -> Ranges:
+        """How per-image state is cut into files."""
+        return Ranges(self.pool.num_images, self.config.range_rows)
+
     def local(self, step: str) -> Path:
         """Where a step's random-access files lie: in the run folder, or, where that is remote, in a scratch folder."""
         if self.folder.is_local:
@@ -82,11 +87,6 @@ class Run:
 
     def cells(self, step: str) -> Cells:
         return open_cells(self.local(step) / "cells")
-
-    @property
-    def ranges(self) -> Ranges:
-        """How the pool's gids are cut into files."""
-        return Ranges(self.pool.num_images, self.config.range_rows)
 
     def joined(self) -> np.ndarray:
         """int64, ascending: of the images that passed the filters, those that the join compares (stages/heads.py)."""

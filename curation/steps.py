@@ -11,8 +11,6 @@ from curation.account.decisions import decide, kept_with_provenance
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
-from curation.engine.manifest import Manifest
-from curation.engine.store import ImageSet
 from curation.reading.again import LOST_REASONS
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
@@ -68,7 +66,7 @@ def plan_steps(run: Run) -> list[Step]:
         # Encoders are named by their fingerprints; the limit decides whether to go on, not what is written.
         for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
-        settings["pixel_filters"] = [f.path for f in filters]
+        settings["pixel_filters"] = [f.settings() for f in filters]
         return Step(
             name,
             "embed",
@@ -147,14 +145,12 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
-    files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
-    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
-    counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    files, tallies = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
+    counts, lost, total, worst = embed.count_losses(parts, tallies)
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
-    if not images.num_images:
+    if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
-        worst = max(reasons, key=lambda r: reasons[r])
         unread = ""
         if counts.get("unread bytes"):
             unread = (
@@ -166,9 +162,9 @@ def _embed(
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )
-    if sum(reasons.values()) == images.num_images and name != "embed/pool":
+    if sum(reasons.values()) == counts["images"] and name != "embed/pool":
         raise ValueError(
-            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, "
+            f"{name}: none of its {counts['images']:,} images can be read, so it does nothing: check its URL, "
             "or leave it out."
         )
     return files, counts, {}

@@ -220,7 +220,7 @@ class TorchEncoder:
         views = _checked(views, self.view)
         if self._loaded is None:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            bfloat16 = self.precision == "bfloat16" or (self.precision is None and _has_fast_bfloat16(device))
+            bfloat16 = self.precision == "bfloat16" or (self.precision is None and has_fast_bfloat16(device))
             self._loaded = _build(self.name, self.view, self.weights).eval().to(device), device, bfloat16
         model, device, bfloat16 = self._loaded
         mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in self._mean_std())
@@ -363,7 +363,8 @@ def _require_torch(spec: str) -> None:
         ) from error
 
 
-def _has_fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 natively; then models run in it."""
     import torch
 
     if device.type == "cuda":

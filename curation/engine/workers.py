@@ -10,12 +10,13 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
     OutOfDiskError,
@@ -38,7 +39,7 @@ TRIES = {"worker": 6, "memory": 10, "node": 30}
 """how often a task may lose its worker, by what took it; the last time ends the run"""
 SILENCE_S = 600.0
 """after so long without a finished task a message says what is waited for"""
-_NODE_ERRORS = (NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
+_NODE_ERRORS = (ActorUnavailableError, NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
 
 # Every task computes on one thread: parallelism comes from tasks, and results cannot depend on a thread count.
 _ONE_THREAD = dict.fromkeys(
@@ -146,7 +147,7 @@ def run_tasks(
         raise _in_words(error) from None
     results: list[Any] = [None] * len(items)
     weights = weights if weights is not None else [1.0] * len(items)
-    queue, losses = Queue(len(items)), Losses(label, names)
+    queue, losses, silence = Queue(len(items)), Losses(label, names), Silence(label)
     pending: dict[Any, int] = {}
     with StageProgress(label, sum(weights), unit) as progress:
         try:
@@ -155,13 +156,15 @@ def run_tasks(
                     pending[task.remote(items[number], *arguments)] = number
                 if not pending and not queue:
                     return results
-                for reference in ready(list(pending), queue.wait_s(), label):
+                silence.tell(len(pending))
+                for reference in ready(list(pending), queue.wait_s()):
                     number = pending.pop(reference)
                     try:
                         results[number] = unwrapped(reference)
                     except WorkerLost as error:
                         queue.put_back(number, losses.wait_s(number, error))
                     else:
+                        silence.heard()
                         progress.advance(weights[number])
         except BaseException:
             for reference in pending:
@@ -267,62 +270,35 @@ class Losses:
         return min(60.0, 2.0 ** (count - 2)) if count > 1 else 0.0
 
 
-def ready(pending: list[Any], timeout_s: float | None, label: str) -> list[Any]:
-    """Those of the references that are done: one at least, unless the time is over; tells of a long silence."""
+class Silence:
+    """Tells, every `SILENCE_S` in which nothing was finished, that the run waits, and for what."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._heard = self._told = time.monotonic()
+
+    def heard(self) -> None:
+        self._heard = self._told = time.monotonic()
+
+    def tell(self, num_pending: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= SILENCE_S:
+            self._told = now
+            has = ray.cluster_resources()
+            logger.warning(
+                "%s: nothing was finished for %s; %d tasks are under way or wait for one of %d CPUs and %d GPUs",
+                self.label, duration(now - self._heard), num_pending, has.get("CPU", 0), has.get("GPU", 0),
+            )  # fmt: skip
+
+
+def ready(pending: list[Any], timeout_s: float | None) -> list[Any]:
+    """Those of the references that are done: one at least, unless the time is over."""
+    timeout_s = min(timeout_s if timeout_s is not None else SILENCE_S, SILENCE_S)
     if not pending:
-        time.sleep(timeout_s or 0)
+        time.sleep(timeout_s)
         return []
-    silent_s = 0.0
-    while True:
-        wait_s = min(timeout_s if timeout_s is not None else SILENCE_S, SILENCE_S)
-        done, rest = ray.wait(pending, num_returns=1, timeout=wait_s)
-        if done:
-            return done + ray.wait(rest, num_returns=len(rest), timeout=0)[0] if rest else done
-        if timeout_s is not None and wait_s == timeout_s:
-            return []
-        silent_s += wait_s
-        has = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-        logger.warning(
-            "%s: nothing was finished for %s; %d tasks are under way or wait for a place; the cluster has %d CPUs and "
-            "%d GPUs",
-            label, duration(silent_s), len(pending), has["CPU"], has["GPU"],
-        )  # fmt: skip
-
-
-def drive(
-    submits: Iterator[Callable[[], Any]],
-    count: int,
-    *,
-    in_flight: int,
-    label: str,
-    unit: str,
-    weights: Sequence[float] | None = None,
-) -> list[Any]:
-    """Submit lazily, keep at most `in_flight` under way, and gather results in submission order."""
-    weights = weights if weights is not None else [1.0] * count
-    results: list[Any] = [None] * count
-    pending: dict[Any, int] = {}
-    with StageProgress(label, sum(weights), unit) as progress:
-        try:
-            for number, submit in enumerate(submits):
-                pending[submit()] = number
-                while len(pending) >= in_flight:
-                    _collect(pending, results, weights, progress)
-            while pending:
-                _collect(pending, results, weights, progress)
-        except BaseException:
-            for reference in pending:
-                ray.cancel(reference, force=False)
-            raise
-    return results
-
-
-def _collect(pending: dict[Any, int], results: list[Any], weights: Sequence[float], progress: StageProgress) -> None:
-    done, _ = ray.wait(list(pending), num_returns=1)
-    for reference in done:
-        number = pending.pop(reference)
-        results[number] = unwrapped(reference)
-        progress.advance(weights[number])
+    done, rest = ray.wait(pending, num_returns=1, timeout=timeout_s)
+    return done + ray.wait(rest, num_returns=len(rest), timeout=0)[0] if done and rest else done
 
 
 def unwrapped(reference: Any) -> Any:
@@ -349,7 +325,7 @@ def _in_words(error: RayError) -> Exception:
     actor = isinstance(error, RayActorError)
     if isinstance(error, OutOfMemoryError):
         return WorkerLost(f"a Ray worker was stopped, for its node has no memory left: {lines[0]}", "memory")
-    if isinstance(error, _NODE_ERRORS) or (actor and "node" in lines[-1] and "died" in lines[-1]):
+    if isinstance(error, _NODE_ERRORS) or (actor and "its node has died" in str(error)):
         return WorkerLost(f"a node of the cluster was lost: {lines[0]}", "node", actor)
     return WorkerLost(f"a Ray worker was lost: {lines[0]}", "worker", actor)
 

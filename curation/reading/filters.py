@@ -1,10 +1,28 @@
-"""Which decodable images are not worth having: a list of rules in the config, applied to the index or to pixels."""
+"""Which decodable images are not worth having: a list of rules in the config, applied to the index or to pixels.
 
+A pixel filter, `{kind: pixels, path: package.module:name, options: {...}}`, is one of
+
+- a function `f(images, rows) -> reasons`, `options` as further keywords;
+- a class, built once a process as `C(device=..., **options)` and then called as such a function: it may hold a model;
+- a class that also has a class method `view(**options)`, which gives the `View` (curation/encoders/load.py) that its
+  model wants. It is built once an actor, beside the encoders and on their device, "cuda" or "cpu".
+
+`images` are whole upright RGB pictures, a list of uint8 [H, W, 3], shown in the decode tasks on a processor; or, with
+`view`, one array uint8 [B, h, w, 3], made in the decode tasks as those of encoders are, so that whole pictures need not
+travel. `rows` are the images' rows of the index, as mappings. `reasons` holds for each image a word why it is rejected,
+or None. How many images come at a time, up to `embed.batch_size`, must not change the answer. Filters of whole pictures
+are asked before those of views, and each is asked only about what those before it let pass.
+
+A class may have a class method `fingerprint(**options)`, a text that changes when its weights do: path, options and
+that decide whether embedded parts are kept.
+"""
+
+import functools
 import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -15,7 +33,7 @@ import pyarrow.compute as pc
 
 from configs.ranges import check_ranges
 
-PixelFilter = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], Sequence[str | None]]
+PixelFilter = Callable[[Any, Sequence[dict[str, Any]]], Sequence[str | None]]
 BytesEdit = Callable[[bytes, dict[str, Any]], bytes]
 
 
@@ -137,17 +155,40 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """Ask the user's function about pixels during the one decode: NSFW scoring, quality models and the like.
-
-    `path` names `f(images: list of uint8 [H, W, 3], rows: list of dict) -> list of (reason to reject, or None)`.
-    """
+    """Ask a function or a model about pixels during the one decode: NSFW, quality and the like (module docstring)."""
 
     kind: ClassVar[str] = "pixels"
     path: str
-    """package.module:function"""
+    """package.module:name"""
+    options: dict = field(default_factory=dict)
+    """keywords for it"""
 
-    def function(self) -> PixelFilter:
+    def function(self) -> Any:
+        """What `path` names."""
         return import_callable(self.path)
+
+    def build(self, device: str) -> PixelFilter:
+        """What to call with pictures and rows; a class is built once in this process."""
+        return _built(self.path, json.dumps(self.options, sort_keys=True), device)
+
+    def view(self) -> Any:
+        """The `View` that it wants; None: it sees whole pictures."""
+        return self._asked("view")
+
+    def settings(self) -> Any:
+        """What its answers depend on, for a stage's key."""
+        fingerprint = self._asked("fingerprint")
+        if not self.options and fingerprint is None:
+            return self.path
+        return {"path": self.path, "options": self.options, "fingerprint": fingerprint}
+
+    def _asked(self, name: str) -> Any:
+        """What a class method of that name says; None where there is none."""
+        method = getattr(self.function(), name, None)
+        try:
+            return method(**self.options) if method is not None else None
+        except TypeError as error:
+            raise ValueError(f"filters: {self.path} does not take options {self.options}: {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +225,7 @@ def build_filters(entries: Sequence[dict[str, Any]]) -> list[Filter]:
         given = {name: value for name, value in entry.items() if name != "kind"}
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"filters: {entry['kind']} knows {', '.join(known)}, not {', '.join(unknown)}.")
-        missing = [n for n, f in known.items() if f.default is MISSING and n not in given]
+        missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in given]
         if missing:
             raise ValueError(f"filters: {entry['kind']} needs {', '.join(missing)}.")
         filters.append(schema(**{name: _typed(f"filters.{number}.{name}", given[name], known[name]) for name in given}))
@@ -200,6 +241,8 @@ def _typed(label: str, value: Any, parameter: Field) -> Any:
         raise ValueError(f"{label}={value!r} must be a number.")
     if parameter.type is str and not (isinstance(value, str) and value):
         raise ValueError(f"{label}={value!r} must be text.")
+    if parameter.type is dict and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+        raise ValueError(f"{label}={value!r} must be a mapping of names to values.")
     return parameter.type(value)  # type: ignore[operator]  # annotations are types in this module
 
 
@@ -216,6 +259,48 @@ def first_reasons(index: pa.Table, filters: Sequence[Filter]) -> np.ndarray:
         for reason, hit in rule.reasons(index):
             reasons[decoded & hit & (reasons == None)] = reason  # noqa: E711  elementwise on objects
     return reasons
+
+
+def first_refusals(
+    filters: Sequence[tuple[Pixels, PixelFilter]],
+    rows: Sequence[dict[str, Any]],
+    pictures: Callable[[int, list[int]], Any],
+) -> list[str | None]:
+    """The first reason why a pixel filter rejects each image, None where none does.
+
+    Args:
+        pictures: (number of the filter, which rows) -> what that filter sees of them.
+
+    Raises:
+        ValueError: a filter failed, or gave something else than a reason for each; names it and the images.
+    """
+    reasons: list[str | None] = [None] * len(rows)
+    for number, (rule, function) in enumerate(filters):
+        left = [i for i, reason in enumerate(reasons) if reason is None]
+        if not left:
+            break
+        asked = [rows[i] for i in left]
+        among = f"among {asked[0]['key']!r} to {asked[-1]['key']!r} of {asked[0]['source']}"
+        try:
+            answer = list(function(pictures(number, left), asked))
+        except Exception as error:
+            raise ValueError(f"filters: {rule.path} failed {among}: {type(error).__name__}: {error}") from None
+        if len(answer) != len(left):
+            raise ValueError(f"filters: {rule.path} gave {len(answer)} answers for {len(left)} images, {among}.")
+        for i, reason in zip(left, answer, strict=True):
+            reasons[i] = str(reason) if reason is not None else None
+    return reasons
+
+
+@functools.cache
+def _built(path: str, options: str, device: str) -> PixelFilter:
+    named, keywords = import_callable(path), json.loads(options)
+    if not isinstance(named, type):
+        return functools.partial(named, **keywords)
+    try:
+        return named(device=device, **keywords)
+    except TypeError as error:
+        raise ValueError(f"filters: {path} is not built with device and {keywords}: {error}.") from None
 
 
 def import_callable(path: str) -> Any:

@@ -1,33 +1,47 @@
 """index + embed: every image of a set is read and decoded once; its row and its vectors are written, part by part."""
 
-import hashlib
 import json
-import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from configs.ranges import check_ranges
 from curation.encoders.load import Encoder, View, load_encoder
+from curation.engine.actors import run_actors
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import INDEX_SCHEMA, ImageSet, encoder_folder
-from curation.engine.workers import ExecutionConfig, WorkerLost, drive, num_gpus, num_workers, unwrapped
-from curation.ops.hashes import perceptual_hash
-from curation.reading.filters import Filter, Pixels
-from curation.reading.pictures.images import ImageLimits, Rejected, decode, luma_deviation
-from curation.reading.samples import Part, Sample
-from curation.reading.sources import read_samples
-from curation.reading.tar_samples import NO_END_MARKER, HeadersFirst
+from curation.engine.store import INDEX_SCHEMA, encoder_folder
+from curation.engine.workers import (
+    ExecutionConfig,
+    Losses,
+    WorkerLost,
+    finished_pieces,
+    num_gpus,
+    num_workers,
+    unwrapped,
+)
+from curation.reading.filters import Filter, Pixels, first_refusals
+from curation.reading.pictures.images import ImageLimits
+from curation.reading.samples import Part
+from curation.reading.tar_samples import NO_END_MARKER
+from curation.stages.decode import DecodeJob, decode_part, unreadable_part
 
-VERSION = 2
+logger = logging.getLogger(__name__)
+
+VERSION = 3
+_REQUESTS_AT_ONCE = 16  # when the records of all parts are read from an object store
 _DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
-_ISOLATED_TIMEOUT_S = 60.0
+# A part whose decode worker dies is decoded again, then each of its images in a process of its own, then it is a row.
+_PLAIN_TRIES, _ISOLATED_TRIES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +76,16 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True)
-class DecodeJob:
-    """What a decode worker needs to know; small, and free of weights."""
+class PartTally:
+    """What a part holds, for the figures of its set."""
 
-    views: dict[str, View]
-    limits: ImageLimits
-    pixel_filters: tuple[Pixels, ...]
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One sample after its decode: the index row and, for a good image, one view an encoder."""
-
-    row: dict[str, Any]
-    views: dict[str, np.ndarray]
+    rows: int
+    reasons: dict[str, int]
+    """rejected images, by reason"""
+    unread: dict[str, int]
+    """those of them that could not be read: a filter rejects what was read, and a missing end marker is no loss"""
+    damage: list[tuple[int, int | None]]
+    """(unread bytes, unread images) of each row that stands for damage"""
 
 
 def embed_set(
@@ -87,20 +96,23 @@ def embed_set(
     filters: Sequence[Filter],
     execution: ExecutionConfig,
     label: str,
-) -> list[File]:
+) -> tuple[list[File], list[PartTally]]:
     """Index and embed the parts of one set into `folder`; parts that a former run finished are kept.
 
     Returns:
-        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts.
+        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts; what each
+        part holds.
     """
-    done = dict.fromkeys(folder.names())
-    todo = [part for part in parts if f"done/part-{part.id}.json" not in done]
+    done = finished_pieces(folder, [_record_name(part) for part in parts])
+    todo = [part for part in parts if _record_name(part) not in done]
     if todo:
         _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
-    files = []
-    for part in parts:
-        files += _read_record(folder, part)
-    return [f for f in files if f.path.startswith("index/")] + [f for f in files if not f.path.startswith("index/")]
+    return _read_records(folder, parts)
+
+
+def _record_name(part: Part) -> str:
+    """The file that says that all of a part is written."""
+    return f"done/part-{part.id}.json"
 
 
 def _embed_parts(
@@ -115,48 +127,76 @@ def _embed_parts(
     gpus = num_gpus(execution)
     device = "cuda" if gpus else "cpu"
     encoders = {encoder_folder(spec): load_encoder(spec, device, config.image_px) for spec in encoder_specs}
+    rules = [(rule, rule.view()) for rule in filters if isinstance(rule, Pixels)]
+    of_views = [(rule, view) for rule, view in rules if view is not None]
     job = DecodeJob(
-        views={name: encoder.view for name, encoder in encoders.items()},
+        views=tuple(dict.fromkeys([encoder.view for encoder in encoders.values()] + [view for _, view in of_views])),
         limits=ImageLimits(max_file_bytes=config.max_file_bytes, max_pixels=config.max_pixels),
-        pixel_filters=tuple(rule for rule in filters if isinstance(rule, Pixels)),
+        pixel_filters=tuple(rule for rule, view in rules if view is None),
         batch_size=config.batch_size,
     )
     # Decoders are Ray tasks of one CPU; encoders are actors, one a GPU, or one a worker where there is none. An actor
     # holds no CPU of its own, or one worker could not run both; it is fed by several decoders at once.
     workers = num_workers(execution)
-    num_actors = gpus or min(workers, len(parts))
+    num_actors = min(gpus or workers, len(parts))
     feeds = max(1, -(-workers // num_actors))
-    actor = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=3, max_concurrency=feeds)(_EmbedWorker)
-    actors = [actor.remote(encoders, folder, job) for _ in range(num_actors)]
-    try:
-        drive(
-            (lambda i=i, part=part: actors[i % num_actors].embed_part.remote(part) for i, part in enumerate(parts)),
-            len(parts),
-            in_flight=num_actors * feeds * 2,
-            label=label,
-            unit="MB",
-            weights=[part.size / 1e6 for part in parts],
-        )
-    finally:
-        for handle in actors:
-            ray.kill(handle)
+    actor = ray.remote(
+        num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=0, max_concurrency=feeds + 1, scheduling_strategy="SPREAD"
+    )(_EmbedWorker)
+    shared = ray.put((encoders, folder, job, of_views, device))
+    results = run_actors(
+        lambda: actor.remote(shared),
+        "embed_part",
+        parts,
+        num_actors=num_actors,
+        at_once=feeds,
+        label=label,
+        unit="MB",
+        weights=[part.size / 1e6 for part in parts],
+        names=[part.url for part in parts],
+    )
+    for number, told in results:
+        if told:
+            logger.warning("%s: %s: %s", label, parts[number].url, told)
 
 
 class _EmbedWorker:
-    """A Ray actor that holds the encoders, takes batches from decode tasks, and writes a part's files."""
+    """An actor that holds the encoders and filters, takes batches from decode tasks, and writes a part's files."""
 
-    def __init__(self, encoders: dict[str, Encoder], folder: Folder, job: DecodeJob) -> None:
-        self.encoders, self.folder, self.job = encoders, folder, job
+    def __init__(self, shared: tuple[dict[str, Encoder], Folder, DecodeJob, list[tuple[Pixels, View]], str]) -> None:
+        self.encoders, self.folder, self.job, self.rules, self.device = shared
+        self.count = 0
+        self.locks = {name: threading.Lock() for name in self.encoders}
+        self.filter_lock = threading.Lock()
         self.decode = ray.remote(
-            num_cpus=1, num_returns="streaming", max_retries=1, _generator_backpressure_num_objects=_DECODE_AHEAD
+            num_cpus=1, num_returns="streaming", max_retries=0, _generator_backpressure_num_objects=_DECODE_AHEAD
         )(decode_part)
 
-    def embed_part(self, part: Part) -> None:
-        try:
-            rows, vectors = self._collect(part, isolated=False)
-        except WorkerLost:  # some image crashes native code or takes all memory; find it one by one
-            rows, vectors = self._collect(part, isolated=True)
-        write_part(self.folder, part, rows, vectors)
+    def start(self) -> None:
+        """Every model is built here, once."""
+        self.dims = {name: encoder.dim for name, encoder in self.encoders.items()}
+        self.filters = [(rule, rule.build(self.device)) for rule, _ in self.rules]
+
+    def beats(self) -> int:
+        return self.count
+
+    def embed_part(self, part: Part) -> str | None:
+        """Write the part's files; returns what there is to tell about it, if anything."""
+        deaths, losses = 0, Losses("embed", [part.url])
+        while deaths < _PLAIN_TRIES + _ISOLATED_TRIES:
+            isolated = deaths >= _PLAIN_TRIES  # some image crashes native code or takes all memory; find it one by one
+            try:
+                rows, vectors = self._collect(part, isolated)
+            except WorkerLost as error:
+                wait_s = losses.wait_s(0, error) if error.taken_by != "worker" else min(8.0, 2.0**deaths - 1)
+                deaths += error.taken_by != "node"
+                time.sleep(wait_s)
+                continue
+            write_part(self.folder, part, rows, vectors)
+            return f"{deaths} decode workers were lost under it, and it was decoded again" if deaths else None
+        empty = {name: np.zeros((1, dim), np.float16) for name, dim in self.dims.items()}
+        write_part(self.folder, part, [unreadable_part(part)], empty)
+        return f"all of {deaths} decode workers died of it; it is one row, reader_crashed"
 
     def _collect(self, part: Part, isolated: bool) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         rows: list[dict[str, Any]] = []
@@ -167,201 +207,95 @@ class _EmbedWorker:
                 rows, blocks = [], {name: [] for name in self.encoders}
                 continue
             new_rows, views = batch
-            good = np.flatnonzero([row["status"] == "ok" for row in new_rows])
-            for name, encoder in self.encoders.items():
-                block = np.zeros((len(new_rows), encoder.dim), np.float16)
-                if len(good):
-                    block[good] = encoder.embed(views[name]).astype(np.float16)
+            for name, block in self._embed_batch(new_rows, views).items():
                 blocks[name].append(block)
-                # A hostile image can drive a model to NaN or zero: that is its row's fate, not the run's.
-                norms = np.linalg.norm(block[good].astype(np.float32), axis=1)
-                for row in good[~(np.abs(norms - 1) < 0.01)]:
-                    new_rows[row] |= {"status": "rejected", "reason": "no_embedding"}
             rows += new_rows
-        empty = {name: np.zeros((0, encoder.dim), np.float16) for name, encoder in self.encoders.items()}
+            self.count += 1
+        empty = {name: np.zeros((0, dim), np.float16) for name, dim in self.dims.items()}
         return rows, {name: np.concatenate([empty[name], *blocks[name]]) for name in self.encoders}
 
-
-Batch = tuple[list[dict[str, Any]], dict[str, Any]]
-
-
-def decode_part(part: Part, job: DecodeJob, isolated: bool) -> Iterator[Batch | None]:
-    """Batches of (index rows, views of the good images among them by encoder), in the part's order.
-
-    A batch closes when it holds `batch_size` good images, so the encoder's batches are full but for a part's last, and
-    do not depend on workers. `isolated` decodes each image in a child process that may die without harm. None: what
-    came so far is void, for the part has to be read in another order.
-    """
-    try:
-        yield from _decode_samples(read_samples(part, job.limits.max_file_bytes), part, job, isolated)
-    except HeadersFirst:
-        yield None
-        samples = read_samples(part, job.limits.max_file_bytes, headers_first=True)
-        yield from _decode_samples(samples, part, job, isolated)
-
-
-def _decode_samples(samples: Iterable[Sample], part: Part, job: DecodeJob, isolated: bool) -> Iterator[Batch]:
-    prepare = _IsolatedPrepare(job) if isolated else lambda sample: prepare_sample(sample, part, job)
-    rows: list[dict[str, Any]] = []
-    views: dict[str, list[np.ndarray]] = {name: [] for name in job.views}
-    for sample in samples:
-        prepared = prepare(sample) if not isolated else prepare(sample, part)
-        rows.append(prepared.row)
-        for name, view in prepared.views.items():
-            views[name].append(view)
-        if len(next(iter(views.values()))) == job.batch_size:
-            yield rows, {name: np.stack(batch) for name, batch in views.items()}
-            rows, views = [], {name: [] for name in job.views}
-    if rows:
-        yield rows, {name: np.stack(batch) if batch else None for name, batch in views.items()}
-
-
-def prepare_sample(sample: Sample, part: Part, job: DecodeJob) -> Prepared:
-    """Decode once; hash, filter by pixels and make the encoders' views."""
-    row = _empty_row(sample, part)
-    if sample.content is None:
-        return Prepared({**row, "reason": sample.reason or "no_image"}, {})
-    row["sha256"] = hashlib.sha256(sample.content).digest()
-    decoded = decode(sample.content, job.limits)
-    if isinstance(decoded, Rejected):
-        size = {"width": decoded.width, "height": decoded.height, "format": decoded.format}
-        return Prepared({**row, **size, "reason": decoded.reason}, {})
-    pdq, quality, mirrored = perceptual_hash(decoded.image)
-    row |= {
-        "width": decoded.width,
-        "height": decoded.height,
-        "format": decoded.format,
-        "mode": decoded.mode,
-        "pdq": pdq,
-        "pdq_quality": quality,
-        "pdq_mirrored": mirrored,
-        "luma_deviation": luma_deviation(decoded.image),
-        "warning": sample.warning or decoded.warning,
-    }
-    for rule in job.pixel_filters:
-        try:
-            reason = rule.function()([np.asarray(decoded.image)], [row])[0]
-        except Exception as error:
-            raise ValueError(
-                f"filters: {rule.path} failed on {sample.key!r} of {part.url}: {type(error).__name__}: {error}"
-            ) from None
-        if reason is not None:
-            return Prepared({**row, "reason": str(reason)}, {})
-    row["status"] = "ok"
-    made = {view: view(decoded.image) for view in set(job.views.values())}  # encoders may share a view
-    return Prepared(row, {name: made[view] for name, view in job.views.items()})
+    def _embed_batch(self, rows: list[dict[str, Any]], views: dict[View, np.ndarray]) -> dict[str, np.ndarray]:
+        """float16 [rows, dim] by encoder, zero for what is rejected; rows that are rejected here say so."""
+        good = np.flatnonzero([row["status"] == "ok" for row in rows])
+        if self.filters and len(good):
+            asked = [rows[row] for row in good]
+            with self.filter_lock:
+                reasons = first_refusals(self.filters, asked, lambda n, chosen: views[self.rules[n][1]][chosen])
+            for row, reason in zip(asked, reasons, strict=True):
+                if reason is not None:
+                    row |= {"status": "rejected", "reason": reason}
+            passed = np.flatnonzero([reason is None for reason in reasons])
+            good, views = good[passed], {view: batch[passed] for view, batch in views.items()}
+        blocks = {}
+        for name, encoder in self.encoders.items():
+            blocks[name] = np.zeros((len(rows), self.dims[name]), np.float16)
+            if len(good):
+                with self.locks[name]:
+                    blocks[name][good] = encoder.embed(views[encoder.view]).astype(np.float16)
+            # A hostile image can drive a model to NaN or zero: that is its row's fate, not the run's.
+            norms = np.linalg.norm(blocks[name][good].astype(np.float32), axis=1)
+            for row in good[~(np.abs(norms - 1) < 0.01)]:
+                rows[row] |= {"status": "rejected", "reason": "no_embedding"}
+        return blocks
 
 
 def write_part(folder: Folder, part: Part, rows: list[dict[str, Any]], vectors: dict[str, np.ndarray]) -> None:
     """The index and the vectors of one part, then the record that says both are whole."""
     files = [folder.write_table(f"index/part-{part.id}.parquet", pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))]
     files += [folder.write_array(f"{name}/part-{part.id}.npy", values) for name, values in vectors.items()]
-    folder.write_bytes(f"done/part-{part.id}.json", json.dumps([asdict(file) for file in files]).encode())
+    rejected = [row for row in rows if row["reason"] is not None]
+    unread = [row for row in rejected if row["pdq"] is None and row["reason"] != NO_END_MARKER]
+    tally = PartTally(
+        rows=len(rows),
+        reasons=dict(Counter(row["reason"] for row in rejected)),
+        unread=dict(Counter(row["reason"] for row in unread)),
+        damage=[(row["unread_bytes"], row["unread_images"]) for row in rows if row["unread_bytes"] is not None],
+    )
+    record = {"files": [asdict(file) for file in files], "tally": asdict(tally)}
+    folder.write_bytes(_record_name(part), json.dumps(record).encode())
 
 
-def count_losses(images: ImageSet, bytes_read: int) -> tuple[dict[str, int], int, int]:
+def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[dict[str, int], int, int, str]:
     """What a set holds, for its manifest, and what of it cannot be read.
-
-    Args:
-        bytes_read: of all parts of the set.
 
     Returns:
         counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
         lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
-            missing end marker is no loss.
+            missing end marker is no loss, nor is what a filter rejects.
+        worst: the most frequent reason of those; empty where there are none.
     """
-    columns = ["reason", "source", "unread_bytes", "unread_images"]
-    table = pa.concat_tables([images.index(part, columns) for part in range(images.num_parts)])
-    counts = {"images": images.num_images}
-    for entry in table["reason"].drop_null().value_counts().to_pylist():
-        counts[f"rejected: {entry['values']}"] = entry["counts"]
-    lost = len(table["reason"].drop_null()) - counts.get(f"rejected: {NO_END_MARKER}", 0)
-    damage = table.filter(pc.is_valid(table["unread_bytes"])).to_pylist()
-    unread_bytes = sum(row["unread_bytes"] for row in damage)
-    good = max(images.num_images - len(table["reason"].drop_null()), 1)
-    mean = max((bytes_read - unread_bytes) / good, 1)
-    unread = []
-    for row in damage:
-        known = row["unread_images"]  # else the shard has no whole sample: at the mean of the set
-        unread.append(known if known is not None else max(1, round(row["unread_bytes"] / mean)))
+    images = sum(tally.rows for tally in tallies)
+    reasons: Counter[str] = Counter()
+    lost_by: Counter[str] = Counter()
+    for tally in tallies:
+        reasons.update(tally.reasons)
+        lost_by.update(tally.unread)
+    lost = lost_by.total()
+    damage = [entry for tally in tallies for entry in tally.damage]
+    unread_bytes = sum(num_bytes for num_bytes, _ in damage)
+    good = max(images - lost - reasons[NO_END_MARKER], 1)
+    mean = max((sum(part.size for part in parts) - unread_bytes) / good, 1)
+    # Where a shard has no whole sample, so that its own mean is not known: at the mean of the set.
+    unread = [known if known is not None else max(1, round(num_bytes / mean)) for num_bytes, known in damage]
     beyond_rows = sum(max(number - 1, 0) for number in unread)
     figures = {
-        "damaged shards": len({row["source"] for row in damage}),
+        "damaged shards": len({part.url for part, tally in zip(parts, tallies, strict=True) if tally.damage}),
         "unread bytes": unread_bytes,
         "unread images": sum(unread),
     }
+    counts = {"images": images, **{f"rejected: {reason}": number for reason, number in reasons.items() if number}}
     counts |= {name: number for name, number in figures.items() if number}
-    return counts, lost + beyond_rows, images.num_images + beyond_rows
+    worst = max(lost_by, key=lambda reason: lost_by[reason], default="")
+    return counts, lost + beyond_rows, images + beyond_rows, worst
 
 
-def _read_record(folder: Folder, part: Part) -> list[File]:
-    return [File(**entry) for entry in json.loads(folder.read_bytes(f"done/part-{part.id}.json"))]
+def _read_records(folder: Folder, parts: Sequence[Part]) -> tuple[list[File], list[PartTally]]:
+    def read(part: Part) -> dict[str, Any]:
+        return json.loads(folder.read_bytes(_record_name(part)))
 
-
-def _empty_row(sample: Sample, part: Part) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(INDEX_SCHEMA.names)
-    row |= {
-        "key": sample.key,
-        "source": part.url,
-        "source_kind": part.kind,
-        "image": asdict(sample.image) if sample.image is not None else None,
-        "others": [asdict(member) for member in sample.others],
-        "metadata": sample.metadata,
-        "width": 0,
-        "height": 0,
-        "status": "rejected",
-        "warning": sample.warning,
-        "unread_bytes": sample.unread_bytes,
-        "unread_images": sample.unread_images,
-    }
-    return row
-
-
-class _IsolatedPrepare:
-    """prepare_sample in a forked child: a crash or a hang of native code costs one image, with a reason."""
-
-    def __init__(self, job: DecodeJob) -> None:
-        self.job = job
-        self.child: Any = None
-
-    def __call__(self, sample: Sample, part: Part) -> Prepared:
-        if self.child is None:
-            self._start()
-        self.pipe.send((sample, part))
-        reason = "decoder_crashed"
-        try:
-            if self.pipe.poll(_ISOLATED_TIMEOUT_S):
-                answer = self.pipe.recv()
-                if isinstance(answer, Exception):
-                    raise answer
-                return answer
-            reason = "decoder_timeout"
-        except EOFError:
-            pass
-        self._stop()
-        return Prepared({**_empty_row(sample, part), "reason": reason}, {})
-
-    def _stop(self) -> None:
-        assert self.child is not None
-        self.child.kill()
-        self.child.join()
-        self.child = None
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("fork")  # spawn would start Ray's worker script again
-        self.pipe, theirs = context.Pipe()
-        self.child = context.Process(target=_serve_prepare, args=(theirs, self.job), daemon=True)
-        self.child.start()
-        theirs.close()
-
-
-def _serve_prepare(pipe: Any, job: DecodeJob) -> None:
-    while True:
-        try:
-            sample, part = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(prepare_sample(sample, part, job))
-        except Exception as error:
-            pipe.send(error)
+    with ThreadPoolExecutor(1 if folder.is_local else _REQUESTS_AT_ONCE) as pool:
+        records = list(pool.map(read, parts))
+    files = [File(**entry) for record in records for entry in record["files"]]
+    first = [file for file in files if file.path.startswith("index/")]
+    rest = [file for file in files if not file.path.startswith("index/")]
+    return first + rest, [PartTally(**record["tally"]) for record in records]
