@@ -44,7 +44,6 @@ _FILES: dict[str, tuple[str, ...]] = {
         "done/part-*.json",
         "edges/part-*.parquet",
         "forest/part-*.parquet",
-        "capped/part-*.parquet",
     ),
     "dedup": (
         _RANGE,

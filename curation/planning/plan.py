@@ -128,7 +128,7 @@ class Plan:
             PlannedStep(
                 "join",
                 f"pairs of cosine >= {c.dedup.join().floor:g} at recall >= {c.dedup.target_recall:g}",
-                f"{3 * -(-n // PIECE_ROWS) + 2:,} tables",
+                f"{2 * -(-n // PIECE_ROWS) + 2:,} tables",
                 n * costs.EDGE_BYTES,
                 costs.join_work(n, n, cells, copy_width, both_ways) + costs.certify_work(n, copy_width),
                 n,

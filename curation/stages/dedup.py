@@ -130,7 +130,8 @@ def deduplicate(
     """
     perceptual: list[EdgeFiles] = []
     num_perceptual, threshold = 0, config.similarity_threshold
-    num_images = joined.num_images()
+    joined_counts = joined.counts()
+    num_images = joined_counts["images"]
     if num_images <= config.perceptual_rows:
         num_perceptual = perceptual_pairs(
             folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution
@@ -169,6 +170,7 @@ def deduplicate(
         "images joined": num_images,
         "perceptual pairs": num_perceptual,
         "embedding pairs": num_embedding,
+        "images with more pairs than are kept": joined_counts["capped images"],
         "components split": split.num_rows,
     }
     figures = {

@@ -54,9 +54,9 @@ class Joined:
     def pieces(self) -> list[str]:
         return [name.removeprefix("edges/") for name in (self.folder / "edges").names()]
 
-    def num_images(self) -> int:
-        """How many images were compared."""
-        return Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).counts["images"]
+    def counts(self) -> dict[str, int]:
+        """images (that were compared), edges, forest edges, and capped images: those that may have more pairs."""
+        return Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).counts
 
     def edges(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity, mirrored of the pairs at or above the threshold."""
@@ -65,11 +65,6 @@ class Joined:
     def forest(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity of edges that join what the piece's edges at or above the threshold join."""
         return _at_least(self.folder.read_table(f"forest/{piece}"), threshold)
-
-    def capped(self) -> np.ndarray:
-        """int64, ascending: the images that may have more pairs than edges (curation.ops.neighbours)."""
-        gids = [self.folder.read_table(f"capped/{piece}")["gid"].to_numpy() for piece in self.pieces()]
-        return np.sort(np.concatenate(gids))
 
     def certificate(self) -> Certificate:
         return Certificate(**json.loads(self.folder.read_bytes("certificate.json")))
@@ -196,7 +191,7 @@ def _join_run(
         name = f"part-{number:06d}"
         tree = spanning_forest(edges.a, edges.b, edges.similarity)
         forest = {column: getattr(edges, column)[tree] for column in ("a", "b", "similarity")}
-        tables = {"edges": pa.table(edges._asdict()), "forest": pa.table(forest), "capped": pa.table({"gid": capped})}
+        tables = {"edges": pa.table(edges._asdict()), "forest": pa.table(forest)}
         files = [folder.write_table(f"{kind}/{name}.parquet", table) for kind, table in tables.items()]
         ends = np.isin(truth.query, capped) | np.isin(truth.gid, capped)
         piece = {
