@@ -12,7 +12,7 @@ from curation.engine.ranges import Ranges
 from curation.engine.store import NOT_IN_POOL
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
+from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.state import Run, Written
@@ -23,6 +23,7 @@ STAGES = (
     "filter",
     "heads",
     "cells",
+    "join",
     "dedup",
     "decontaminate",
     "cluster",
@@ -98,7 +99,8 @@ def plan_steps(run: Run) -> list[Step]:
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "cells"), _dedup),
+        Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
         Step(
             "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
             ("embed/pool", "filter", "heads", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
@@ -196,6 +198,11 @@ def _cells(run: Run, folder: Folder) -> Written:
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
 
+def _join(run: Run, folder: Folder) -> Written:
+    mirror = load_encoder(run.config.embed.encoders()[-1]).mirror
+    return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), run.config.execution)
+
+
 def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
@@ -203,7 +210,7 @@ def _dedup(run: Run, folder: Folder) -> Written:
         run.folder / "filter",
         run.folder / "heads",
         run.ranges,
-        run.cells("cells"),
+        join.Joined(run.folder / "join"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,
