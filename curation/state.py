@@ -18,8 +18,8 @@ from curation.ops.cells import Cells, open_cells
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import Listing
 from curation.reading.seeds import SeedSet
-from curation.stages import decontaminate, dedup
-from curation.stages import filter as filter_stage
+from curation.stages import decontaminate
+from curation.stages.heads import read_heads
 
 Written = tuple[list[File], dict[str, int], dict[str, Any]]
 
@@ -89,9 +89,14 @@ class Run:
         return open_cells(self.local(step) / "cells")
 
     def joined(self) -> np.ndarray:
-        """int64, ascending: of the images that passed the filters, those that the join compares (dedup.heads)."""
-        passed = filter_stage.passed(self.folder / "filter")
-        return passed[dedup.heads(self.pool, passed) == passed]
+        """int64, ascending: of the images that passed the filters, those that the join compares (stages/heads.py)."""
+        ranges, found = self.ranges, []
+        for number in range(len(ranges)):
+            start, stop = ranges.bounds(number)
+            found.append(
+                np.flatnonzero(read_heads(self.folder / "heads", number, ranges) == np.arange(start, stop)) + start
+            )
+        return np.concatenate(found)
 
     def survivors(self) -> np.ndarray:
         """int64, ascending: representatives that are no leaks."""

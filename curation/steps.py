@@ -16,11 +16,13 @@ from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
+from curation.stages import heads as heads_stage
 from curation.state import Run, Written
 
 STAGES = (
     "embed",
     "filter",
+    "heads",
     "cells",
     "dedup",
     "decontaminate",
@@ -81,21 +83,25 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [
         Step(
             "filter", "filter", filter_stage.VERSION,
-            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
-             "range_rows": c.range_rows},
+            {
+                "filters": c.filters,
+                "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
+                "range_rows": c.range_rows,
+            },
             ("embed/pool",),
             lambda run, folder: (
-                filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution), {}, {}
+                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution), {},
             ),
         ),
+        Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
-            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
+            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "cells"), _dedup),
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "cells"), _dedup),
         Step(
             "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
-            ("embed/pool", "filter", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
+            ("embed/pool", "filter", "heads", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
             _decontaminate,
         ),
         Step(
@@ -162,15 +168,19 @@ def _embed(
     return files, counts, {}
 
 
-def _cells(run: Run, folder: Folder) -> Written:
-    joined = run.joined()
-    if not len(joined):
-        reasons = filter_stage.read_reasons(run.folder / "filter").value_counts().to_pylist()
-        told = ", ".join(f"{entry['counts']:,} {entry['values']}" for entry in reasons)
+def _heads(run: Run, folder: Folder) -> Written:
+    filtered = run.manifests["filter"].counts
+    if not filtered["images out"]:
+        told = ", ".join(f"{number:,} {reason}" for reason, number in filtered.items() if reason != "images out")
         raise ValueError(
             f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
-            f"{run.folder.url}/filter/reasons-*.parquet). Loosen `filters`, or check --pool."
+            f"{run.folder.url}/filter). Loosen `filters`, or check --pool."
         )
+    return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
+
+
+def _cells(run: Run, folder: Folder) -> Written:
+    joined = run.joined()
     where, c = run.local("cells") / "cells", run.config
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
@@ -179,7 +189,9 @@ def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
         run.pool,
-        filter_stage.passed(run.folder / "filter"),
+        run.folder / "filter",
+        run.folder / "heads",
+        run.ranges,
         run.cells("cells"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
@@ -194,6 +206,8 @@ def _decontaminate(run: Run, folder: Folder) -> Written:
         run.pool,
         {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
         run.folder / "dedup",
+        run.folder / "heads",
+        run.ranges,
         run.cells("cells"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,

@@ -6,7 +6,8 @@ import pyarrow as pa
 from curation.engine.store import ImageSet
 from curation.stages import filter as filter_stage
 from curation.stages.cluster import Clustering
-from curation.stages.dedup import STEPS, Duplicates
+from curation.stages.dedup import Duplicates
+from curation.stages.groups import STEPS
 from curation.state import Run
 
 STATUSES = ("kept", "rejected", "duplicate", "leak", "not_retrieved")

@@ -41,6 +41,15 @@ INDEX_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class PartRows:
+    """Rows [start, stop) of one part: its index file, relative to the set's folder."""
+
+    path: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """The pool, a seed set or an evaluation set after the embed stage. Row numbers are gids: dense, in part order."""
 
@@ -64,12 +73,22 @@ class ImageSet:
     def num_parts(self) -> int:
         return len(self.index_files)
 
+    def rows_between(self, start: int, stop: int) -> list[PartRows]:
+        """What holds the gids [start, stop), in their order: all that a task on a range needs to know of the set."""
+        base = self.part_base
+        parts = range(int(np.searchsorted(base, start, side="right")) - 1, int(np.searchsorted(base, stop)))
+        found = [
+            PartRows(self.index_files[p].path, max(start - int(base[p]), 0), min(stop, int(base[p + 1])) - int(base[p]))
+            for p in parts
+        ]
+        return [rows for rows in found if rows.stop > rows.start]
+
     def index(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.index_files[part].path, list(columns) if columns is not None else None)
 
     def column(self, name: str) -> np.ndarray:
         """One column over all gids: numbers as they are (0 for null), fixed-size binary as uint8 [N, width]."""
-        return np.concatenate([_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
+        return np.concatenate([column_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
 
     def arrow(self, name: str) -> pa.ChunkedArray:
         """One column over all gids, as it is."""
@@ -119,7 +138,12 @@ def encoder_folder(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in spec)[-80:]
 
 
-def _values(column: pa.ChunkedArray) -> np.ndarray:
+def read_rows(folder: Folder, rows: PartRows, columns: Sequence[str]) -> pa.Table:
+    """Index rows of one part, columns in the order asked."""
+    return folder.read_table(rows.path, list(columns)).slice(rows.start, rows.stop - rows.start)
+
+
+def column_values(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width
         filled = column.fill_null(b"\0" * width).combine_chunks()

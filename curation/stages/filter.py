@@ -1,41 +1,52 @@
-"""Rules on the index: which decodable images are not worth having, and the first reason for each."""
+"""filter: rules on the index, and what the steps after it ask of every image, in files of a range of gids.
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+The index has twenty columns and lies in as many files as the pool has shards. Here the few that are read again (hashes,
+sizes) are written once, beside the reason why an image is left out, in the order of gids.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
-from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_pieces
+from curation.engine.store import ImageSet, PartRows, read_rows
+from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.reading.filters import Filter, first_reasons
 
 VERSION = 2
-_COLUMNS = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows [start, stop) of one file of the index."""
-
-    name: str
-    start: int
-    stop: int
+_INDEX = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
+_COLUMNS = [*_INDEX, "image", "pdq", "pdq_mirrored", "pdq_quality"]
+_ROW_GROUP = 1 << 20
+SCHEMA = pa.schema(
+    [
+        ("reason", pa.string()),  # null for the images that go on
+        ("sha256", pa.binary(32)),
+        ("pdq", pa.binary(32)),
+        ("pdq_mirrored", pa.binary(32)),
+        ("pdq_quality", pa.int32()),
+        ("pixels", pa.int64()),  # width x height; 0 where unknown
+        ("bytes", pa.int64()),  # of the image's file; 0 where there is none
+    ]
+)
 
 
 def filter_pool(
     folder: Folder, pool: ImageSet, filters: Sequence[Filter], ranges: Ranges, execution: ExecutionConfig
-) -> list[File]:
-    """Write reasons-*.parquet, one for each range: a row a gid, `reason` null for the images that go on."""
-    items = [_rows_of(pool, *ranges.bounds(number)) for number in range(len(ranges))]
-    names = [range_file("reasons", number) for number in range(len(ranges))]
+) -> tuple[list[File], dict[str, int]]:
+    """Write range-*.parquet (SCHEMA, one row a gid); ranges that a former run finished are kept.
+
+    Returns:
+        the files, and the counts: images that go on, and images by reason.
+    """
+    names = [range_file("range", number) for number in range(len(ranges))]
     run_pieces(
-        _write_reasons,
-        items,
+        _filter_range,
+        [pool.rows_between(*ranges.bounds(number)) for number in range(len(ranges))],
         names,
         folder,
         pool.folder,
@@ -45,22 +56,28 @@ def filter_pool(
         unit="images",
         weights=ranges.weights(),
     )
-    files = []
-    for name, rows in zip(names, ranges.weights(), strict=True):
-        content = folder.read_bytes(name)
-        files.append(File(path=name, rows=int(rows), bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
-    return files
+    told = run_tasks(_describe, names, folder, execution=execution, label="filter: count", unit="files")
+    counts: dict[str, int] = {}
+    for _, of_range in told:
+        for reason, number in of_range.items():
+            counts[reason] = counts.get(reason, 0) + number
+    return [file for file, _ in told], dict(sorted(counts.items()))
 
 
-def read_range(folder: Folder, number: int) -> pa.ChunkedArray:
-    """string, by gid of a range: why each image was dropped, null for those that go on."""
-    return folder.read_table(range_file("reasons", number))["reason"].cast(pa.string())
+def read_range(folder: Folder, number: int, columns: Sequence[str]) -> pa.Table:
+    """The rows of one range of gids."""
+    return folder.read_table(range_file("range", number), list(columns))
+
+
+def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of one range of gids, about a million at a time."""
+    yield from folder.table_batches(range_file("range", number), columns)
 
 
 def read_reasons(folder: Folder) -> pa.ChunkedArray:
-    """string [num_images], null for the images that go on."""
-    numbers = range(sum(name.startswith("reasons-") for name in folder.entries()))
-    return pa.chunked_array([chunk for number in numbers for chunk in read_range(folder, number).chunks], pa.string())
+    """string [num_images], null for the images that go on: of the whole pool, so only where that is small."""
+    names = [name for name in folder.names() if name.startswith("range-")]
+    return pa.concat_tables([folder.read_table(name, ["reason"]) for name in names])["reason"]
 
 
 def passed(folder: Folder) -> np.ndarray:
@@ -68,22 +85,34 @@ def passed(folder: Folder) -> np.ndarray:
     return np.flatnonzero(read_reasons(folder).is_null().to_numpy()).astype(np.int64)
 
 
-def _rows_of(pool: ImageSet, start: int, stop: int) -> list[_Rows]:
-    """Where the index has the gids [start, stop)."""
-    first, last = np.searchsorted(pool.part_base, [start, stop - 1], side="right") - 1
-    bounds = pool.part_base[first : last + 2].clip(start, stop)
-    return [
-        _Rows(pool.index_files[part].path, int(begin - base), int(end - base))
-        for part, base, begin, end in zip(
-            range(first, last + 1), pool.part_base[first : last + 1], bounds[:-1], bounds[1:], strict=True
-        )
-        if end > begin
-    ]
+def _filter_range(parts: list[PartRows], folder: Folder, name: str, index: Folder, filters: list[Filter]) -> None:
+    with (
+        folder.writing(name) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", compression_level=1) as writer,
+    ):
+        held: list[pa.Table] = []
+        for rows in parts:
+            held.append(_judged(read_rows(index, rows, _COLUMNS), filters))
+            if sum(table.num_rows for table in held) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
 
 
-def _write_reasons(rows: list[_Rows], folder: Folder, name: str, index: Folder, filters: list[Filter]) -> None:
-    chunks = []
-    for part in rows:
-        table = index.read_table(part.name, _COLUMNS).slice(part.start, part.stop - part.start)
-        chunks.append(pa.array(first_reasons(table, filters).tolist(), pa.string()).dictionary_encode())
-    folder.write_table(name, pa.table({"reason": pa.chunked_array(chunks).unify_dictionaries()}))
+def _judged(table: pa.Table, filters: list[Filter]) -> pa.Table:
+    pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
+    columns = {
+        "reason": pa.array(first_reasons(table.select(_INDEX), filters).tolist(), pa.string()),
+        "pixels": pc.fill_null(pixels, 0),
+        "bytes": pc.fill_null(pc.struct_field(table["image"], "size"), 0),
+    }
+    arrays = [columns[name] if name in columns else table[name] for name in SCHEMA.names]
+    return pa.table(dict(zip(SCHEMA.names, arrays, strict=True)), schema=SCHEMA)
+
+
+def _describe(name: str, folder: Folder) -> tuple[File, dict[str, int]]:
+    reasons = folder.read_table(name, ["reason"])["reason"]
+    counts = {"images out": reasons.null_count}
+    counts |= {entry["values"]: entry["counts"] for entry in reasons.drop_null().value_counts().to_pylist()}
+    return folder.described(name, len(reasons)), counts

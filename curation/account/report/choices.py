@@ -14,7 +14,8 @@ from curation.account.report.pictures import Ref
 from curation.ops.kmeans import assign
 from curation.ops.randomness import hash_sample, hash_shuffle
 from curation.stages.cluster import Clustering
-from curation.stages.dedup import STEPS, Duplicates
+from curation.stages.dedup import Duplicates
+from curation.stages.groups import STEPS
 from curation.stages.kmeans import unit_rows
 from curation.state import Run
 
