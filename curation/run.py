@@ -142,9 +142,10 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     for line in losses(run):
         print(line)
     if options.until == "report" and truth is not None:
-        from curation.account.truth import format_score, read_truth, score
+        from curation.account.truth import NEEDED, format_score, read_truth, score
 
-        print(format_score(score(out.read_table("decisions.parquet"), read_truth(truth))))
+        decisions = out.read_table("decisions.parquet", list(NEEDED))
+        print(format_score(score(decisions, read_truth(truth))))
     return 0
 
 

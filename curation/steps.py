@@ -4,20 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from curation.account.decisions import decide, kept_with_provenance
+from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
-from curation.reading.again import LOST_REASONS
+from curation.engine.ranges import Ranges
+from curation.engine.store import NOT_IN_POOL
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.state import Run, Written
+from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
@@ -29,6 +28,7 @@ STAGES = (
     "cluster",
     "retrieve",
     "balance",
+    "decide",
     "shard",
     "report",
 )
@@ -73,7 +73,7 @@ def plan_steps(run: Run) -> list[Step]:
             settings,
             (),
             lambda run, folder: _embed(run, folder, parts, encoders, filters, name),
-            listing=[part.id for part in parts],
+            listing=sorted(part.id for part in parts),
         )
 
     seeds, evaluations = run.inputs.seeds, run.inputs.evaluations
@@ -125,9 +125,14 @@ def plan_steps(run: Run) -> list[Step]:
             Step("balance", "balance", balance.VERSION, asdict(c.balance), ("cluster", "decontaminate"), _balance)
         )
     choices = tuple(step.name for step in steps if step.stage in ("retrieve", "balance"))
+    named = tuple(
+        f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
+    )
+    decided = (*named, "filter", "dedup", "decontaminate", "cluster", *choices)
+    steps.append(Step("decide", "decide", decisions.VERSION, {"range_rows": c.range_rows}, decided, decisions.decide))
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
     settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
-    before = ("embed/pool", "dedup", "decontaminate", *choices, *as_is)
+    before = ("embed/pool", "decide", *as_is)
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
     )
@@ -143,8 +148,13 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
-    files, tallies = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
+    files, tallies, gone = embed.embed_set(
+        folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " ")
+    )
+    figures = {"gone": gone} if gone else {}
     counts, lost, total, worst = embed.count_losses(parts, tallies)
+    if not_listed := sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]:
+        counts[NOT_IN_POOL] = not_listed
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
     if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
@@ -165,16 +175,17 @@ def _embed(
             f"{name}: none of its {counts['images']:,} images can be read, so it does nothing: check its URL, "
             "or leave it out."
         )
-    return files, counts, {}
+    return files, counts, figures
 
 
 def _heads(run: Run, folder: Folder) -> Written:
     filtered = run.manifests["filter"].counts
     if not filtered["images out"]:
-        told = ", ".join(f"{number:,} {reason}" for reason, number in filtered.items() if reason != "images out")
+        reasons = {reason: number for reason, number in filtered.items() if reason not in ("images out", NOT_IN_POOL)}
+        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
         raise ValueError(
-            f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
-            f"{run.folder.url}/filter). Loosen `filters`, or check --pool."
+            f"none of the {run.manifests['embed/pool'].counts['images']:,} images of the pool can be used: {told} (by "
+            f"image: {run.folder.url}/filter). Loosen `filters`, or check --pool."
         )
     return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
 
@@ -254,24 +265,22 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [shard.KeptSet("pool", run.pool, *kept_with_provenance(run, decide(run)))]
+    kept = [KeptSet("pool", run.pool, run.ranges, run.manifests["decide"].counts["kept"], run.folder / "decide")]
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
+            counts = run.manifests[f"embed/seed-{name}"].counts
+            good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
             images = run.images(f"embed/seed-{name}")
-            good = [images.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(images.num_parts)]
-            gids = np.flatnonzero(np.concatenate(good)).astype(np.int64)
-            kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
-    if not sum(len(k.gids) for k in kept):
+            ranges = Ranges(images.num_images, run.ranges.size)
+            kept.append(KeptSet(f"seed:{name}", images, ranges, good, seed=name))
+    if not sum(k.num_kept for k in kept):
         raise ValueError(
             f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
             f"{_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
-    files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
-    sets, reasons = (lost[name].to_numpy(zero_copy_only=False) for name in ("set", "reason"))
-    counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
-    counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
+    files, counts = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
     return files, counts, {"bytes": sum(f.bytes for f in files)}
 
 

@@ -33,7 +33,7 @@ _EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece
 _RANGE = "range-*.parquet"
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
-    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
+    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
     "filter": (_RANGE,),
     "heads": (_RANGE,),
     "cells": _CELLS,
@@ -47,12 +47,19 @@ _FILES: dict[str, tuple[str, ...]] = {
     "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
     "retrieve": ("matches.parquet",),
     "balance": ("balanced.parquet",),
+    "decide": ("decisions-*.parquet",),
     "shard": (
         f"{_SHARD}.tar",
         f"{_SHARD}.parquet",
         f"done/{_SHARD}.json",
         f"index/{_SHARD}.parquet",
         "not_written.parquet",
+        "placed/placed-*.parquet",
+        "plan/bucket-*.arrow",
+        "plan/bucket-*.json",
+        "plan/keys-*.npy",
+        "plan/shared-*.npy",
+        "fetched.json",
         "README.md",
     ),
     "report": (),

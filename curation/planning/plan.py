@@ -153,6 +153,9 @@ class Plan:
             drawn = c.balance.target(n)
             what = f"{drawn:,} images, evenly over {self.levels[-1]:,} concepts and all below them"
             steps.append(PlannedStep("balance", what, "1 table", 16.0 * drawn, Work(), n))
+        ranges = -(-n // c.range_rows)
+        what = f"one row for each image, in {ranges:,} {'range' if ranges == 1 else 'ranges'}"
+        steps.append(PlannedStep("decide", what, f"{ranges:,} tables", n * costs.DECISION_BYTES, Work(), n))
         steps.append(self._shards())
         report = "report.html, report.json, decisions.parquet"
         steps.append(PlannedStep("report", report, "3 files", n * costs.DECISION_BYTES, Work(), n))

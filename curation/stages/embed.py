@@ -19,7 +19,7 @@ from curation.encoders.load import Encoder, View, load_encoder
 from curation.engine.actors import run_actors
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import INDEX_SCHEMA, encoder_folder
+from curation.engine.store import INDEX_SCHEMA, encoder_folder, register, registered
 from curation.engine.workers import (
     ExecutionConfig,
     Losses,
@@ -96,18 +96,36 @@ def embed_set(
     filters: Sequence[Filter],
     execution: ExecutionConfig,
     label: str,
-) -> tuple[list[File], list[PartTally]]:
+) -> tuple[list[File], list[PartTally], list[int]]:
     """Index and embed the parts of one set into `folder`; parts that a former run finished are kept.
 
     Returns:
-        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts; what each
-        part holds.
+        files: index/part-<id>.parquet and <encoder>/part-<id>.npy of every part that the set has or had, in the order
+            of the parts' numbers.
+        tallies: what each of `parts` holds.
+        gone: numbers of the parts that are not among `parts` any more.
+
+    Raises:
+        ValueError: files of a part that has gone are gone too, and cannot be made again.
     """
     done = finished_pieces(folder, [_record_name(part) for part in parts])
     todo = [part for part in parts if _record_name(part) not in done]
     if todo:
         _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
-    return _read_records(folder, parts)
+    records = _read_records(folder, parts)
+    register(folder, {part.id: files for part, (files, _) in zip(parts, records, strict=True)})
+    known, listed = registered(folder), {part.id for part in parts}
+    gone = [number for number, id_ in enumerate(known) if id_ not in listed]
+    of_gone = [file.path for id_ in known.keys() - listed for file in known[id_]]
+    if lacking := sorted(set(of_gone) - finished_pieces(folder, of_gone)):
+        raise ValueError(
+            f"{folder.url}/{lacking[0]} is gone, and so is the shard or folder that it was made from: bring one of "
+            "them back, or give another --out."
+        )
+    files = [file for of_part in known.values() for file in of_part]
+    index = [file for file in files if file.path.startswith("index/")]
+    rest = [file for file in files if not file.path.startswith("index/")]
+    return index + rest, [tally for _, tally in records], gone
 
 
 def _record_name(part: Part) -> str:
@@ -259,7 +277,8 @@ def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[d
     """What a set holds, for its manifest, and what of it cannot be read.
 
     Returns:
-        counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
+        counts: images (rows of the parts that are listed); rejected, by reason; where there are any: rows of parts that
+            are not listed any more, damaged shards, unread bytes, unread images.
         lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
             missing end marker is no loss, nor is what a filter rejects.
         worst: the most frequent reason of those; empty where there are none.
@@ -289,13 +308,10 @@ def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[d
     return counts, lost + beyond_rows, images + beyond_rows, worst
 
 
-def _read_records(folder: Folder, parts: Sequence[Part]) -> tuple[list[File], list[PartTally]]:
-    def read(part: Part) -> dict[str, Any]:
-        return json.loads(folder.read_bytes(_record_name(part)))
+def _read_records(folder: Folder, parts: Sequence[Part]) -> list[tuple[list[File], PartTally]]:
+    def read(part: Part) -> tuple[list[File], PartTally]:
+        record = json.loads(folder.read_bytes(_record_name(part)))
+        return [File(**entry) for entry in record["files"]], PartTally(**record["tally"])
 
     with ThreadPoolExecutor(1 if folder.is_local else _REQUESTS_AT_ONCE) as pool:
-        records = list(pool.map(read, parts))
-    files = [File(**entry) for record in records for entry in record["files"]]
-    first = [file for file in files if file.path.startswith("index/")]
-    rest = [file for file in files if not file.path.startswith("index/")]
-    return first + rest, [PartTally(**record["tally"]) for record in records]
+        return list(pool.map(read, parts))

@@ -6,7 +6,6 @@ sizes) are written once, beside the reason why an image is left out, in the orde
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -72,17 +71,6 @@ def read_range(folder: Folder, number: int, columns: Sequence[str]) -> pa.Table:
 def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The rows of one range of gids, about a million at a time."""
     yield from folder.table_batches(range_file("range", number), columns)
-
-
-def read_reasons(folder: Folder) -> pa.ChunkedArray:
-    """string [num_images], null for the images that go on: of the whole pool, so only where that is small."""
-    names = [name for name in folder.names() if name.startswith("range-")]
-    return pa.concat_tables([folder.read_table(name, ["reason"]) for name in names])["reason"]
-
-
-def passed(folder: Folder) -> np.ndarray:
-    """int64, ascending: the gids that go on."""
-    return np.flatnonzero(read_reasons(folder).is_null().to_numpy()).astype(np.int64)
 
 
 def _filter_range(parts: list[PartRows], folder: Folder, name: str, index: Folder, filters: list[Filter]) -> None:

@@ -27,7 +27,7 @@ def pool_of(folder: Folder, vectors: np.ndarray) -> ImageSet:
     for part, rows in enumerate(np.array_split(vectors, 4)):
         folder.write_array(f"e/part-{part}.npy", rows)
         files.append(File(path=f"index/part-{part}.parquet", rows=len(rows), bytes=0, sha256=""))
-    return ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
+    return ImageSet.of(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
 
 
 @pytest.fixture(scope="module")
