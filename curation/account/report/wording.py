@@ -8,7 +8,7 @@ _REASONS = {
     "damaged": "the image data is cut off or broken",
     "damaged_shard": "the shard is cut off or broken here; what stands before and behind was read",
     "decoder_crashed": "its decoding ended the process, also in a process of its own",
-    "decoder_failed": "its decoding met an error of this program",
+    "decoder_failed": "its decoding failed in a way that this program did not expect",
     "decoder_timeout": "its decoding took more than a minute",
     "dark_16_bit": "16 bits a sample, of which only the lower ones are used, so it is nearly black",
     "empty": "a file of 0 bytes",
