@@ -12,7 +12,7 @@ from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 from curation.stages.dedup import STEPS
-from curation.state import Run
+from curation.state import Earlier, Run
 
 STATUSES = ("kept", "rejected", "duplicate", "leak", "not_retrieved")
 _KEPT, _REJECTED, _DUPLICATE, _LEAK, _NOT_RETRIEVED = range(len(STATUSES))
@@ -30,6 +30,8 @@ class Sources:
     seeds: dict[str, ImageSet]
     evaluations: dict[str, ImageSet]
     is_balanced: bool
+    release: int = 1
+    earlier: Earlier | None = None
 
     @staticmethod
     def of(run: Run) -> "Sources":
@@ -40,6 +42,8 @@ class Sources:
             {name: run.images(f"embed/seed-{name}") for name in run.inputs.seeds},
             {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
             run.config.balance.is_wanted(),
+            run.release,
+            run.earlier.decided() if run.earlier is not None else None,
         )
 
     def spans(self, number: int) -> list[tuple[int, int]]:
@@ -160,7 +164,8 @@ class Fates(NamedTuple):
     """What becomes of the images of a span, and the images that say why."""
 
     columns: dict[str, pa.Array]
-    """of decisions.SCHEMA, those that need no name from another part or set; `draws` beside them"""
+    """of decisions.SCHEMA, those that need no name from another part or set; `draws` beside them, and `seed_match`
+    where an earlier release has said it"""
     place: np.ndarray
     """int64: of the image that explains this one's fate (Sources.sets): the representative of a duplicate, what a leak
     matched, the seed image whose draw was the strongest; -1 where there is none"""
@@ -227,8 +232,39 @@ def fates(sources: Sources, start: int, stop: int) -> Fates:
         "similarity": pa.array(similarity, mask=np.isnan(similarity)),
         "cluster": pa.array(cluster, mask=cluster < 0),
         "draws": pa.StructArray.from_arrays(draw_columns, sources.draw_names, mask=pa.array(~is_kept)),
+        "release": pa.array(np.full(len(here), sources.release, np.int32), mask=~is_kept),
+        "seed_match": pa.nulls(len(here), pa.string()),
     }
+    if sources.earlier is not None:
+        stays = _keep_places(columns, sources.earlier.decisions(start, stop, _EARLIER))
+        place[stays] = -1
     return Fates(columns, place)
+
+
+_EARLIER = ("status", "reason", "seed", "seed_match", "similarity", "release")
+
+
+def _keep_places(columns: dict[str, pa.Array], before: pa.Table) -> np.ndarray:
+    """Images that an earlier release kept, and that no filter, leak or group removes, stay as it kept them, whether or
+    not anything draws them now; those that something removes keep the release's number. Changes `columns`.
+
+    Returns:
+        bool [rows]: those that stay.
+    """
+    rows = len(columns["gid"])
+
+    def padded(name: str) -> pa.Array:
+        column = before[name].combine_chunks()
+        return pa.concat_arrays([column, pa.nulls(rows - len(column), column.type)])
+
+    was_kept = pc.fill_null(pc.equal(padded("status"), "kept"), False)
+    may_stay = pc.is_in(columns["status"], pa.array(["kept", "not_retrieved"]))
+    stays = pc.and_(was_kept, may_stay)
+    for name in ("reason", "seed", "seed_match", "similarity"):
+        columns[name] = pc.if_else(stays, padded(name), columns[name])
+    columns["status"] = pc.if_else(stays, "kept", columns["status"])
+    columns["release"] = pc.if_else(was_kept, padded("release"), columns["release"])
+    return stays.to_numpy(zero_copy_only=False)
 
 
 def _between(start: int, stop: int) -> pc.Expression:

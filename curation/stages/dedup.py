@@ -98,14 +98,17 @@ def deduplicate(
     mirror: np.ndarray | None,
     config: DedupConfig,
     execution: ExecutionConfig,
+    standing: np.ndarray | None = None,
 ) -> tuple[list[File], dict[str, int], dict[str, Any]]:
     """Group the images `passed` (int64, ascending) and choose one of each group; see Duplicates for what is written.
 
     Args:
         cells: the copy encoder's vectors of the heads among them.
         mirror: signs that turn a vector into that of the flipped image, or None.
+        standing: uint8 [num_images], what images were in an earlier release (Run.standing). Where they can be, those
+            that it kept or that stood for their group stand for it again; one that it kept always stands for itself.
     """
-    head = heads(pool, passed)
+    head = heads(pool, passed, standing)
     distinct = passed[head == passed]
     perceptual = _perceptual_pairs(folder, pool, distinct, encoder, config)
     certificate, truth = certify(
@@ -115,6 +118,8 @@ def deduplicate(
     edges = _Edges(folder, names, perceptual, distinct)
 
     keys = _priorities(pool, distinct, encoder, edges, config)
+    if standing is not None:
+        keys.insert(0, standing[distinct].astype(np.int64))
     groups = duplicate_groups(
         len(distinct),
         edges,
@@ -122,7 +127,7 @@ def deduplicate(
         max_component_size=config.max_component_size,
         min_similarity=config.min_similarity_to_representative,
     )
-    files = _write_groups(folder, pool, passed, head, distinct, groups, config)
+    files = _write_groups(folder, pool, passed, head, distinct, groups, config, standing)
     files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
     recall, bound = (
         measured_recall(_pairs_of(folder, names, truth), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
@@ -148,18 +153,22 @@ def deduplicate(
     return files, counts, figures
 
 
-def heads(pool: ImageSet, passed: np.ndarray) -> np.ndarray:
+def heads(pool: ImageSet, passed: np.ndarray, standing: np.ndarray | None = None) -> np.ndarray:
     """For each image of `passed` (int64, ascending), the gid of the one that stands for all with the same looks.
 
     The same looks: equal perceptual hashes of the image and of its mirror image; where the hash says little, equal
     bytes. Only heads enter the join: a placeholder that 300,000 pages show in as many encodings would make 10^11 pairs.
-    The head is the largest of them in pixels, then in bytes, then the one of smallest gid.
+    The head is the one of best standing (Run.standing), then the largest of them in pixels, then in bytes, then the one
+    of smallest gid.
     """
     looks = np.concatenate([pool.column("pdq"), pool.column("pdq_mirrored")], axis=1)[passed]
     vague = pool.column("pdq_quality")[passed] < MIN_QUALITY
     looks[vague] = np.pad(pool.column("sha256")[passed][vague], ((0, 0), (0, looks.shape[1] - 32)))
     pixels = pool.column("width").astype(np.int64) * pool.column("height")
-    return passed[representatives(equal_groups(looks), [pixels[passed], image_bytes(pool)[passed]])]
+    keys = [pixels[passed], image_bytes(pool)[passed]]
+    if standing is not None:
+        keys.insert(0, standing[passed].astype(np.int64))
+    return passed[representatives(equal_groups(looks), keys)]
 
 
 @dataclass
@@ -317,6 +326,7 @@ def _write_groups(
     distinct: np.ndarray,
     groups: Groups,
     config: DedupConfig,
+    standing: np.ndarray | None,
 ) -> list[File]:
     """Groups over heads -> arrays over gids; images that look the same share their head's fate and similarity."""
     at = np.searchsorted(distinct, head)
@@ -325,6 +335,9 @@ def _write_groups(
     similarity = np.full(pool.num_images, np.nan, np.float32)
     step = np.zeros(pool.num_images, np.uint8)
     representative[passed] = distinct[groups.representatives[at]]
+    if standing is not None:
+        kept = passed[standing[passed] == 2]
+        representative[kept] = kept
     _, smallest, of_label = np.unique(groups.labels[at], return_index=True, return_inverse=True)
     component[passed] = passed[smallest[of_label]]
     similarity[passed] = groups.similarity[at]
