@@ -19,6 +19,7 @@ from configs.messages import os_sentence
 from curation.account.report.account import open_account
 from curation.account.report.wording import plural, words
 from curation.config import CurationConfig
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.lock import hold
 from curation.engine.ownership import check_run_folder
@@ -28,7 +29,7 @@ from curation.pipeline import run_pipeline
 from curation.reading.again import LOST_REASONS
 from curation.reading.listing import choose_column, find_parts
 from curation.reading.seeds import SeedSet, locate_seed, set_name
-from curation.state import Earlier, Inputs, Run, set_label
+from curation.state import Inputs, Run, set_label
 from curation.steps import STAGES
 
 _INTERRUPTED = 130

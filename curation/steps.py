@@ -9,19 +9,21 @@ from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
-from curation.engine.manifest import File, Manifest
+from curation.engine.manifest import File
 from curation.engine.ranges import Ranges
-from curation.engine.store import NOT_IN_POOL, ImageSet, Parts, adopt
+from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
 from curation.stages import filter as filter_stage
+from curation.stages import heads as heads_stage
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
     "filter",
+    "heads",
     "cells",
     "dedup",
     "decontaminate",
@@ -77,7 +79,7 @@ def plan_steps(run: Run) -> list[Step]:
             listing=sorted(part.id for part in parts),
         )
 
-    # What an earlier release decided counts from the first step in which images meet.
+    # What an earlier release decided counts from the first step that reads every image.
     extends = {"extends": run.earlier.key} if run.earlier is not None else {}
     seeds, evaluations = run.inputs.seeds, run.inputs.evaluations
     steps = [embedding("embed/pool", run.inputs.pool, specs, pixel_filters)]
@@ -86,18 +88,26 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [
         Step(
             "filter", "filter", filter_stage.VERSION,
-            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)]},
+            {
+                "filters": c.filters,
+                "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
+                "range_rows": c.range_rows,
+                **extends,
+            },
             ("embed/pool",),
-            lambda run, folder: (filter_stage.filter_pool(folder, run.pool, run.filters, c.execution), {}, {}),
+            lambda run, folder: (
+                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution, run.earlier), {},
+            ),
         ),
+        Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
-            "cells", "cells", cells.VERSION, asdict(c.cells) | extends, ("embed/pool", "filter"),
+            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup) | extends, ("embed/pool", "filter", "cells"), _dedup),
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "cells"), _dedup),
         Step(
             "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
-            ("embed/pool", "filter", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
+            ("embed/pool", "filter", "heads", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
             _decontaminate,
         ),
         Step(
@@ -167,16 +177,17 @@ def _embed(
     c = run.config
     if run.earlier is not None and name in run.earlier.manifests:
         adopt(folder, run.earlier.folder / name, c.execution)
-    files, gone = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
+    files, tallies, gone = embed.embed_set(
+        folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " ")
+    )
+    counts, lost, total, worst = embed.count_losses(parts, tallies)
     figures = {"gone": gone} if gone else {}
-    written = Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files, figures=figures)
-    images = ImageSet.of(folder, written)
-    counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    if gone:
+        counts[NOT_IN_POOL] = sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
     if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
-        worst = max(reasons, key=lambda r: reasons[r])
         unread = ""
         if counts.get("unread bytes"):
             unread = (
@@ -196,15 +207,20 @@ def _embed(
     return files, counts, figures
 
 
-def _cells(run: Run, folder: Folder) -> Written:
-    joined = run.joined()
-    if not len(joined):
-        reasons = filter_stage.read_reasons(run.folder / "filter").value_counts().to_pylist()
-        told = ", ".join(f"{e['counts']:,} {e['values']}" for e in reasons if e["values"] != NOT_IN_POOL)
+def _heads(run: Run, folder: Folder) -> Written:
+    filtered = run.manifests["filter"].counts
+    if not filtered["images out"]:
+        reasons = [(n, reason) for reason, n in filtered.items() if reason not in ("images out", NOT_IN_POOL)]
+        told = ", ".join(f"{n:,} {reason}" for n, reason in reasons)
         raise ValueError(
             f"none of the {run.manifests['embed/pool'].counts['images']:,} images of the pool can be used: {told} (by "
-            f"image: {run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
+            f"image: {run.folder.url}/filter). Loosen `filters`, or check --pool."
         )
+    return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
+
+
+def _cells(run: Run, folder: Folder) -> Written:
+    joined = run.joined()
     where, c = run.local("cells") / "cells", run.config
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
@@ -213,13 +229,14 @@ def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
         run.pool,
-        filter_stage.passed(run.folder / "filter"),
+        run.folder / "filter",
+        run.folder / "heads",
+        run.ranges,
         run.cells("cells"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,
         run.config.execution,
-        run.standing(),
     )
 
 
@@ -229,6 +246,8 @@ def _decontaminate(run: Run, folder: Folder) -> Written:
         run.pool,
         {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
         run.folder / "dedup",
+        run.folder / "heads",
+        run.ranges,
         run.cells("cells"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,

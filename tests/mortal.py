@@ -114,3 +114,8 @@ def slowly(images: list[np.ndarray], rows: Sequence[dict], seconds: float) -> li
 def square_slowly(item: int, folder: Folder, name: str) -> None:
     time.sleep(0.3)
     folder.write_bytes(name, f"{item * item}".encode())
+
+
+def drops(images: list[np.ndarray], rows: Sequence[dict], reason: str, but: str) -> list[str | None]:
+    """A pixel filter that lets one image pass."""
+    return [None if row["key"] == but else reason for row in rows]

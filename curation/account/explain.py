@@ -18,7 +18,7 @@ from curation.account.report.wording import plural, reason_meaning, step_words, 
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
-from curation.stages.dedup import STEPS
+from curation.stages.groups import STEPS
 from curation.stages.kmeans import unit_rows
 from curation.writing.placed import index_name
 

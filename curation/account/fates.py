@@ -1,5 +1,6 @@
 """What the stages say of the images of a span of gids: the one place where their files are read for the account."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -8,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
-from curation.engine.ranges import Ranges
+from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
-from curation.stages.dedup import STEPS
-from curation.state import Earlier, Run
+from curation.stages import groups
+from curation.stages.groups import STEPS
+from curation.state import Run
 
 STATUSES = ("kept", "rejected", "duplicate", "leak", "not_retrieved")
 _KEPT, _REJECTED, _DUPLICATE, _LEAK, _NOT_RETRIEVED = range(len(STATUSES))
@@ -90,14 +93,17 @@ class Duplicates(NamedTuple):
     """uint8: index into STEPS"""
 
 
-def duplicates_of(folder: Folder, _: Ranges, start: int, stop: int) -> Duplicates:
+def duplicates_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> Duplicates:
     """Of a run's folder, for the gids [start, stop), all of one range."""
-    dedup = folder / "dedup"
-    component = dedup.array_rows("component.npy", start, stop)
-    everything = dedup.read_array("component.npy")
-    sizes = np.bincount(everything[everything >= 0], minlength=1).astype(np.int32)
-    columns = (dedup.array_rows(f"{name}.npy", start, stop) for name in ("representative", "similarity", "step"))
-    return Duplicates(component, np.where(component < 0, 0, sizes[np.maximum(component, 0)]), *columns)
+    table = _range_rows(folder / "dedup", ranges, start, stop, groups.SCHEMA.names)
+    missing = {"component": -1, "component_size": 0, "representative": -1, "similarity": np.nan, "step": 0}
+    return Duplicates(*(table[name].fill_null(missing[name]).to_numpy() for name in missing))
+
+
+def _range_rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    """The gids [start, stop), all of one range, of a stage that writes a file a range."""
+    number, first = start // ranges.size, start // ranges.size * ranges.size
+    return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
 
 
 def representatives_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
@@ -110,10 +116,9 @@ def leaks_of(folder: Folder, start: int, stop: int) -> pa.Table:
     return (folder / "decontaminate").table_where("leaks.parquet", _between(start, stop))
 
 
-def _reasons_of(folder: Folder, _: Ranges, start: int, stop: int) -> pa.DictionaryArray:
+def _reasons_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.DictionaryArray:
     """Why a filter dropped each image; null for those that went on."""
-    column = (folder / "filter").table_rows("reasons.parquet", start, stop, ["reason"])["reason"]
-    return _encoded(column.cast(pa.string()))
+    return _encoded(_range_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
 
 
 def _clusters_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.engine.folder import Folder
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig, finished_pieces, run_pieces, run_tasks
 
 BUCKET = "bucket"
 """int column of what a map function gives: where the row goes; it does not arrive there"""
@@ -68,34 +68,27 @@ def exchange(
     """
     folder, names = outputs
     assert len(names) == num_buckets
-    there = set(folder.names())
-    todo = [bucket for bucket, name in enumerate(names) if name not in there]
+    done = finished_pieces(folder, names)
+    todo = [bucket for bucket, name in enumerate(names) if name not in done]
     if todo:
-        maps = [f"map-{num_buckets}-{number:05d}" for number in range(len(items))]
-        done = set(scratch.names())
-        missing = [number for number, name in enumerate(maps) if f"{name}.npy" not in done]
-        run_tasks(
+        maps = [f"map-{num_buckets}-{number:05d}.npy" for number in range(len(items))]
+        run_pieces(
             _map,
-            [(maps[number], items[number]) for number in missing],
+            items,
+            maps,
+            scratch,
             map_rows,
             num_buckets,
-            scratch,
             shared,
             execution=execution,
             label=label,
             unit=unit,
-            weights=[weights[number] for number in missing] if weights is not None else None,
+            weights=weights,
         )
-        offsets = [scratch.read_array(f"{name}.npy") for name in maps]  # [tables, buckets + 1] each
-        jobs = [
-            (bucket, [_Piece(f"{name}.arrow", int(table[bucket]), int(table[bucket + 1] - table[bucket]))
-                      for name, tables in zip(maps, offsets, strict=True) for table in tables
-                      if table[bucket + 1] > table[bucket]])
-            for bucket in todo
-        ]  # fmt: skip
+        offsets = [scratch.read_array(name) for name in maps]  # [tables, buckets + 1] each
         run_tasks(
             _reduce,
-            jobs,
+            [(bucket, _pieces(bucket, maps, offsets)) for bucket in todo],
             reduce_rows,
             scratch,
             list(sort_by),
@@ -103,6 +96,7 @@ def exchange(
             execution=execution,
             label=f"{label}, by key",
             unit="buckets",
+            names=[names[bucket] for bucket in todo],
         )
     scratch.clear(FILES)
 
@@ -124,10 +118,23 @@ def bucket_of(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int32)
 
 
-def _map(job: tuple[str, Any], map_rows: Map, num_buckets: int, scratch: Folder, shared: tuple[Any, ...]) -> None:
-    name, item = job
+def _pieces(bucket: int, maps: Sequence[str], offsets: Sequence[np.ndarray]) -> list[_Piece]:
+    return [
+        _Piece(_rows_file(name), int(bounds[bucket]), int(bounds[bucket + 1] - bounds[bucket]))
+        for name, tables in zip(maps, offsets, strict=True)
+        for bounds in tables
+        if bounds[bucket + 1] > bounds[bucket]
+    ]
+
+
+def _rows_file(name: str) -> str:
+    return name.removesuffix(".npy") + ".arrow"
+
+
+def _map(item: Any, scratch: Folder, name: str, map_rows: Map, num_buckets: int, shared: tuple[Any, ...]) -> None:
+    """Write the rows, then where each bucket of each table begins: the file whose presence says that all is there."""
     offsets: list[np.ndarray] = []
-    with scratch.writing(f"{name}.arrow") as file:
+    with scratch.writing(_rows_file(name)) as file:
         at = 0
         for table in map_rows(item, *shared):
             bounds = np.full(num_buckets + 1, at, np.int64)
@@ -137,7 +144,7 @@ def _map(job: tuple[str, Any], map_rows: Map, num_buckets: int, scratch: Folder,
                 bounds[bucket + 1 :] += len(content)
             at = int(bounds[-1])
             offsets.append(bounds)
-    scratch.write_array(f"{name}.npy", np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
+    scratch.write_array(name, np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
 
 
 def _grouped(table: pa.Table, num_buckets: int) -> Iterator[tuple[int, pa.Table]]:

@@ -125,6 +125,17 @@ class Folder:
         source = self.path(name) if self.is_local else io.BytesIO(self.read_bytes(name))
         return pq.read_table(source, columns=columns, partitioning=None)
 
+    def num_rows(self, name: str) -> int:
+        """Rows of a table, from its footer."""
+        with self.reading(name) as file, pq.ParquetFile(file) as parquet:
+            return parquet.metadata.num_rows
+
+    def table_batches(self, name: str, columns: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
+        """A table piece by piece, at most `rows` at a time."""
+        with self.reading(name) as file, pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(rows, columns=list(columns)):
+                yield pa.Table.from_batches([batch]).select(columns)
+
     def write_table(self, name: str, table: pa.Table) -> File:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")

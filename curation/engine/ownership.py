@@ -29,18 +29,17 @@ _CELLS = (
     "cells/cells.json",
     "cells/cells.json.tmp",
 )
-_EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*.parquet")  # of any stage
+_EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*")  # of any stage
+_RANGE = "range-*.parquet"
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
-    "filter": ("reasons.parquet",),
+    "filter": (_RANGE,),
+    "heads": (_RANGE,),
     "cells": _CELLS,
     "dedup": (
+        _RANGE,
         "edges/*.parquet",
-        "representative.npy",
-        "component.npy",
-        "similarity.npy",
-        "step.npy",
         "split.parquet",
         "near.parquet",
     ),

@@ -199,7 +199,7 @@ class ImageSet:
 
     def column(self, name: str) -> np.ndarray:
         """One column over all gids: numbers as they are (0 for null), fixed-size binary as uint8 [N, width]."""
-        return np.concatenate([_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
+        return np.concatenate([column_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
 
     def arrow(self, name: str) -> pa.ChunkedArray:
         """One column over all gids, as it is."""
@@ -263,7 +263,7 @@ def encoder_folder(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in spec)[-80:]
 
 
-def _values(column: pa.ChunkedArray) -> np.ndarray:
+def column_values(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width
         filled = column.fill_null(b"\0" * width).combine_chunks()

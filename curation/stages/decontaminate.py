@@ -9,13 +9,15 @@ import pyarrow as pa
 from configs.ranges import check_ranges
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.hashes import hash_matches
 from curation.ops.join import pairs_above
 from curation.ops.recall import sketch_radius
-from curation.stages.dedup import Duplicates, heads
+from curation.stages.dedup import Duplicates
+from curation.stages.heads import read_heads
 from curation.stages.kmeans import unit_rows
 
 VERSION = 1
@@ -57,6 +59,8 @@ def decontaminate(
     pool: ImageSet,
     evaluations: dict[str, ImageSet],
     dedup_folder: Folder,
+    heads: Folder,
+    ranges: Ranges,
     cells: Cells,
     encoder: str,
     mirror: np.ndarray | None,
@@ -77,9 +81,7 @@ def decontaminate(
     if config.mode == "component":
         leaked = _with_components(direct, component)
     else:  # the join knows the heads; images that look the same share their head's fate
-        passed = np.flatnonzero(component >= 0)
-        looks = np.full(pool.num_images, -1, np.int64)
-        looks[passed] = heads(pool, passed)
+        looks = np.concatenate([read_heads(heads, number, ranges) for number in range(len(ranges))])
         leaked = _with_components(direct, looks)
     gids = leaked["gid"].to_numpy()
     representative[gids] = -1

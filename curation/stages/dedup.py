@@ -1,31 +1,32 @@
 """dedup: the cascade. Same bytes, near perceptual hashes, near embeddings; then components, one image kept of each."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from configs.ranges import SEEDS, check_ranges
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
+from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
-from curation.ops.components import Groups, component_labels, duplicate_groups, representatives
-from curation.ops.hashes import MIN_QUALITY, equal_groups, hash_distances, hash_pairs
 from curation.ops.join import Pairs, pairs_above, self_pairs
 from curation.ops.randomness import hash_sample
 from curation.ops.recall import TruePairs, certify, measured_recall
+from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
 from curation.stages.kmeans import unit_rows
+from curation.stages.perceptual import perceptual_pairs
 
-VERSION = 1
+VERSION = 2
 _ROWS_PER_TASK = 65_536
 _NEAR_MISS_MARGIN = 0.1
 _NEAR_MISS_PRODUCTS = 2e9  # query-row products spent on looking just below the threshold
 _NEAR_MISS_PAIRS = 200
-STEPS = ("", "exact", "perceptual", "embedding", "chain")
+_PERCEPTUAL = "edges/perceptual.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class DedupConfig:
 
     perceptual_distance: int = 16
     """PDQ bits of 256 that two copies may differ in, 0..31; of the image or its mirror image"""
+    perceptual_rows: int = 4_000_000
+    """up to so many images (after those of equal hashes are one) all hashes are compared with all: minutes of a core"""
     similarity_threshold: float = 0.6
     """cosine of the copy encoder at or above which two images are linked"""
     target_recall: float = 0.99
@@ -54,6 +57,7 @@ class DedupConfig:
             "dedup",
             self,
             perceptual_distance="[0, 31]",
+            perceptual_rows="[0, inf)",
             similarity_threshold="(-1, 1]",
             target_recall="(0, 1)",
             max_component_size="[2, inf)",
@@ -68,81 +72,93 @@ class DedupConfig:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What the dedup stage wrote, by gid, read back."""
+    """What the dedup stage wrote, read back whole: only where the pool is small. `read_groups` reads one range."""
 
     folder: Folder
 
+    def _column(self, name: str, missing: int | float) -> np.ndarray:
+        names = [file for file in self.folder.names() if file.startswith("range-")]
+        tables = [self.folder.read_table(file, [name]) for file in names]
+        return pa.concat_tables(tables)[name].fill_null(missing).to_numpy().copy()
+
     def representative(self) -> np.ndarray:
         """int64 [num_images]: the image kept for this one's group; itself where it is kept; -1 where filtered out."""
-        return self.folder.read_array("representative.npy")
+        return self._column("representative", -1)
 
     def component(self) -> np.ndarray:
         """int64 [num_images]: smallest gid of the group; -1 where filtered out."""
-        return self.folder.read_array("component.npy")
+        return self._column("component", -1)
 
     def similarity(self) -> np.ndarray:
         """float32 [num_images]: cosine to the representative; NaN where they are linked through others only."""
-        return self.folder.read_array("similarity.npy")
+        return self._column("similarity", np.nan)
 
     def step(self) -> np.ndarray:
         """uint8 [num_images]: index into STEPS, the step of the cascade that made it a copy of its representative."""
-        return self.folder.read_array("step.npy")
+        return self._column("step", 0)
 
 
 def deduplicate(
     folder: Folder,
     pool: ImageSet,
-    passed: np.ndarray,
+    filtered: Folder,
+    heads: Folder,
+    ranges: Ranges,
     cells: Cells,
     encoder: str,
     mirror: np.ndarray | None,
     config: DedupConfig,
     execution: ExecutionConfig,
-    standing: np.ndarray | None = None,
 ) -> tuple[list[File], dict[str, int], dict[str, Any]]:
-    """Group the images `passed` (int64, ascending) and choose one of each group; see Duplicates for what is written.
+    """Group the images that passed the filters and choose one of each group: see `groups.SCHEMA` for what is written.
 
     Args:
-        cells: the copy encoder's vectors of the heads among them.
+        filtered, heads: folders of those stages.
+        cells: the copy encoder's vectors of the heads.
         mirror: signs that turn a vector into that of the flipped image, or None.
-        standing: uint8 [num_images], what images were in an earlier release (Run.standing). Where they can be, those
-            that it kept or that stood for their group stand for it again; one that it kept always stands for itself.
     """
-    head = heads(pool, passed, standing)
-    distinct = passed[head == passed]
-    perceptual = _perceptual_pairs(folder, pool, distinct, encoder, config)
+    links: list[EdgeFiles] = []
+    num_perceptual = 0
+    if cells.num_rows <= config.perceptual_rows:
+        num_perceptual = perceptual_pairs(
+            folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution
+        )
+        links.append(EdgeFiles(folder, [_PERCEPTUAL], -2.0))
     certificate, truth = certify(
         cells, config.similarity_threshold, config.target_recall, seed=config.seed, mirror=mirror
     )
     names = _join(folder, cells, mirror, certificate.nprobe, certificate.sketch_radius, config, execution)
-    edges = _Edges(folder, names, perceptual, distinct)
-
-    keys = _priorities(pool, distinct, encoder, edges, config)
-    if standing is not None:
-        keys.insert(0, standing[distinct].astype(np.int64))
-    groups = duplicate_groups(
-        len(distinct),
-        edges,
-        keys,
-        max_component_size=config.max_component_size,
-        min_similarity=config.min_similarity_to_representative,
+    links.append(EdgeFiles(folder, names, config.similarity_threshold))
+    num_embedding = sum(folder.num_rows(name) for name in names)
+    rules = GroupRules(
+        tuple(config.representative),
+        config.max_component_size,
+        config.min_similarity_to_representative,
+        config.perceptual_distance,
     )
-    files = _write_groups(folder, pool, passed, head, distinct, groups, config, standing)
-    files.append(_write_near_misses(folder, pool, cells, encoder, distinct, mirror, config))
+    split = write_groups(
+        folder, filtered, heads, ranges, pool, encoder, links, num_perceptual + num_embedding, rules, execution
+    )
+    told = run_tasks(
+        _describe, range(len(ranges)), folder, filtered, ranges, execution=execution, label="dedup", unit="files"
+    )
+    files = [file for file, *_ in told]
+    files.append(folder.write_table("split.parquet", split))
+    distinct = cells.read_gids(0, cells.num_rows)
+    files.append(_write_near_misses(folder, pool, cells, encoder, np.sort(distinct), mirror, config))
     recall, bound = (
         measured_recall(_pairs_of(folder, names, truth), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
     )
     if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
         bound = certificate.lower_bound
-    representative = Duplicates(folder).representative()
     counts = {
-        "images in": len(passed),
-        "images out": int((representative[passed] == passed).sum()),
-        "exact copies": int((equal_groups(pool.column("sha256")[passed]) != np.arange(len(passed))).sum()),
-        "images joined": len(distinct),
-        "perceptual pairs": perceptual.num_rows,
-        "embedding pairs": sum(folder.read_table(name, ["a"]).num_rows for name in names),
-        "components split": len(groups.split.label),
+        "images in": sum(row[1] for row in told),
+        "images out": sum(row[2] for row in told),
+        "exact copies": sum(row[3] for row in told),
+        "images joined": cells.num_rows,
+        "perceptual pairs": num_perceptual,
+        "embedding pairs": num_embedding,
+        "components split": split.num_rows,
     }
     figures = {
         **asdict(certificate),
@@ -153,60 +169,14 @@ def deduplicate(
     return files, counts, figures
 
 
-def heads(pool: ImageSet, passed: np.ndarray, standing: np.ndarray | None = None) -> np.ndarray:
-    """For each image of `passed` (int64, ascending), the gid of the one that stands for all with the same looks.
-
-    The same looks: equal perceptual hashes of the image and of its mirror image; where the hash says little, equal
-    bytes. Only heads enter the join: a placeholder that 300,000 pages show in as many encodings would make 10^11 pairs.
-    The head is the one of best standing (Run.standing), then the largest of them in pixels, then in bytes, then the one
-    of smallest gid.
-    """
-    looks = np.concatenate([pool.column("pdq"), pool.column("pdq_mirrored")], axis=1)[passed]
-    vague = pool.column("pdq_quality")[passed] < MIN_QUALITY
-    looks[vague] = np.pad(pool.column("sha256")[passed][vague], ((0, 0), (0, looks.shape[1] - 32)))
-    pixels = pool.column("width").astype(np.int64) * pool.column("height")
-    keys = [pixels[passed], image_bytes(pool)[passed]]
-    if standing is not None:
-        keys.insert(0, standing[passed].astype(np.int64))
-    return passed[representatives(equal_groups(looks), keys)]
-
-
-@dataclass
-class _Edges:
-    """Batches of (a, b, similarity) over positions in `distinct`, read anew from the files for each pass."""
-
-    folder: Folder
-    names: list[str]
-    perceptual: pa.Table
-    distinct: np.ndarray
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for table in [self.perceptual, *(self.folder.read_table(name) for name in self.names)]:
-            ends = (np.searchsorted(self.distinct, table[end].to_numpy()) for end in ("a", "b"))
-            yield (*ends, table["similarity"].to_numpy())
-
-
-def _perceptual_pairs(
-    folder: Folder, pool: ImageSet, distinct: np.ndarray, encoder: str, config: DedupConfig
-) -> pa.Table:
-    """Pairs of near PDQ hashes, with the exact cosine of their embeddings for the record."""
-    a, b, distance = hash_pairs(
-        pool.column("pdq")[distinct],
-        pool.column("pdq_quality")[distinct],
-        config.perceptual_distance,
-        pool.column("pdq_mirrored")[distinct],
-    )
-    ends = np.unique(np.concatenate([a, b]))
-    similarity = np.zeros(len(a), np.float32)
-    if len(ends):
-        rows = unit_rows(pool.take_embeddings(encoder, distinct[ends]))
-        for start in range(0, len(a), 1 << 16):
-            block = slice(start, start + (1 << 16))
-            left, right = (rows[np.searchsorted(ends, end[block])] for end in (a, b))
-            similarity[block] = np.einsum("nd,nd->n", left, right)
-    table = pa.table({"a": distinct[a], "b": distinct[b], "similarity": similarity, "distance": distance})
-    folder.write_table("edges/perceptual.parquet", table)
-    return table
+def _describe(number: int, folder: Folder, filtered: Folder, ranges: Ranges) -> tuple[File, int, int, int]:
+    """A range's file; images in it, kept, and copies of the same bytes as their representative."""
+    table = read_groups(folder, number, ["representative", "step"])
+    start, stop = ranges.bounds(number)
+    kept = pc.sum(pc.equal(table["representative"], pa.array(np.arange(start, stop)))).as_py() or 0
+    exact = pc.sum(pc.equal(table["step"], STEPS.index("exact"))).as_py() or 0
+    name = range_file("range", number)
+    return folder.described(name, stop - start), stop - start - table["representative"].null_count, kept, exact
 
 
 def _join(
@@ -280,85 +250,6 @@ def _pairs_of(folder: Folder, names: list[str], truth: TruePairs) -> Pairs:
     columns = [table[name].to_numpy() for name in ("a", "b", "similarity", "mirrored")]
     order = np.lexsort((columns[1], columns[0]))
     return Pairs(*(column[order] for column in columns))
-
-
-def _priorities(
-    pool: ImageSet, distinct: np.ndarray, encoder: str, edges: _Edges, config: DedupConfig
-) -> list[np.ndarray]:
-    keys = []
-    for name in config.representative:
-        if name == "resolution":
-            keys.append((pool.column("width").astype(np.int64) * pool.column("height"))[distinct])
-        elif name == "bytes":
-            keys.append(image_bytes(pool)[distinct])
-        else:
-            keys.append(_centrality(pool, distinct, encoder, component_labels(len(distinct), edges)))
-    return keys
-
-
-def image_bytes(pool: ImageSet) -> np.ndarray:
-    """int64 [num_images]: bytes of each image's file; 0 where there is none."""
-    sizes = [pool.index(part, ["image"])["image"].combine_chunks().field("size") for part in range(pool.num_parts)]
-    return np.concatenate([s.fill_null(0).to_numpy(zero_copy_only=False) for s in sizes]).astype(np.int64)
-
-
-def _centrality(pool: ImageSet, distinct: np.ndarray, encoder: str, labels: np.ndarray) -> np.ndarray:
-    """float32 [distinct]: cosine to the mean of the image's component, NaN for images that are alone."""
-    result = np.full(len(labels), np.nan, np.float32)
-    members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    if not len(members):
-        return result
-    rows = unit_rows(pool.take_embeddings(encoder, distinct[members]))
-    order = np.argsort(labels[members], kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(labels[members][order]) > 0])
-    sums = np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
-    mean = np.repeat(sums, np.diff(np.r_[starts, len(order)]), axis=0)
-    cosine = np.einsum("nd,nd->n", rows[order], mean) / np.maximum(np.linalg.norm(mean, axis=1), 1e-12)
-    result[members[order]] = cosine
-    return result
-
-
-def _write_groups(
-    folder: Folder,
-    pool: ImageSet,
-    passed: np.ndarray,
-    head: np.ndarray,
-    distinct: np.ndarray,
-    groups: Groups,
-    config: DedupConfig,
-    standing: np.ndarray | None,
-) -> list[File]:
-    """Groups over heads -> arrays over gids; images that look the same share their head's fate and similarity."""
-    at = np.searchsorted(distinct, head)
-    representative = np.full(pool.num_images, -1, np.int64)
-    component = np.full(pool.num_images, -1, np.int64)
-    similarity = np.full(pool.num_images, np.nan, np.float32)
-    step = np.zeros(pool.num_images, np.uint8)
-    representative[passed] = distinct[groups.representatives[at]]
-    if standing is not None:
-        kept = passed[standing[passed] == 2]
-        representative[kept] = kept
-    _, smallest, of_label = np.unique(groups.labels[at], return_index=True, return_inverse=True)
-    component[passed] = passed[smallest[of_label]]
-    similarity[passed] = groups.similarity[at]
-    own = representative[passed]
-    hashes, mirrored = pool.column("pdq"), pool.column("pdq_mirrored")
-    digests = pool.column("sha256")
-    is_exact = (digests[passed] == digests[own]).all(axis=1)
-    distance = np.minimum(hash_distances(hashes[passed], hashes[own]), hash_distances(hashes[passed], mirrored[own]))
-    is_near = distance <= config.perceptual_distance
-    step[passed] = np.select(
-        [own == passed, is_exact, is_near, ~np.isnan(similarity[passed])],
-        [STEPS.index(name) for name in ("", "exact", "perceptual", "embedding")],
-        STEPS.index("chain"),
-    )
-    arrays = {"representative": representative, "component": component, "similarity": similarity, "step": step}
-    files = [folder.write_array(f"{name}.npy", values) for name, values in arrays.items()]
-    split = groups.split
-    table = pa.table(
-        {"component": component[distinct[split.label]], "size": split.size, "num_groups": split.num_groups}
-    )
-    return [*files, folder.write_table("split.parquet", table)]
 
 
 def _write_near_misses(

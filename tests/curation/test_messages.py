@@ -214,7 +214,7 @@ def test_a_pool_of_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str], ra
     for _ in range(2):  # the same command again says the same
         assert run(blank_tar(tmp_path / "blank.tar"), out) == 1
         assert "none of the 6 images of the pool can be used: 6 blank" in sentence(capsys)
-    assert (out / "filter" / "reasons.parquet").exists()
+    assert (out / "filter" / "reasons-00000.parquet").exists()
     assert not [name for name in ("shards", "report.html", "decisions.parquet") if (out / name).exists()]
 
 

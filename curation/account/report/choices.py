@@ -17,7 +17,7 @@ from curation.engine.folder import Folder
 from curation.ops.kmeans import assign
 from curation.ops.randomness import hash_sample, hash_shuffle
 from curation.stages.cluster import Clustering
-from curation.stages.dedup import STEPS
+from curation.stages.groups import STEPS
 from curation.stages.kmeans import unit_rows
 from curation.state import Run
 

@@ -17,7 +17,7 @@ from curation.account.fates import STATUSES, Duplicates, Sources, duplicates_of
 from curation.engine.exchange import BUCKET
 from curation.engine.folder import Folder
 from curation.ops.randomness import hash_sample
-from curation.stages.dedup import STEPS
+from curation.stages.groups import STEPS
 
 SEED = 0
 LARGEST_GROUPS = 20

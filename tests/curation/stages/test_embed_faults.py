@@ -14,7 +14,7 @@ from curation.engine.manifest import File
 from curation.engine.workers import ExecutionConfig
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import find_parts
-from curation.stages.embed import EmbedConfig, embed_set
+from curation.stages.embed import EmbedConfig, count_losses, embed_set
 from tests.conftest import REPOSITORY, picture_tar
 
 
@@ -28,7 +28,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedded(pool: Path, out: Path, filters: list[Filter]) -> list[File]:
     config, execution = EmbedConfig(encoder="descriptors", batch_size=4), ExecutionConfig(workers=2)
-    return embed_set(Folder(str(out)), find_parts([str(pool)]), ["descriptors"], config, filters, execution, "embed")
+    return embed_set(Folder(str(out)), find_parts([str(pool)]), ["descriptors"], config, filters, execution, "embed")[0]
 
 
 def pixels(name: str, **options: object) -> list[Filter]:
@@ -84,3 +84,14 @@ def test_a_lost_node_costs_what_ran_there(pool: Path, tmp_path: Path, undisturbe
     assert [name for name in ("run/done", "pieces") if f"lost a node in {name}" not in done.stdout] == []
     assert "a node of the cluster was lost" in done.stderr
     assert [File(**entry) for entry in json.loads((tmp_path / "files.json").read_text())] == undisturbed
+
+
+def test_what_pixel_filters_reject_is_not_unreadable(pool: Path, tmp_path: Path, ray_session: None) -> None:
+    """A filter that drops most of a pool must not end the run, as files that cannot be read would."""
+    config, execution = EmbedConfig(encoder="descriptors", batch_size=4), ExecutionConfig(workers=2)
+    parts = find_parts([str(pool / "1.tar")])
+    rules = pixels("drops", reason="dull", but="p10015")
+    _, tallies, _ = embed_set(Folder(str(tmp_path)), parts, ["descriptors"], config, rules, execution, "embed")
+    counts, lost, total, worst = count_losses(parts, tallies)
+    assert counts == {"images": 10, "rejected: dull": 9}
+    assert (lost, total, worst) == (0, 10, "")
