@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from curation.config import CurationConfig
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
 from curation.engine.ownership import TIMING, scratch_folder
@@ -54,6 +55,12 @@ class Run:
     config: CurationConfig
     inputs: Inputs
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    earlier: Earlier | None = None
+
+    @property
+    def release(self) -> int:
+        """How many runs this one extends, and itself."""
+        return self.earlier.release + 1 if self.earlier is not None else 1
 
     @property
     def filters(self) -> list[Filter]:

@@ -1,5 +1,6 @@
 """Every step of a run: its settings and inputs, and what it hands to its stage."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,8 +9,9 @@ from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
+from curation.engine.manifest import File
 from curation.engine.ranges import Ranges
-from curation.engine.store import NOT_IN_POOL
+from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
@@ -67,6 +69,7 @@ def plan_steps(run: Run) -> list[Step]:
         for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
         settings["pixel_filters"] = [f.settings() for f in filters]
+        _check_earlier(run, name, settings)
         return Step(
             name,
             "embed",
@@ -77,6 +80,8 @@ def plan_steps(run: Run) -> list[Step]:
             listing=sorted(part.id for part in parts),
         )
 
+    # What an earlier release decided counts from the first step that reads every image.
+    extends = {"extends": run.earlier.key} if run.earlier is not None else {}
     seeds, evaluations = run.inputs.seeds, run.inputs.evaluations
     steps = [embedding("embed/pool", run.inputs.pool, specs, pixel_filters)]
     steps += [embedding(f"embed/seed-{name}", parts, specs[:1], []) for name, (_, parts) in seeds.items()]
@@ -88,10 +93,11 @@ def plan_steps(run: Run) -> list[Step]:
                 "filters": c.filters,
                 "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
                 "range_rows": c.range_rows,
+                **extends,
             },
             ("embed/pool",),
             lambda run, folder: (
-                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution), {},
+                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution, run.earlier), {},
             ),
         ),
         Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
@@ -131,9 +137,18 @@ def plan_steps(run: Run) -> list[Step]:
         f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
     )
     decided = (*named, "filter", "dedup", "decontaminate", "cluster", *choices)
-    steps.append(Step("decide", "decide", decisions.VERSION, {"range_rows": c.range_rows}, decided, decisions.decide))
+    steps.append(
+        Step(
+            "decide",
+            "decide",
+            decisions.VERSION,
+            {"range_rows": c.range_rows, "release": run.release, **extends},
+            decided,
+            decisions.decide,
+        )
+    )
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
-    settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
+    settings = {**asdict(c.shard), "edits": [f.path for f in edits], **extends}
     before = ("embed/pool", "decide", *as_is)
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
@@ -143,6 +158,18 @@ def plan_steps(run: Run) -> list[Step]:
     return steps
 
 
+def _check_earlier(run: Run, name: str, settings: dict[str, Any]) -> None:
+    """A set that the run to be extended has too must be embedded in the same way, or nothing of it could stay."""
+    if run.earlier is None or name not in run.earlier.manifests:
+        return
+    had, wanted = run.earlier.manifests[name].settings, json.loads(json.dumps(settings))
+    if differing := sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key)):
+        raise ValueError(
+            f"--extend {run.earlier.folder.url} has {name} with other settings of `embed` ({', '.join(differing)}): "
+            "give those, or start a run of its own."
+        )
+
+
 # --- what each step hands to its stage --------------------------------------------------------------------------------
 
 
@@ -150,13 +177,15 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
+    if run.earlier is not None and name in run.earlier.manifests:
+        adopt(folder, run.earlier.folder / name, c.execution)
     files, tallies, gone = embed.embed_set(
         folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " ")
     )
-    figures = {"gone": gone} if gone else {}
     counts, lost, total, worst = embed.count_losses(parts, tallies)
-    if not_listed := sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]:
-        counts[NOT_IN_POOL] = not_listed
+    figures = {"gone": gone} if gone else {}
+    if gone:
+        counts[NOT_IN_POOL] = sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
     if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
@@ -272,22 +301,44 @@ def _balance(run: Run, folder: Folder) -> Written:
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [KeptSet("pool", run.pool, run.ranges, run.manifests["decide"].counts["kept"], run.folder / "decide")]
+    kept = [
+        KeptSet(
+            "pool",
+            run.pool,
+            run.ranges,
+            run.manifests["decide"].counts["kept"],
+            run.folder / "decide",
+            release=run.release,
+        )
+    ]
+    before = run.earlier.manifests if run.earlier is not None else {}
+    written = before["shards"].counts if before else {}
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
             counts = run.manifests[f"embed/seed-{name}"].counts
             good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
             images = run.images(f"embed/seed-{name}")
             ranges = Ranges(images.num_images, run.ranges.size)
-            kept.append(KeptSet(f"seed:{name}", images, ranges, good, seed=name))
-    if not sum(k.num_kept for k in kept):
+            has = f"seed:{name}" in written  # what the earlier release has as it is, it has in its shards
+            first = int(Parts.of(before[f"embed/seed-{name}"]).base[-1]) if has else 0
+            new = max(0, good - written.get(f"seed:{name}", 0))
+            kept.append(KeptSet(f"seed:{name}", images, ranges, new, seed=name, first=first))
+    if not sum(k.num_kept for k in kept) and run.earlier is None:
         raise ValueError(
             f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
             f"{_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
-    files, counts = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
+    earlier: list[File] = []
+    if run.earlier is not None:
+        earlier = before["shards"].files
+        decisions.write_dropped(run, folder)
+        shard.take_earlier(folder, run.earlier.folder / "shards", earlier, run.config.execution)
+    files, counts = shard.write_shards(
+        folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit, len(earlier)
+    )
+    files = [*earlier, *files]
     return files, counts, {"bytes": sum(f.bytes for f in files)}
 
 

@@ -44,7 +44,7 @@ def main(pool: str, out: str) -> None:
     lose_a_node_when("run/done", 1)
     slow = build_filters([{"kind": "pixels", "path": "tests.mortal:slowly", "options": {"seconds": 0.05}}])
     config = EmbedConfig(encoder="descriptors", batch_size=4)
-    files, _ = embed_set(Folder(f"{out}/run"), find_parts([pool]), ["descriptors"], config, slow, EXECUTION, "embed")
+    files, *_ = embed_set(Folder(f"{out}/run"), find_parts([pool]), ["descriptors"], config, slow, EXECUTION, "embed")
     Path(out, "files.json").write_text(json.dumps([asdict(file) for file in files]))
 
     lose_a_node_when("pieces", 6)

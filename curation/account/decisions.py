@@ -19,6 +19,7 @@ from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.workers import run_tasks
+from curation.stages.shard import DROPPED_FILE
 from curation.state import Run, Written
 
 __all__ = ["SCHEMA", "STATUSES", "decide", "decided_schema", "range_name"]
@@ -50,9 +51,13 @@ SCHEMA = pa.schema(
         # at the shard's mean bytes a sample (null where it has no whole sample); null elsewhere
         ("unread_bytes", pa.int64()),
         ("unread_images", pa.int64()),
+        # which release first kept it: 1 for a run that extends none; of an image that is not kept: that the earlier
+        # release kept it, and this one drops it
+        ("release", pa.int32()),
         ("shard", pa.string()),  # file below shards/; null unless kept and written
     ]
 )
+_DROPPED = pa.schema([SCHEMA.field(name) for name in ("gid", "key", "status", "reason", "release", "shard")])
 _INDEX = ["key", "source", "unread_bytes", "unread_images"]
 _KEYS = pa.schema([("asker", pa.int64()), ("place", pa.int64()), ("key", pa.large_string())])
 _KEY_BLOCK = 1 << 20
@@ -108,15 +113,30 @@ def decide(run: Run, folder: Folder) -> Written:
         )
     (folder / _ANSWERS).clear(("piece-*.parquet",))
     jobs = [(name, int(rows)) for name, rows in zip(names, ranges.weights(), strict=True)]
-    done = run_tasks(_described, jobs, folder, execution=execution, label="decide: sum up", unit="files")
+    done = run_tasks(_described, jobs, folder, run.release, execution=execution, label="decide: sum up", unit="files")
     counts = {"images": ranges.num_rows, "kept": sum(kept for _, kept in done)}
     return [file for file, _ in done], counts, {}
 
 
-def _described(job: tuple[str, int], folder: Folder) -> tuple[File, int]:
-    """The manifest's entry of a range's file, and how many of its images are kept."""
+def write_dropped(run: Run, folder: Folder) -> None:
+    """DROPPED_FILE in the folder of the shards: what the earlier release kept and this one does not, by gid: why, and
+    the shard of that release that holds it. One range in memory at a time."""
+    assert run.earlier is not None
+    is_dropped = pc.is_valid(pc.field("release")) & (pc.field("status") != "kept")
+    files = run.earlier.manifests["report"].files
+    with folder.writing(DROPPED_FILE) as file, pq.ParquetWriter(file, _DROPPED, compression="zstd") as writer:
+        for number, earlier in enumerate(files):
+            rows = (run.folder / "decide").table_where(range_name(number), is_dropped, _DROPPED.names[:-1])
+            ours = pc.field("gid").isin(rows["gid"].combine_chunks())
+            shard = run.earlier.folder.table_where(earlier.path, ours, ["shard"])["shard"]
+            writer.write_table(rows.append_column("shard", shard).cast(_DROPPED))
+
+
+def _described(job: tuple[str, int], folder: Folder, release: int) -> tuple[File, int]:
+    """The manifest's entry of a range's file, and how many of its images are kept that no earlier release has."""
     name, rows = job
-    kept = folder.table_where(name, pc.field("status") == "kept", ["gid"]).num_rows
+    is_new = (pc.field("status") == "kept") & (pc.field("release") == release)
+    kept = folder.table_where(name, is_new, ["gid"]).num_rows
     return folder.described(name, rows), kept
 
 
@@ -166,7 +186,7 @@ def _decide(number: int, keys: pa.Table, sources: Sources, folder: Folder) -> No
             columns: dict[str, Any] = {
                 **fate.columns,
                 "duplicate_of": named((fate.place >= 0) & (fate.place < sources.set_base[1])),
-                "seed_match": named(is_seed),
+                "seed_match": pc.coalesce(named(is_seed), fate.columns["seed_match"]),
                 "eval_match": named(fate.place >= sources.set_base[1 + len(sources.seeds)]),
             }
             index = sources.pool.rows(start, stop, _INDEX)

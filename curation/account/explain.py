@@ -67,6 +67,9 @@ def story(account: Account, gid: int) -> str:
             parts.append(("drawn by", " ".join(_draws(account, gid, row["cluster"])) or "nothing."))
         if row["status"] == "kept":
             parts.append(("shard", _shard(account, gid, row)))
+    release = account.manifest("decide").settings["release"]
+    if release > 1 and row["release"] is not None:
+        parts.append(("release", _release(row, release)))
     lines = [f"{visible(row['key'])} (gid {gid}): {_verdict(row)}"]
     for label, text in parts:
         filled = textwrap.wrap(text, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
@@ -326,6 +329,14 @@ def _nearest_seed(account: Account, gid: int, name: str, rule: dict[str, Any]) -
     if drawn.num_rows >= rule["k"]:
         return f"{text}; its {rule['k']} draws all have {pc.min(drawn['similarity']).as_py():.3f} or more."
     return f"{text}."
+
+
+def _release(row: dict[str, Any], release: int) -> str:
+    if row["status"] != "kept":
+        return f"release {row['release']} first kept it; release {release} drops it."
+    if row["release"] == release:
+        return f"release {release}, this one, keeps it first."
+    return f"release {row['release']} kept it first, and it stays."
 
 
 def _shard(account: Account, gid: int, row: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What the stages say of the images of a span of gids: the one place where their files are read for the account."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -8,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
+from curation.stages import groups
 from curation.stages.groups import STEPS
 from curation.state import Run
 
@@ -30,6 +33,8 @@ class Sources:
     seeds: dict[str, ImageSet]
     evaluations: dict[str, ImageSet]
     is_balanced: bool
+    release: int = 1
+    earlier: Earlier | None = None
 
     @staticmethod
     def of(run: Run) -> "Sources":
@@ -40,6 +45,8 @@ class Sources:
             {name: run.images(f"embed/seed-{name}") for name in run.inputs.seeds},
             {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
             run.config.balance.is_wanted(),
+            run.release,
+            run.earlier.decided() if run.earlier is not None else None,
         )
 
     def spans(self, number: int) -> list[tuple[int, int]]:
@@ -88,10 +95,15 @@ class Duplicates(NamedTuple):
 
 def duplicates_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> Duplicates:
     """Of a run's folder, for the gids [start, stop), all of one range."""
-    names = ["component", "component_size", "representative", "similarity", "step"]
-    table = _rows(folder / "dedup", ranges, start, stop, names)
-    missing = (-1, 0, -1, np.nan, 0)
-    return Duplicates(*(table[name].fill_null(fill).to_numpy() for name, fill in zip(names, missing, strict=True)))
+    table = _range_rows(folder / "dedup", ranges, start, stop, groups.SCHEMA.names)
+    missing = {"component": -1, "component_size": 0, "representative": -1, "similarity": np.nan, "step": 0}
+    return Duplicates(*(table[name].fill_null(missing[name]).to_numpy() for name in missing))
+
+
+def _range_rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    """The gids [start, stop), all of one range, of a stage that writes a file a range."""
+    number, first = start // ranges.size, start // ranges.size * ranges.size
+    return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
 
 
 def representatives_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
@@ -106,7 +118,7 @@ def leaks_of(folder: Folder, start: int, stop: int) -> pa.Table:
 
 def _reasons_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.DictionaryArray:
     """Why a filter dropped each image; null for those that went on."""
-    return _encoded(_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
+    return _encoded(_range_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
 
 
 def _clusters_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
@@ -157,7 +169,8 @@ class Fates(NamedTuple):
     """What becomes of the images of a span, and the images that say why."""
 
     columns: dict[str, pa.Array]
-    """of decisions.SCHEMA, those that need no name from another part or set; `draws` beside them"""
+    """of decisions.SCHEMA, those that need no name from another part or set; `draws` beside them, and `seed_match`
+    where an earlier release has said it"""
     place: np.ndarray
     """int64: of the image that explains this one's fate (Sources.sets): the representative of a duplicate, what a leak
     matched, the seed image whose draw was the strongest; -1 where there is none"""
@@ -224,15 +237,39 @@ def fates(sources: Sources, start: int, stop: int) -> Fates:
         "similarity": pa.array(similarity, mask=np.isnan(similarity)),
         "cluster": pa.array(cluster, mask=cluster < 0),
         "draws": pa.StructArray.from_arrays(draw_columns, sources.draw_names, mask=pa.array(~is_kept)),
+        "release": pa.array(np.full(len(here), sources.release, np.int32), mask=~is_kept),
+        "seed_match": pa.nulls(len(here), pa.string()),
     }
+    if sources.earlier is not None:
+        stays = _keep_places(columns, sources.earlier.decisions(start, stop, _EARLIER))
+        place[stays] = -1
     return Fates(columns, place)
 
 
-def _rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: list[str]) -> pa.Table:
-    """Rows of the gids [start, stop), all of one range, of a stage that writes files of ranges."""
-    number = start // ranges.size
-    first, _ = ranges.bounds(number)
-    return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
+_EARLIER = ("status", "reason", "seed", "seed_match", "similarity", "release")
+
+
+def _keep_places(columns: dict[str, pa.Array], before: pa.Table) -> np.ndarray:
+    """Images that an earlier release kept, and that no filter, leak or group removes, stay as it kept them, whether or
+    not anything draws them now; those that something removes keep the release's number. Changes `columns`.
+
+    Returns:
+        bool [rows]: those that stay.
+    """
+    rows = len(columns["gid"])
+
+    def padded(name: str) -> pa.Array:
+        column = before[name].combine_chunks()
+        return pa.concat_arrays([column, pa.nulls(rows - len(column), column.type)])
+
+    was_kept = pc.fill_null(pc.equal(padded("status"), "kept"), False)
+    may_stay = pc.is_in(columns["status"], pa.array(["kept", "not_retrieved"]))
+    stays = pc.and_(was_kept, may_stay)
+    for name in ("reason", "seed", "seed_match", "similarity"):
+        columns[name] = pc.if_else(stays, padded(name), columns[name])
+    columns["status"] = pc.if_else(stays, "kept", columns["status"])
+    columns["release"] = pc.if_else(was_kept, padded("release"), columns["release"])
+    return stays.to_numpy(zero_copy_only=False)
 
 
 def _between(start: int, stop: int) -> pc.Expression:

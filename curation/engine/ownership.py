@@ -62,6 +62,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         f"done/{_SHARD}.json",
         f"index/{_SHARD}.parquet",
         "not_written.parquet",
+        "dropped.parquet",
         "placed/placed-*.parquet",
         "plan/bucket-*.arrow",
         "plan/bucket-*.json",

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
+from curation.engine.workers import ExecutionConfig, run_tasks
 
 _MEMBER = pa.struct([("suffix", pa.string()), ("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
@@ -44,6 +45,7 @@ NOT_IN_POOL = "not_in_pool"
 """reason of the rows of a part that the set does not list any more"""
 _GONE = {"status": "rejected", "reason": NOT_IN_POOL, "sha256": None, "pdq": None, "pdq_mirrored": None}
 _REGISTRY = "registry"
+_TAKEN_AT_ONCE = 1000  # files of an earlier set in one task
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,28 @@ def register(folder: Folder, parts: Mapping[str, list[File]]) -> None:
     if new := {id_: [asdict(file) for file in files] for id_, files in parts.items() if id_ not in known}:
         number = sum(name.startswith(f"{_REGISTRY}/") for name in folder.names())
         folder.write_bytes(f"{_REGISTRY}/parts-{number:05d}.json", json.dumps(new).encode())
+
+
+def adopt(folder: Folder, earlier: Folder, execution: ExecutionConfig) -> None:
+    """Take over the parts of an earlier set of the same settings, with their numbers; what is there already stays."""
+    there = set(folder.names())
+    if any(name.startswith(f"{_REGISTRY}/") for name in there):
+        return
+    names = earlier.names()
+    files = [file.path for of_part in registered(earlier).values() for file in of_part]
+    files += [name for name in names if name.startswith("done/")]
+    todo = [name for name in files if name not in there]
+    jobs = [todo[i : i + _TAKEN_AT_ONCE] for i in range(0, len(todo), _TAKEN_AT_ONCE)]
+    run_tasks(_take, jobs, folder, earlier, execution=execution, label="earlier release", unit="files",
+              weights=list(map(len, jobs)))  # fmt: skip
+    for name in names:  # last, for who finds numbers takes their parts for whole
+        if name.startswith(f"{_REGISTRY}/"):
+            folder.take(name, earlier)
+
+
+def _take(names: list[str], folder: Folder, earlier: Folder) -> None:
+    for name in names:
+        folder.take(name, earlier)
 
 
 @dataclass(frozen=True)

@@ -277,8 +277,7 @@ def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[d
     """What a set holds, for its manifest, and what of it cannot be read.
 
     Returns:
-        counts: images (rows of the parts that are listed); rejected, by reason; where there are any: rows of parts that
-            are not listed any more, damaged shards, unread bytes, unread images.
+        counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
         lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
             missing end marker is no loss, nor is what a filter rejects.
         worst: the most frequent reason of those; empty where there are none.

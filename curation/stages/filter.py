@@ -6,10 +6,12 @@ sizes) are written once, beside the reason why an image is left out, in the orde
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
@@ -17,7 +19,7 @@ from curation.engine.store import ImageSet, PartRows, read_rows
 from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.reading.filters import Filter, first_reasons
 
-VERSION = 2
+VERSION = 3
 _INDEX = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
 _COLUMNS = [*_INDEX, "image", "pdq", "pdq_mirrored", "pdq_quality"]
 _ROW_GROUP = 1 << 20
@@ -30,12 +32,18 @@ SCHEMA = pa.schema(
         ("pdq_quality", pa.int32()),
         ("pixels", pa.int64()),  # width x height; 0 where unknown
         ("bytes", pa.int64()),  # of the image's file; 0 where there is none
+        ("standing", pa.uint8()),  # in an earlier release: 2 kept, 1 it stood for its group; else 0
     ]
 )
 
 
 def filter_pool(
-    folder: Folder, pool: ImageSet, filters: Sequence[Filter], ranges: Ranges, execution: ExecutionConfig
+    folder: Folder,
+    pool: ImageSet,
+    filters: Sequence[Filter],
+    ranges: Ranges,
+    execution: ExecutionConfig,
+    earlier: Earlier | None = None,
 ) -> tuple[list[File], dict[str, int]]:
     """Write range-*.parquet (SCHEMA, one row a gid); ranges that a former run finished are kept.
 
@@ -45,11 +53,12 @@ def filter_pool(
     names = [range_file("range", number) for number in range(len(ranges))]
     run_pieces(
         _filter_range,
-        [pool.rows_between(*ranges.bounds(number)) for number in range(len(ranges))],
+        [(ranges.bounds(number)[0], pool.rows_between(*ranges.bounds(number))) for number in range(len(ranges))],
         names,
         folder,
         pool.folder,
         list(filters),
+        earlier.decided() if earlier is not None else None,
         execution=execution,
         label="filter",
         unit="images",
@@ -73,14 +82,27 @@ def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterato
     yield from folder.table_batches(range_file("range", number), columns)
 
 
-def _filter_range(parts: list[PartRows], folder: Folder, name: str, index: Folder, filters: list[Filter]) -> None:
+def _filter_range(
+    item: tuple[int, list[PartRows]],
+    folder: Folder,
+    name: str,
+    index: Folder,
+    filters: list[Filter],
+    earlier: Earlier | None,
+) -> None:
+    at, parts = item
     with (
         folder.writing(name) as file,
         pq.ParquetWriter(file, SCHEMA, compression="zstd", compression_level=1) as writer,
     ):
         held: list[pa.Table] = []
         for rows in parts:
-            held.append(_judged(read_rows(index, rows, _COLUMNS), filters))
+            table = _judged(read_rows(index, rows, _COLUMNS), filters)
+            standing = np.zeros(table.num_rows, np.uint8)
+            if earlier is not None:
+                standing = earlier.standing(at, at + table.num_rows)
+            held.append(table.append_column(SCHEMA.field("standing"), pa.array(standing)))
+            at += table.num_rows
             if sum(table.num_rows for table in held) >= _ROW_GROUP:
                 writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
                 held = []
@@ -95,8 +117,9 @@ def _judged(table: pa.Table, filters: list[Filter]) -> pa.Table:
         "pixels": pc.fill_null(pixels, 0),
         "bytes": pc.fill_null(pc.struct_field(table["image"], "size"), 0),
     }
-    arrays = [columns[name] if name in columns else table[name] for name in SCHEMA.names]
-    return pa.table(dict(zip(SCHEMA.names, arrays, strict=True)), schema=SCHEMA)
+    schema = SCHEMA.remove(SCHEMA.get_field_index("standing"))
+    arrays = [columns[name] if name in columns else table[name] for name in schema.names]
+    return pa.table(dict(zip(schema.names, arrays, strict=True)), schema=schema)
 
 
 def _describe(name: str, folder: Folder) -> tuple[File, dict[str, int]]:

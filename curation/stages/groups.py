@@ -213,6 +213,7 @@ _MET = pa.schema(
         ("a", pa.int64()),  # of an edge; of an image: its gid
         ("b", pa.int64()),  # of an edge; of an image: its head, minus one, negated: below 0, so that images come first
         ("similarity", pa.float32()),
+        ("standing", pa.uint8()),
         ("pixels", pa.int64()),
         ("bytes", pa.int64()),
         *((name, pa.binary()) for name in _HASHES),
@@ -232,9 +233,9 @@ def _to_components(item: str | int, work: _Work) -> Iterator[pa.Table]:
         label = _labels(work, start, stop)
         here = np.flatnonzero(label >= 0)
         head = read_heads(work.heads, item, work.ranges)[here]
-        table = read_range(work.filtered, item, ["pixels", "bytes", *_HASHES]).take(pa.array(here))
+        table = read_range(work.filtered, item, ["standing", "pixels", "bytes", *_HASHES]).take(pa.array(here))
         columns = {"label": label[here], "a": here + start, "b": -1 - head, "similarity": pa.nulls(len(here))}
-        columns |= {name: table[name] for name in ("pixels", "bytes", *_HASHES)}
+        columns |= {name: table[name] for name in ("standing", "pixels", "bytes", *_HASHES)}
     table = pa.table({name: columns[name] for name in _MET.names}).cast(_MET)
     buckets = bucket_of(hash_uint64(0, table["label"].to_numpy()), work.num_buckets)
     yield table.append_column(BUCKET, pa.array(buckets))
@@ -272,6 +273,8 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     )
     at = np.searchsorted(node, head)
     representative, similarity = node[groups.representatives[at]], groups.similarity[at]
+    # What an earlier release kept stays, though a new image may have joined two of its groups.
+    representative = np.where(images["standing"].to_numpy() == 2, gid, representative)
     _, smallest, of_label, size = np.unique(
         groups.labels[at], return_index=True, return_inverse=True, return_counts=True
     )
@@ -330,7 +333,7 @@ def _priorities(work: _Work, nodes: pa.Table, gids: np.ndarray) -> list[np.ndarr
     The component's mean is asked for only where all that comes before leaves two images of it equal.
     """
     labels = np.unique(nodes["label"].to_numpy(), return_inverse=True)[1]
-    keys: list[np.ndarray] = []
+    keys: list[np.ndarray] = [nodes["standing"].to_numpy().astype(np.int64)]
     for name in work.rules.representative:
         if name == "central":
             keys.append(_centrality(work, gids, labels, _undecided(labels, keys)))

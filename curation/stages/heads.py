@@ -2,7 +2,8 @@
 
 The same looks: equal perceptual hashes of the image and of its mirror image; where the hash says little, equal bytes.
 Only heads enter the join: a placeholder that 300,000 pages show in as many encodings would make 10^11 pairs. The head
-is the largest of them in pixels, then in bytes, then the one of smallest gid.
+is the one that an earlier release kept, or that stood for its group there; then the largest of them in pixels, then in
+bytes, then the one of smallest gid.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from curation.ops.hashes import MIN_QUALITY, equal_groups, row_hashes
 from curation.stages.filter import read_batches
 
 VERSION = 1
-_COLUMNS = ["reason", "sha256", "pdq", "pdq_mirrored", "pdq_quality", "pixels", "bytes"]
+_COLUMNS = ["reason", "sha256", "pdq", "pdq_mirrored", "pdq_quality", "standing", "pixels", "bytes"]
+_KEYS = ("standing", "pixels", "bytes")  # of the head, the most important first
 _ROW_BYTES = 120  # of one that travels
 _LOOKS_BYTES = 64
 
@@ -78,8 +80,8 @@ def _leaders(number: int, filtered: Folder, ranges: Ranges, num_buckets: int, me
         start += table.num_rows
         table = table.filter(table["reason"].is_null())
         looks = _looks(table)
-        pixels, size = table["pixels"].to_numpy(), table["bytes"].to_numpy()
-        leader = representatives(equal_groups(looks), [pixels, size])
+        keys = {name: table[name].to_numpy().astype(np.int64) for name in _KEYS}
+        leader = representatives(equal_groups(looks), list(keys.values()))
         leads = leader == np.arange(len(leader))
         content = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(_LOOKS_BYTES), len(looks), [None, pa.py_buffer(np.ascontiguousarray(looks))]
@@ -89,8 +91,7 @@ def _leaders(number: int, filtered: Folder, ranges: Ranges, num_buckets: int, me
                 "gid": here,
                 "leader": here[leader],
                 "looks": pc.if_else(pa.array(leads), content, pa.scalar(None, pa.binary())),
-                "pixels": np.where(leads, pixels, 0),
-                "bytes": np.where(leads, size, 0),
+                **{name: np.where(leads, values, 0) for name, values in keys.items()},
                 BUCKET: bucket_of(row_hashes(looks), num_buckets),
             }
         )
@@ -112,7 +113,7 @@ def _meet(bucket: int, table: pa.Table, filtered: Folder, ranges: Ranges, num_bu
         leads = np.flatnonzero(gid == leader)
         own = table.take(pa.array(leads))
         looks = column_values(own["looks"].cast(pa.binary(_LOOKS_BYTES)))
-        best = representatives(equal_groups(looks), [own["pixels"].to_numpy(), own["bytes"].to_numpy()])
+        best = representatives(equal_groups(looks), [own[name].to_numpy() for name in _KEYS])
         head = gid[leads][best][np.searchsorted(gid[leads], leader)]
         rows = {"gid": gid[head != gid], "head": head[head != gid]}
     met.write_table(f"piece-{num_buckets}-{bucket:05d}.parquet", pa.table(rows))

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from configs.ranges import SEEDS, check_ranges
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.workers import ExecutionConfig, run_pieces
+from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.reading.again import Lost, Wanted, read_again
 from curation.reading.filters import Edit
 from curation.reading.places import Fetched
@@ -45,6 +46,7 @@ _ENTRY_SCHEMA = pa.schema(
     ]
 )
 _SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet"}
+DROPPED_FILE = "dropped.parquet"
 _FETCHED_FILE = "fetched.json"
 
 
@@ -76,6 +78,7 @@ def write_shards(
     edits: Sequence[Edit],
     execution: ExecutionConfig,
     max_lost_fraction: float,
+    first: int = 0,
 ) -> tuple[list[File], dict[str, int]]:
     """Write the shards, index/shard-*.parquet and placed/; shards that a former run finished are kept.
 
@@ -84,6 +87,7 @@ def write_shards(
         draw_names: what can have drawn an image: the fields of its `draws`.
         max_lost_fraction: of the images that were chosen; when more of them are not what they were, nothing is kept
             of the shards that lack them, and the run stops.
+        first: number of the first shard: those before it are an earlier release's (take_earlier).
 
     Returns:
         the shards; and how many images of each set were written, then how many were chosen and are in no shard, because
@@ -95,7 +99,7 @@ def write_shards(
     max_bytes = int(config.max_mb * 1e6)
     plan = plan_shards(folder, kept, draw_names, config.seed, config.max_images, max_bytes, execution)
     layout = Layout(plan.has_label, plan.has_others, tuple(draw_names), max_bytes)
-    names = [f"shard-{number:06d}" for number in range(len(plan.shards))]
+    names = [f"shard-{number:06d}" for number in range(first, first + len(plan.shards))]
     run_pieces(
         _write_shard,
         plan.shards,
@@ -112,7 +116,7 @@ def write_shards(
     buckets = [names[start:stop] for start, stop in plan.by_bucket()]
     outcome = outcome_of(folder, buckets, execution)
     total, num_lost = sum(plan.num_rows.values()), sum(outcome.lost.values())
-    if num_lost > max_lost_fraction * total or num_lost == total:
+    if total and (num_lost > max_lost_fraction * total or num_lost == total):
         for name in outcome.losers:
             folder.delete(index_name(name))
         raise ValueError(_too_many_lost(outcome, total, max_lost_fraction))
@@ -127,6 +131,29 @@ def write_shards(
         lost_of[set_name] += count
         reasons[reason] += count
     return outcome.files, {name: count - lost_of[name] for name, count in plan.num_rows.items()} | dict(reasons)
+
+
+def take_earlier(folder: Folder, earlier: Folder, files: Sequence[File], execution: ExecutionConfig) -> None:
+    """Take over the shards of an earlier release as they are. Of their index, what DROPPED_FILE lists is left out, so
+    that who reads a shard by it, as training does, does not meet what this release drops."""
+    run_tasks(
+        _take_earlier,
+        [file.path for file in files],
+        folder,
+        earlier,
+        execution=execution,
+        label="earlier shards",
+        unit="images",
+        weights=[file.rows for file in files],
+    )
+
+
+def _take_earlier(name: str, folder: Folder, earlier: Folder) -> None:
+    folder.take(name, earlier)
+    index = earlier.read_table(index_name(name))
+    dropped = folder.read_table(DROPPED_FILE, ["gid"])["gid"]
+    is_dropped = pc.and_(pc.equal(index["set"], "pool"), pc.is_in(index["gid"], dropped))
+    folder.write_table(index_name(name), index.filter(pc.invert(is_dropped)))
 
 
 def _write_shard(

@@ -56,6 +56,10 @@ class KeptSet:
     """where `decisions-*.parquet` lie, one file a range; None: every image that could be read is kept"""
     seed: str | None = None
     """name of the seed set, where it is one"""
+    release: int = 1
+    """of the decisions, those that this release keeps first; the others are in shards that are there"""
+    first: int = 0
+    """gid from which on there is anything to write"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class _Range:
     index: Folder
     parts: list[tuple[PartRows, int]]
     decisions: tuple[Folder, str] | None
+    release: int
 
 
 def provenance_schema(draw_names: Sequence[str]) -> pa.Schema:
@@ -173,9 +178,11 @@ def forget_plan(folder: Folder) -> None:
 def _items(number: int, kept: KeptSet) -> Iterator[_Range]:
     for r in range(len(kept.ranges)):
         start, stop = kept.ranges.bounds(r)
+        if (start := max(start, kept.first)) >= stop:
+            continue
         parts = kept.images.whole_parts(start, stop)
         decisions = (kept.decisions, range_file("decisions", r)) if kept.decisions is not None else None
-        yield _Range(number, kept.name, kept.seed, start, stop, kept.images.folder, parts, decisions)
+        yield _Range(number, kept.name, kept.seed, start, stop, kept.images.folder, parts, decisions, kept.release)
 
 
 def _kept_rows(
@@ -219,8 +226,8 @@ def _chosen(item: _Range, provenance: pa.Schema) -> Iterator[tuple[np.ndarray, p
             yield gids, _struct(pa.table(columns, schema=provenance))
         return
     folder, name = item.decisions
-    for table in folder.table_batches(name, ["gid", "status", *provenance.names]):
-        table = table.filter(pc.equal(table["status"], "kept"))
+    for table in folder.table_batches(name, ["gid", "status", "release", *provenance.names]):
+        table = table.filter(pc.and_(pc.equal(table["status"], "kept"), pc.equal(table["release"], item.release)))
         if table.num_rows:
             yield table["gid"].to_numpy(), _struct(table.select(provenance.names).cast(provenance))
 

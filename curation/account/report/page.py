@@ -36,6 +36,7 @@ def report_page(run: Run, found: Found, status_of: Callable[[int], str], figures
     small = read_pictures(sets, on_map, limits, _MAP_PX)
     body = {
         "funnel": ("Funnel", sections.funnel(figures)),
+        **({"release": ("Release", sections.release(figures))} if figures["release"]["extends"] else {}),
         "retrieved": ("What was drawn", sections.retrieval(chosen.draws, chosen.balanced, figures, pictures)),
         "map": ("Map", sections.pool_map(chosen.map, small)),
         "duplicates": ("Duplicates", sections.duplicate_groups(chosen.groups, figures, pictures)),

@@ -41,6 +41,21 @@ def funnel(figures: Mapping[str, Any]) -> str:
     )
 
 
+def release(figures: Mapping[str, Any]) -> str:
+    """What this release adds to the one that it extends, and what it drops, with reasons."""
+    f = figures["release"]
+    lines = "".join(
+        f"<tr><td>{clean(words(why))}</td><td class='num'>{number:,}</td></tr>" for why, number in f["dropped"].items()
+    )
+    dropped = f"<table><tr><th>dropped</th><th class='num'>images</th></tr>{lines}</table>" if lines else ""
+    return (
+        f"<p>Release {f['number']:,}, which extends <code>{clean(public_url(f['extends']))}</code>: it adds "
+        f"{plural(f['added'], 'image')}, keeps {f['stay']:,} of the earlier release and drops "
+        f"{sum(f['dropped'].values()):,}. Shards of the earlier release are as they were; their index leaves out what "
+        f"is dropped, which <code>shards/dropped.parquet</code> lists.</p>{dropped}"
+    )
+
+
 def duplicate_groups(groups: list[Group], figures: Mapping[str, Any], pictures: Pictures) -> str:
     """The largest groups and some others, each with its representative marked."""
     counts = figures["dedup"]
@@ -326,6 +341,8 @@ def _command(asked: Mapping[str, Any], changed: Mapping[str, Any], run_url: str)
     if asked["seeds"] != ["demo"]:
         flags += [("--pool", url) for url in asked["pool"]]
         flags += [("--evaluation", url) for url in asked["evaluations"].values()]
+    if asked.get("extend"):
+        flags.append(("--extend", asked["extend"]))
     flags.append(("--out", run_url))
     words_ = [f"{flag} {shlex.quote(public_url(value))}" for flag, value in flags]
     words_ += [shlex.quote(f"{k}={v if isinstance(v, str) else json.dumps(v)}") for k, v in changed.items()]

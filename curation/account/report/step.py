@@ -99,8 +99,10 @@ def _finish(job: tuple[int, str], sources: Sources) -> tuple[File, Tally]:
             rows = (sources.folder / "decide").table_rows(range_name(number), start - first, stop - first)
             was_balanced = balanced(rows["draws"])
             rows = _with_shards(rows, placed, start, stop)
+            if sources.earlier is not None:
+                rows = _with_earlier_shards(rows, sources.earlier.decisions(start, stop, ["shard"])["shard"])
             writer.write_table(rows)
-            found += tally(rows, was_balanced)
+            found += tally(rows, was_balanced, sources.release)
     return sources.folder.described(name, end - first), found
 
 
@@ -116,8 +118,17 @@ def _with_shards(rows: pa.Table, placed: pa.Table, start: int, stop: int) -> pa.
     columns = {name: rows[name] for name in rows.column_names}
     columns["status"] = pc.if_else(pc.is_valid(why), "rejected", rows["status"])
     columns["reason"] = pc.coalesce(why, rows["reason"])
+    columns["release"] = pc.if_else(pc.is_valid(why), pa.scalar(None, pa.int32()), rows["release"])
     columns["shard"] = placed["shard"].take(take)
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _with_earlier_shards(rows: pa.Table, before: pa.ChunkedArray) -> pa.Table:
+    """Decisions with the shard, too, of what an earlier release wrote and this one keeps."""
+    before = pa.chunked_array([*before.chunks, pa.nulls(rows.num_rows - len(before), pa.string())], pa.string())
+    is_kept = pc.equal(rows["status"], "kept")
+    shard = pc.coalesce(rows["shard"], pc.if_else(is_kept, before, pa.scalar(None, pa.string())))
+    return rows.set_column(rows.schema.get_field_index("shard"), SCHEMA.field("shard"), shard)
 
 
 def _found(run: Run, sources: Sources, found: Tally) -> Found:
@@ -219,6 +230,17 @@ def collect_figures(run: Run, found: Found, sizes: dict[str, np.ndarray]) -> dic
             "sizes": {when: s[::-1].tolist() for when, s in sizes.items()},
         },
         "shards": {"files": len(shards.files), "images": sum(f.rows for f in shards.files), **shards.figures},
+        "release": {
+            "number": run.release,
+            "extends": run.earlier.folder.url if run.earlier is not None else None,
+            "added": found.tally.changes["added"],
+            "stay": found.tally.changes["stay"],
+            "dropped": {
+                what.removeprefix("dropped "): number
+                for what, number in sorted(found.tally.changes.items())
+                if what.startswith("dropped ")
+            },
+        },
         "seconds": {name: step_seconds(run, name) for name in run.manifests if name != "report"},
         "config": asdict(run.config),
         "inputs": {

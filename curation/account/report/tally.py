@@ -17,7 +17,7 @@ from curation.account.fates import STATUSES, Duplicates, Sources, duplicates_of
 from curation.engine.exchange import BUCKET
 from curation.engine.folder import Folder
 from curation.ops.randomness import hash_sample
-from curation.stages.dedup import STEPS
+from curation.stages.groups import STEPS
 
 SEED = 0
 LARGEST_GROUPS = 20
@@ -32,6 +32,8 @@ class Tally:
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """images by status and reason (`None`: without one)"""
+    changes: Counter[str] = field(default_factory=Counter)
+    """of what is kept, `added` by this release and those that `stay` from an earlier one; `dropped STATUS: REASON`"""
     examples: dict[tuple[Hashable, ...], np.ndarray] = field(default_factory=dict)
     """of each kind and name the gids (for `balanced`, the clusters) of least hash, ascending"""
     groups: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
@@ -42,7 +44,12 @@ class Tally:
         for name, ids in other.examples.items():
             both = np.union1d(examples.get(name, ids), ids)
             examples[name] = hash_sample(SEED, both, _EXAMPLES[str(name[0])])
-        return Tally(self.counts + other.counts, examples, _few(np.concatenate([self.groups, other.groups])))
+        return Tally(
+            self.counts + other.counts,
+            self.changes + other.changes,
+            examples,
+            _few(np.concatenate([self.groups, other.groups])),
+        )
 
     def of_kind(self, kind: str) -> dict[tuple[Hashable, ...], np.ndarray]:
         """Examples by the rest of their name."""
@@ -53,17 +60,24 @@ class Tally:
         return self.groups[_by_size(self.groups)][:LARGEST_GROUPS]
 
 
-def tally(rows: pa.Table, was_balanced: np.ndarray) -> Tally:
+def tally(rows: pa.Table, was_balanced: np.ndarray, release: int = 1) -> Tally:
     """Of some decisions.
 
     Args:
         rows: as decisions.parquet has them.
         was_balanced: bool: drawn by the balanced branch, written or not.
+        release: of the run.
     """
     gid, status = rows["gid"].to_numpy(), rows["status"]
     reason = rows["reason"]
-    pairs = pa.table({"status": status, "reason": reason}).group_by(["status", "reason"]).aggregate([([], "count_all")])
-    counts = Counter({(row["status"], str(row["reason"])): row["count_all"] for row in pairs.to_pylist()})
+    by = ["status", "reason", "release"]
+    counts, changes = Counter[tuple[str, str]](), Counter[str]()
+    for row in rows.select(by).group_by(by).aggregate([([], "count_all")]).to_pylist():
+        counts[row["status"], str(row["reason"])] += row["count_all"]
+        if row["status"] == "kept":
+            changes["added" if row["release"] == release else "stay"] += row["count_all"]
+        elif row["release"] is not None:
+            changes[f"dropped {row['status']}: {row['reason']}"] += row["count_all"]
     names: dict[tuple[Hashable, ...], np.ndarray] = {}
     for state, why in counts:
         is_state = pc.equal(status, state)
@@ -82,7 +96,7 @@ def tally(rows: pa.Table, was_balanced: np.ndarray) -> Tally:
     examples = {name: hash_sample(SEED, ids, _EXAMPLES[str(name[0])]) for name, ids in names.items() if len(ids)}
     first = _mask(pc.fill_null(pc.equal(rows["component"], rows["gid"]), False))
     groups = np.stack([gid[first], rows["component_size"].to_numpy()[first].astype(np.int64)], axis=1)
-    return Tally(counts, examples, _few(groups))
+    return Tally(counts, changes, examples, _few(groups))
 
 
 def total(tallies: Iterable[Tally]) -> Tally:

@@ -91,7 +91,7 @@ def test_what_pixel_filters_reject_is_not_unreadable(pool: Path, tmp_path: Path,
     config, execution = EmbedConfig(encoder="descriptors", batch_size=4), ExecutionConfig(workers=2)
     parts = find_parts([str(pool / "1.tar")])
     rules = pixels("drops", reason="dull", but="p10015")
-    _, tallies = embed_set(Folder(str(tmp_path)), parts, ["descriptors"], config, rules, execution, "embed")
+    _, tallies, _ = embed_set(Folder(str(tmp_path)), parts, ["descriptors"], config, rules, execution, "embed")
     counts, lost, total, worst = count_losses(parts, tallies)
     assert counts == {"images": 10, "rejected: dull": 9}
     assert (lost, total, worst) == (0, 10, "")

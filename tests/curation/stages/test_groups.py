@@ -45,6 +45,7 @@ def index() -> dict[str, np.ndarray]:
         "pdq": pdq[look],
         "pdq_mirrored": mirrored[look],
         "pdq_quality": np.where(rng.random(NUM) < 0.125, 20, 100).astype(np.int32),
+        "standing": np.zeros(NUM, np.uint8),
         "pixels": rng.integers(1, 4, NUM),
         "bytes": rng.integers(1, 4, NUM),
         "vectors": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16),
