@@ -5,9 +5,11 @@ import pyarrow as pa
 
 from curation.engine.store import ImageSet
 from curation.stages import filter as filter_stage
+from curation.stages.balance import read_balanced
 from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
 from curation.stages.groups import STEPS
+from curation.stages.survivors import Survivors
 from curation.state import Run
 
 STATUSES = ("kept", "rejected", "duplicate", "leak", "not_retrieved")
@@ -61,10 +63,14 @@ def decide(run: Run) -> pa.Table:
     duplicates = Duplicates(run.folder / "dedup")
     representative, component = duplicates.representative(), duplicates.component()
     sizes = np.bincount(component[component >= 0], minlength=num)
-    leaks = (run.folder / "decontaminate").read_table("leaks.parquet")
-    survivors = run.folder / "decontaminate"
-    final = survivors.read_array("representative.npy")  # direct decontamination may have re-elected
-    cluster = Clustering(run.folder / "cluster").assignment().astype(np.int64)
+    survivors = Survivors(run.folder / "survivors")
+    leaks = survivors.all_leaks()
+    final = np.concatenate(
+        [survivors.representative(n) for n in range(survivors.num_ranges)]
+    )  # direct decontamination may have re-elected
+    clustering = Clustering(run.folder / "cluster")
+    cluster = np.concatenate([clustering.assignment(n) for n in range(clustering.num_ranges())]).astype(np.int64)
+    cluster[final != np.arange(num)] = -1  # leaks were clustered, and are in no draw
 
     rejected = component < 0
     leak_gids = leaks["gid"].to_numpy()
@@ -150,7 +156,7 @@ def _choices(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, 
         seed_key[gid[stronger]] = _keys_of(run.images(f"embed/seed-{name}"), seed_gid)
         drawn[gid] = True
     if run.config.balance.is_wanted():
-        balanced[(run.folder / "balance").read_table("balanced.parquet")["gid"].to_numpy()] = True
+        balanced[read_balanced(run.folder / "balance")["gid"].to_numpy()] = True
     return drawn | balanced, seed_name, seed_key, similarity, drawn, balanced
 
 
@@ -158,11 +164,12 @@ def _draws(run: Run, gids: np.ndarray) -> list[dict[str, int]]:
     """For each kept image, how many draws of each seed set it answers, and whether balance drew it."""
     at = {gid: i for i, gid in enumerate(gids.tolist())}
     draws: list[dict[str, int]] = [{} for _ in gids]
-    sources = {name: f"retrieve/{name}/matches.parquet" for name in run.inputs.seeds}
+    paths = {name: f"retrieve/{name}/matches.parquet" for name in run.inputs.seeds}
+    sources = {name: run.folder.read_table(path, ["gid"]) for name, path in paths.items()}
     if run.config.balance.is_wanted():
-        sources["balance"] = "balance/balanced.parquet"
-    for name, path in sources.items():
-        unique, counts = np.unique(run.folder.read_table(path, ["gid"])["gid"].to_numpy(), return_counts=True)
+        sources["balance"] = read_balanced(run.folder / "balance")
+    for name, table in sources.items():
+        unique, counts = np.unique(table["gid"].to_numpy(), return_counts=True)
         for gid, count in zip(unique.tolist(), counts.tolist(), strict=True):
             draws[at[gid]][name] = count
     return draws

@@ -17,9 +17,11 @@ from curation.account.report.wording import plural, reason_meaning, step_words, 
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
+from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 from curation.stages.shard import index_name
+from curation.stages.survivors import Survivors
 
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for
@@ -126,7 +128,8 @@ def _duplicates(account: Account, gid: int, row: dict[str, Any]) -> str:
     duplicates = Duplicates(account.folder / "dedup")
     members = np.flatnonzero(duplicates.component() == row["component"])
     elected = int(duplicates.representative()[gid])
-    final = int((account.folder / "decontaminate").read_array("representative.npy")[gid])
+    survivors = Survivors(account.folder / "survivors")
+    final = int(survivors.representative(gid // survivors.size)[gid % survivors.size])
     name = "itself" if elected == gid else f"{account.key(account.pool, elected)} (gid {elected})"
     text = [f"one of {plural(len(members), 'near-duplicate')}, component {row['component']}, represented by {name}."]
     if elected != gid:
@@ -253,7 +256,9 @@ def _evaluation(account: Account, gid: int, row: dict[str, Any]) -> str:
     sets = account.names("embed/evaluation-")
     if row["status"] != "leak":
         return f"no match in {_listed(sets)}."
-    leak = account.rows("decontaminate/leaks.parquet", pc.field("gid") == gid).to_pylist()[0]
+    survivors = Survivors(account.folder / "survivors")
+    table = survivors.leaks(gid // survivors.size)
+    leak = table.filter(pc.equal(table["gid"], gid)).to_pylist()[0]
     match = f"{visible(row['eval_match'])} of {leak['evaluation']}"
     if leak["step"] == "component":
         via = f"{account.key(account.pool, leak['via'])} (gid {leak['via']})"
@@ -266,8 +271,8 @@ def _evaluation(account: Account, gid: int, row: dict[str, Any]) -> str:
 
 
 def _cluster(account: Account, row: dict[str, Any]) -> str:
-    sizes = (account.folder / "cluster").read_array("level-1/sizes.npy")
-    return f"{row['cluster']} of {len(sizes):,}, with {plural(int(sizes[row['cluster']]), 'surviving image')}."
+    sizes = Clustering(account.folder / "cluster").sizes()
+    return f"{row['cluster']} of {len(sizes):,}, with {plural(int(sizes[row['cluster']]), 'distinct image')}."
 
 
 def _draws(account: Account, gid: int, cluster: int) -> Iterator[str]:
@@ -296,7 +301,8 @@ def _draws(account: Account, gid: int, cluster: int) -> Iterator[str]:
             )
             yield f"not by the seed set {name}: {why}."
     if "balance" in account.steps:
-        drawn = account.rows("balance/balanced.parquet", pc.field("gid") == gid).num_rows
+        table = f"balance/balanced-{gid // Survivors(account.folder / 'survivors').size:05d}.parquet"
+        drawn = account.rows(table, pc.field("gid") == gid).num_rows
         yield "the balanced sample." if drawn else "not by the balanced sample."
 
 

@@ -18,7 +18,7 @@ from curation.ops.join import Pairs, pairs_above, self_pairs
 from curation.ops.randomness import hash_sample
 from curation.ops.recall import TruePairs, certify, measured_recall
 from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 from curation.stages.perceptual import perceptual_pairs
 
 VERSION = 2

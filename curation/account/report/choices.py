@@ -11,12 +11,13 @@ import pyarrow.compute as pc
 
 from curation.account.report.map import neighbour_map
 from curation.account.report.pictures import Ref
-from curation.ops.kmeans import assign
 from curation.ops.randomness import hash_sample, hash_shuffle
+from curation.stages.balance import read_balanced
 from curation.stages.cluster import Clustering
 from curation.stages.dedup import Duplicates
 from curation.stages.groups import STEPS
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
+from curation.stages.survivors import Survivors
 from curation.state import Run
 
 _SEED = 0
@@ -209,7 +210,7 @@ def choose_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 def choose_leaks(run: Run) -> list[Leak]:
     """Some leaks of every step of the cascade, by hash and from the evaluation sets in turn; the surest first."""
-    table = (run.folder / "decontaminate").read_table("leaks.parquet")
+    table = Survivors(run.folder / "survivors").all_leaks()
     gid, step = table["gid"].to_numpy(), table["step"].to_numpy(zero_copy_only=False)
     sets = table["evaluation"].to_numpy(zero_copy_only=False)
     leaks = []
@@ -250,8 +251,8 @@ def _draws_by_cluster(run: Run, name: str, matches: pa.Table, num_rows: int) -> 
     seeds = run.images(f"embed/seed-{name}")
     good = np.concatenate([seeds.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(seeds.num_parts)])
     asked = hash_sample(_SEED, np.flatnonzero(good).astype(np.int64), _SEEDS_ASKED)
-    centroids = Clustering(run.folder / "cluster").levels()[0].centroids
-    cell = assign(unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked)), centroids)[0]
+    rows = unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked))
+    cell = Clustering(run.folder / "cluster").finest_of(rows)
     clusters, gids = matches["cluster"].to_numpy(), matches["gid"].to_numpy()
     candidates = np.intersect1d(clusters, cell)
     rows = []
@@ -267,13 +268,13 @@ def choose_balanced(run: Run) -> list[Row]:
     """What the balanced branch drew from some clusters, by hash."""
     if not run.config.balance.is_wanted():
         return []
-    table = (run.folder / "balance").read_table("balanced.parquet")
+    table = read_balanced(run.folder / "balance")
     gid, cluster = table["gid"].to_numpy(), table["cluster"].to_numpy()
-    survivors = np.bincount(Clustering(run.folder / "cluster").levels()[0].assignment)
+    sizes = Clustering(run.folder / "cluster").sizes()
     rows = []
     for label in hash_sample(_SEED, np.unique(cluster), _BALANCED_CLUSTERS).tolist():
         drawn = gid[cluster == label]
-        text = f"cluster {label}: {len(drawn):,} of {survivors[label]:,} drawn"
+        text = f"cluster {label}: {len(drawn):,} of {sizes[label]:,} drawn"
         rows.append(Row(text, [], [(_pool(g), float("nan")) for g in _hash_order(drawn, _ANSWERS + 1)]))
     return rows
 

@@ -64,12 +64,12 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
             ["in the pool", decisions.num_rows],
             ["readable and past the filters", decisions.num_rows - counts["rejected"] + lost],
             ["distinct", run.manifests["dedup"].counts["images out"]],
-            ["not in an evaluation set", run.manifests["decontaminate"].counts["images out"]],
+            ["not in an evaluation set", run.manifests["survivors"].counts["images out"]],
             ["kept", counts["kept"]],
         ],
     }
     cluster = decisions["cluster"].fill_null(-1).to_numpy()
-    num_clusters = len(Clustering(run.folder / "cluster").levels()[0].centroids)
+    num_clusters = len(Clustering(run.folder / "cluster").sizes())
     sizes = {
         "before": np.bincount(cluster[cluster >= 0], minlength=num_clusters),
         "after": np.bincount(cluster[(cluster >= 0) & (status == "kept")], minlength=num_clusters),
@@ -83,7 +83,7 @@ def collect_figures(run: Run, decisions: pa.Table) -> dict[str, Any]:
             **run.manifests["dedup"].figures,
             "largest groups": largest_groups(Duplicates(run.folder / "dedup")),
         },
-        "decontaminate": run.manifests["decontaminate"].counts,
+        "decontaminate": run.manifests["survivors"].counts,
         "retrieve": {name: run.manifests[f"retrieve/{name}"].figures for name in run.inputs.seeds},
         **balanced,
         "clusters": {
