@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from curation.config import CurationConfig
 from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
@@ -19,8 +17,6 @@ from curation.ops.cells import Cells, open_cells
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import Listing
 from curation.reading.seeds import SeedSet
-from curation.stages import decontaminate
-from curation.stages.heads import read_heads
 
 Written = tuple[list[File], dict[str, int], dict[str, Any]]
 
@@ -94,20 +90,6 @@ class Run:
 
     def cells(self, step: str) -> Cells:
         return open_cells(self.local(step) / "cells")
-
-    def joined(self) -> np.ndarray:
-        """int64, ascending: of the images that passed the filters, those that the join compares (stages/heads.py)."""
-        ranges, found = self.ranges, []
-        for number in range(len(ranges)):
-            start, stop = ranges.bounds(number)
-            found.append(
-                np.flatnonzero(read_heads(self.folder / "heads", number, ranges) == np.arange(start, stop)) + start
-            )
-        return np.concatenate(found)
-
-    def survivors(self) -> np.ndarray:
-        """int64, ascending: representatives that are no leaks."""
-        return np.flatnonzero(decontaminate.read_survivors(self.folder / "decontaminate")).astype(np.int64)
 
 
 def step_seconds(run: Run, step: str) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from curation.account import decisions
@@ -14,9 +15,10 @@ from curation.engine.ranges import Ranges
 from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
+from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard, survivors
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
+from curation.stages.asking import asked_of
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
 
@@ -28,6 +30,7 @@ STAGES = (
     "join",
     "dedup",
     "decontaminate",
+    "survivors",
     "cluster",
     "retrieve",
     "balance",
@@ -47,9 +50,14 @@ class Step:
     settings: Any
     """what changes the result"""
     inputs: tuple[str, ...]
+    """steps whose manifests are in its key; of `STEP:FILE` only the bytes of the files whose names begin so are"""
     work: Callable[[Run, Folder], Written]
     listing: Any = None
     """the source parts, for steps that keep finished parts when others come or go"""
+    finishing: tuple[str, ...] = ()
+    """inputs, as above, that finished pieces do not depend on: they stay where those alone changed"""
+    together: Callable[[Run, Sequence[str]], None] | None = None
+    """makes the pieces of several such steps in one pass over the pool, given their names, before `work` of each"""
     needs_local: bool = False
 
 
@@ -107,14 +115,23 @@ def plan_steps(run: Run) -> list[Step]:
         ),
         Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
         Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
-        Step(
-            "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
-            ("embed/pool", "filter", "heads", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
-            _decontaminate,
+        *(
+            Step(
+                f"decontaminate/{name}", "decontaminate", decontaminate.VERSION,
+                {key: value for key, value in asdict(c.decontaminate).items() if key != "mode"},
+                ("filter", "cells", f"embed/evaluation-{name}"),
+                lambda run, folder, name=name: (*decontaminate.written(_evaluation(run, name)), {}),
+                together=_decontaminate,
+            )
+            for name in evaluations
         ),
         Step(
-            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "decontaminate"), _cluster,
-            needs_local=True,
+            "survivors", "survivors", survivors.VERSION, {"mode": c.decontaminate.mode},
+            ("heads", "dedup", *(f"decontaminate/{name}" for name in evaluations)), _survivors,
+        ),
+        Step(
+            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "dedup", "survivors:elected"),
+            _cluster, needs_local=True,
         ),
     ]  # fmt: skip
     for name, (seed, _) in seeds.items():
@@ -124,19 +141,20 @@ def plan_steps(run: Run) -> list[Step]:
                 "retrieve",
                 retrieve.VERSION,
                 asdict(seed.rule),
-                ("cluster", "decontaminate", f"embed/seed-{name}"),
+                ("cluster", f"embed/seed-{name}"),
                 lambda run, folder, name=name: _retrieve(run, folder, name),
+                finishing=("survivors:representative",),
+                together=_neighbours,
             )
         )
     if c.balance.is_wanted():
-        steps.append(
-            Step("balance", "balance", balance.VERSION, asdict(c.balance), ("cluster", "decontaminate"), _balance)
-        )
+        after = ("cluster", "survivors:representative")
+        steps.append(Step("balance", "balance", balance.VERSION, asdict(c.balance), after, _balance))
     choices = tuple(step.name for step in steps if step.stage in ("retrieve", "balance"))
     named = tuple(
         f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
     )
-    decided = (*named, "filter", "dedup", "decontaminate", "cluster", *choices)
+    decided = (*named, "filter", "dedup", "survivors", "cluster", *choices)
     steps.append(
         Step(
             "decide",
@@ -222,9 +240,10 @@ def _heads(run: Run, folder: Folder) -> Written:
 
 
 def _cells(run: Run, folder: Folder) -> Written:
-    joined = run.joined()
     where, c = run.local("cells") / "cells", run.config
-    return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
+    heads = run.folder / "heads"
+    files = cells.build_cells(where, folder, run.pool, run.copy_encoder, heads, run.ranges, c.cells, c.execution)
+    return files, {}, {}
 
 
 def _join(run: Run, folder: Folder) -> Written:
@@ -247,46 +266,72 @@ def _dedup(run: Run, folder: Folder) -> Written:
     )
 
 
-def _decontaminate(run: Run, folder: Folder) -> Written:
-    return decontaminate.decontaminate(
-        folder,
-        run.pool,
-        {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
-        run.folder / "dedup",
-        run.folder / "heads",
+def _evaluation(run: Run, step: str) -> decontaminate.Evaluation:
+    name = step.removeprefix("decontaminate/")
+    images = run.images(f"embed/evaluation-{name}")
+    return decontaminate.Evaluation(run.folder / f"decontaminate/{name}", asked_of(images, run.copy_encoder))
+
+
+def _decontaminate(run: Run, steps: Sequence[str]) -> None:
+    decontaminate.match_sets(
+        [_evaluation(run, step) for step in steps],
+        run.folder / "filter",
         run.ranges,
         run.cells("cells"),
-        run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.decontaminate,
         run.config.execution,
     )
 
 
-def _cluster(run: Run, folder: Folder) -> Written:
-    survivors = run.survivors()
-    if not len(survivors):
-        raise ValueError(
-            f"all of the {run.manifests['dedup'].counts['images out']:,} different images of the pool match one of "
-            f"--evaluation (decontaminate.similarity_threshold={run.config.decontaminate.similarity_threshold}): is it "
-            "the pool itself? If not, raise the threshold."
-        )
-    files, figures = cluster.cluster_survivors(
-        folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, survivors, run.config.cluster,
+def _survivors(run: Run, folder: Folder) -> Written:
+    steps = {name: f"decontaminate/{name}" for name in run.inputs.evaluations}
+    matches = {name: (run.folder / step, run.manifests[step].files) for name, step in steps.items()}
+    files, counts = survivors.find_survivors(
+        folder, run.folder / "dedup", run.folder / "heads", matches, run.config.decontaminate.mode, run.ranges,
         run.config.execution,
     )  # fmt: skip
-    return files, {"images": len(survivors)}, figures
+    if not counts["images out"]:
+        raise ValueError(
+            f"all of the {counts['images in']:,} different images of the pool match one of --evaluation "
+            f"(decontaminate.similarity_threshold={run.config.decontaminate.similarity_threshold}): is it the pool "
+            "itself? If not, raise the threshold."
+        )
+    return files, counts, {}
+
+
+def _cluster(run: Run, folder: Folder) -> Written:
+    chosen = partial(
+        survivors.is_clustered, dedup_folder=run.folder / "dedup", folder=run.folder / "survivors", ranges=run.ranges
+    )
+    files, figures = cluster.cluster_images(
+        folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster,
+        run.config.execution,
+    )  # fmt: skip
+    sizes = cluster.Clustering(folder).sizes()
+    return files, {"images": int(sizes.sum())}, figures
+
+
+def _seed_queries(run: Run, name: str) -> retrieve.SeedQueries:
+    asked = asked_of(run.images(f"embed/seed-{name}"), run.retrieval_encoder)
+    if not len(asked.gids):
+        raise ValueError(f"seed {name!r} has no readable image among its {asked.images.num_images}.")
+    return retrieve.SeedQueries(run.folder / f"retrieve/{name}", asked, run.inputs.seeds[name][0].rule)
+
+
+def _neighbours(run: Run, steps: Sequence[str]) -> None:
+    sets = [_seed_queries(run, step.removeprefix("retrieve/")) for step in steps]
+    sampled = [one for one in sets if one.rule.mode == "sample"]
+    retrieve.find_neighbours(sampled, run.cells("cluster"), run.config.execution)
 
 
 def _retrieve(run: Run, folder: Folder, name: str) -> Written:
     files, figures = retrieve.retrieve_set(
         folder,
-        run.images(f"embed/seed-{name}"),
-        run.retrieval_encoder,
-        run.inputs.seeds[name][0].rule,
+        _seed_queries(run, name),
         run.cells("cluster"),
-        cluster.Clustering(run.folder / "cluster").assignment(),
-        run.survivors(),
+        cluster.Clustering(run.folder / "cluster"),
+        survivors.Survivors(run.folder / "survivors"),
         run.config.execution,
         name,
     )
@@ -295,9 +340,13 @@ def _retrieve(run: Run, folder: Folder, name: str) -> Written:
 
 def _balance(run: Run, folder: Folder) -> Written:
     files, figures = balance.balance_survivors(
-        folder, cluster.Clustering(run.folder / "cluster"), run.survivors(), run.config.balance
+        folder,
+        cluster.Clustering(run.folder / "cluster"),
+        survivors.Survivors(run.folder / "survivors"),
+        run.config.balance,
+        run.config.execution,
     )
-    return files, {"images": files[0].rows}, figures
+    return files, {"images": sum(file.rows for file in files)}, figures
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
@@ -325,8 +374,8 @@ def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
             kept.append(KeptSet(f"seed:{name}", images, ranges, new, seed=name, first=first))
     if not sum(k.num_kept for k in kept) and run.earlier is None:
         raise ValueError(
-            f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
-            f"{_rules_in_words(run)}. Loosen that, or add a seed set."
+            f"none of the {run.manifests['survivors'].counts['images out']:,} images that are left was drawn, so there "
+            f"is nothing to write: {_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction

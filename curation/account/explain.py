@@ -20,7 +20,7 @@ from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
 from curation.stages.groups import STEPS
 from curation.stages.join import Joined
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 from curation.writing.placed import index_name
 
 _LISTED = 5  # copies, links and draws told one by one
@@ -260,7 +260,7 @@ def _evaluation(account: Account, gid: int, row: dict[str, Any]) -> str:
     sets = account.names("embed/evaluation-")
     if row["status"] != "leak":
         return f"no match in {_listed(sets)}."
-    leak = leaks_of(account.folder, gid, gid + 1).to_pylist()[0]
+    leak = leaks_of(account.folder, account.ranges, gid, gid + 1).to_pylist()[0]
     match = f"{visible(row['eval_match'])} of {leak['evaluation']}"
     if leak["step"] == "component":
         via = f"{account.key(account.pool, leak['via'])} (gid {leak['via']})"

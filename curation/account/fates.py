@@ -106,14 +106,16 @@ def _range_rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: 
     return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
 
 
-def representatives_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
+def representatives_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> np.ndarray:
     """int64: who stands for each image after decontamination, which may have elected others; -1 for leaks as well."""
-    return (folder / "decontaminate").array_rows("representative.npy", start, stop)
+    number, first = start // ranges.size, start // ranges.size * ranges.size
+    return (folder / "survivors").array_rows(f"representative-{number:05d}.npy", start - first, stop - first)
 
 
-def leaks_of(folder: Folder, start: int, stop: int) -> pa.Table:
-    """gid, evaluation, evaluation_gid, similarity, step, via of the leaks among the gids [start, stop)."""
-    return (folder / "decontaminate").table_where("leaks.parquet", _between(start, stop))
+def leaks_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.Table:
+    """gid, evaluation, evaluation_gid, similarity, step, via of the leaks among the gids [start, stop), all of one
+    range."""
+    return (folder / "survivors").table_where(range_file("leaks", start // ranges.size), _between(start, stop))
 
 
 def _reasons_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.DictionaryArray:
@@ -121,9 +123,11 @@ def _reasons_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.Dic
     return _encoded(_range_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
 
 
-def _clusters_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
-    """int64: the finest cluster; -1 for images that did not survive to clustering."""
-    return (folder / "cluster").array_rows("assignment.npy", start, stop).astype(np.int64)
+def _clusters_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> np.ndarray:
+    """int64: the finest cluster; -1 for images that stand for no group. Leaks are clustered, too."""
+    number, first = start // ranges.size, start // ranges.size * ranges.size
+    name = f"level-1/assignment-{number:05d}.npy"
+    return (folder / "cluster").array_rows(name, start - first, stop - first).astype(np.int64)
 
 
 class _Draws(NamedTuple):
@@ -151,7 +155,8 @@ def _draws_of(sources: Sources, start: int, stop: int) -> _Draws:
         value = table["similarity"].fill_null(-2).to_numpy()
         tables.append((gid, np.full(len(gid), number, np.int16), table["seed_gid"].to_numpy(), value))
     if sources.is_balanced:
-        table = (sources.folder / "balance").table_where("balanced.parquet", _between(start, stop), ["gid"])
+        drawn = range_file("balanced", start // sources.ranges.size)
+        table = (sources.folder / "balance").table_where(drawn, _between(start, stop), ["gid"])
         by_name.append(np.bincount(table["gid"].to_numpy() - start, minlength=rows).astype(np.int32))
     seed, seed_gid = np.full(rows, -1, np.int16), np.full(rows, -1, np.int64)
     similarity = np.full(rows, np.nan, np.float32)
@@ -182,8 +187,8 @@ def fates(sources: Sources, start: int, stop: int) -> Fates:
     dropped = _reasons_of(sources.folder, sources.ranges, start, stop)
     group = duplicates_of(sources.folder, sources.ranges, start, stop)
     final = representatives_of(sources.folder, sources.ranges, start, stop)
-    leaks = leaks_of(sources.folder, start, stop)
-    cluster = _clusters_of(sources.folder, sources.ranges, start, stop)
+    leaks = leaks_of(sources.folder, sources.ranges, start, stop)
+    cluster = np.where(final == here, _clusters_of(sources.folder, sources.ranges, start, stop), -1)
     draws = _draws_of(sources, start, stop)
 
     leak = leaks["gid"].to_numpy() - start

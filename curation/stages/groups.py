@@ -22,7 +22,7 @@ from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
 from curation.ops.randomness import hash_uint64
 from curation.stages.filter import read_range
 from curation.stages.heads import read_heads
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 
 STEPS = ("", "exact", "perceptual", "embedding", "chain")
 SCHEMA = pa.schema(

@@ -72,6 +72,11 @@ def read_heads(folder: Folder, number: int, ranges: Ranges) -> np.ndarray:
     return table["head"].fill_null(-1).to_numpy()
 
 
+def is_head(number: int, folder: Folder, ranges: Ranges) -> np.ndarray:
+    """bool [rows of the range]: the images that the join compares."""
+    return read_heads(folder, number, ranges) == np.arange(*ranges.bounds(number))
+
+
 def _leaders(number: int, filtered: Folder, ranges: Ranges, num_buckets: int, met: Folder) -> Iterator[pa.Table]:
     """For each million rows: the best image of each looks among them, and whom the others follow."""
     start, _ = ranges.bounds(number)

@@ -10,7 +10,7 @@ from curation.engine.workers import ExecutionConfig, run_pieces
 from curation.ops.hashes import hash_pairs
 from curation.stages.filter import read_range
 from curation.stages.heads import read_heads
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 
 _COLUMNS = ["pdq", "pdq_quality", "pdq_mirrored"]
 _PAIRS_AT_ONCE = 1 << 16

@@ -14,11 +14,10 @@ from curation.account.report.map import neighbour_map
 from curation.account.report.pictures import Ref
 from curation.account.report.tally import SEED, Drawn, Members, Tally
 from curation.engine.folder import Folder
-from curation.ops.kmeans import assign
 from curation.ops.randomness import hash_sample, hash_shuffle
 from curation.stages.cluster import Clustering
 from curation.stages.groups import STEPS
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 from curation.state import Run
 
 _NUM_KEPT = 18
@@ -216,7 +215,7 @@ def choose_leaks(run: Run, found: Tally) -> list[Leak]:
         of_sets = [by_set.get((s, name), np.zeros(0, np.int64)) for s in run.inputs.evaluations]
         in_turn = zip_longest(*(_hash_order(gids, _LEAKS_PER_STEP) for gids in of_sets))
         chosen = [g for turn in in_turn for g in turn if g is not None][:_LEAKS_PER_STEP]
-        rows = [leaks_of(run.folder, gid, gid + 1).to_pylist()[0] for gid in chosen]
+        rows = [leaks_of(run.folder, run.ranges, gid, gid + 1).to_pylist()[0] for gid in chosen]
         leaks += sorted(map(_leak, rows), key=lambda leak: (-leak.similarity, leak.image.gid))
     return leaks
 
@@ -256,8 +255,7 @@ def _asked(run: Run, name: str) -> np.ndarray:
 
 def _draws_by_cluster(run: Run, name: str, folder: Folder, asked: np.ndarray, num_rows: int) -> list[Row]:
     seeds = run.images(f"embed/seed-{name}")
-    centroids = Clustering(run.folder / "cluster").levels()[0].centroids
-    cell = assign(unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked)), centroids)[0]
+    cell = Clustering(run.folder / "cluster").finest_of(unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked)))
     hit = pc.field("cluster").isin(pa.array(np.unique(cell).astype(np.int64)))
     matches = folder.table_where("matches.parquet", hit, ["gid", "cluster"])
     clusters, gids = matches["cluster"].to_numpy(), matches["gid"].to_numpy()

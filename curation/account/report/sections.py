@@ -169,7 +169,7 @@ def retrieval(
             k = figures["inputs"]["seeds"][name]["rule"]["k"]
             text = (
                 f"{num} drew their {k:,} nearest survivors each: {f['num_draws']:,} draws, {f['num_images']:,} "
-                "different images."
+                f"different images. {_nearest_recall(f)}"
             )
         elif f["mode"] == "cluster":
             text = f"{num} hit {f['num_hit_clusters']:,} clusters, from which {f['num_images']:,} images were drawn."
@@ -189,6 +189,17 @@ def retrieval(
             f"<h3><i class='kept'></i>Balanced sample</h3><p>{text}</p><div class='draws packed'>{shown}</div>"
         )
     return "".join(parts)
+
+
+def _nearest_recall(f: Mapping[str, Any]) -> str:
+    """How many of the nearest survivors were found, and how that is known."""
+    if f["basis"] == "exact":
+        return "They are the nearest: each seed image was compared with every survivor."
+    return (
+        f"Each looked into the {f['nprobe']:,} clusters nearest to it. Of the {f['num_pairs']:,} neighbours of "
+        f"{f['num_queries']:,} seed images that were compared with every image, {_share(f['recall'])} lie there; with "
+        f"95% confidence at least <b>{_share(f['lower_bound'])}</b> of all (asked for: {_share(f['target_recall'])})."
+    )
 
 
 def _row(row: Row, pictures: Pictures) -> str:

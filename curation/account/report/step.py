@@ -208,7 +208,7 @@ def collect_figures(run: Run, found: Found, sizes: dict[str, np.ndarray]) -> dic
             ["in the pool", num_images],
             ["readable and past the filters", num_images - counts["rejected"] + lost],
             ["distinct", run.manifests["dedup"].counts["images out"]],
-            ["not in an evaluation set", run.manifests["decontaminate"].counts["images out"]],
+            ["not in an evaluation set", run.manifests["survivors"].counts["images out"]],
             ["kept", counts["kept"]],
         ],
     }
@@ -221,7 +221,7 @@ def collect_figures(run: Run, found: Found, sizes: dict[str, np.ndarray]) -> dic
             **run.manifests["dedup"].figures,
             "largest groups": [_group(found, *row) for row in found.largest.tolist()],
         },
-        "decontaminate": run.manifests["decontaminate"].counts,
+        "decontaminate": run.manifests["survivors"].counts,
         "retrieve": {name: run.manifests[f"retrieve/{name}"].figures for name in run.inputs.seeds},
         **balanced,
         "clusters": {

@@ -16,7 +16,7 @@ from curation.ops.hashes import equal_groups
 from curation.stages import filter as filter_stage
 from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
 from curation.stages.heads import find_heads, read_heads
-from curation.stages.kmeans import unit_rows
+from curation.stages.members import unit_rows
 
 NUM, LOOKS = 1000, 160
 
