@@ -16,20 +16,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import faiss
 import numpy as np
 
 from curation.ops.cells import Cells, write_cells
 from curation.ops.components import duplicate_groups
-from curation.ops.join import Pairs, merge_pairs, self_pairs
+from curation.ops.join import Pairs, merge_pairs
 from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
+from curation.ops.neighbours import self_pairs
 from curation.ops.randomness import hash_sample
-from curation.ops.recall import certify, measured_recall
+from curation.ops.recall import are_among, certify, measured_recall
+from curation.ops.true_pairs import hits_in_range
 
+T = TypeVar("T")
 THRESHOLD = 0.6
 NUM_MODES = 20_000
 NOISE = 1.5
@@ -125,26 +130,41 @@ def grouped(
         return write_cells(folder, rows, np.bincount(own, minlength=num_cells), centroids)
 
 
+def in_threads(function: Callable[[int, int], T], num_rows: int, step: int, threads: int) -> list[T]:
+    """function(start, stop) for runs of rows, in threads, as the stages do it in tasks."""
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(lambda start: function(start, min(start + step, num_rows)), range(0, num_rows, step)))
+
+
+def joined(cells: Cells, nprobe: int, radius: int | None, threads: int) -> Pairs:
+    step = -(-cells.num_rows // threads)
+    step = min(step, 2**20)
+    return merge_pairs(
+        in_threads(
+            lambda start, stop: self_pairs(
+                cells, start, stop, THRESHOLD, nprobe, radius, max_memory_bytes=BUDGET_BYTES // 2 // threads
+            ),
+            cells.num_rows, step, threads,
+        )
+    )  # fmt: skip
+
+
 def deduplicated(cells: Cells, num_rows: int, threads: int, clock: Clock) -> tuple[dict, Pairs]:
     """Certify, join and group, as the pipeline does; the figures, and the pairs."""
     with clock("certify"):
-        certificate, truth = certify(cells, THRESHOLD, num_threads=threads)
-    with clock("join"):
-        step = 2**20
-        pairs = merge_pairs(
-            [
-                self_pairs(
-                    cells, start, min(start + step, num_rows), THRESHOLD, certificate.nprobe, certificate.sketch_radius,
-                    num_threads=threads,
-                )
-                for start in range(0, num_rows, step)
-            ]
+        certificate, truth = certify(
+            cells, THRESHOLD,
+            compare=lambda question: in_threads(
+                lambda start, stop: hits_in_range(cells, start, stop, question), num_rows, 2**18, threads
+            ),
         )  # fmt: skip
+    with clock("join"):
+        pairs = joined(cells, certificate.nprobe, certificate.sketch_radius, threads)
     with clock("components"):
         groups = duplicate_groups(
             num_rows, [(pairs.a, pairs.b, pairs.similarity)], [], max_component_size=1000, min_similarity=THRESHOLD
         )
-    recall, bound = measured_recall(pairs, truth)
+    recall, bound = measured_recall(are_among(pairs, truth), truth)
     figures = {
         "num_cells": cells.num_cells,
         "certificate": vars(certificate),
@@ -206,7 +226,7 @@ def million(arguments: argparse.Namespace) -> dict:
         brute_force()
         one_cell = Clock()
         with one_cell("one-cell join (SemDeDup rule)"):
-            one = self_pairs(cells, 0, num_rows, THRESHOLD, 1, None, num_threads=threads)
+            one = joined(cells, 1, None, threads)
         brute_force()
     found, found_one = (pair_keys(p.a, p.b, num_rows) for p in (pairs, one))
     first = np.arange(0, num_rows - 1, PLANT_EVERY)

@@ -19,8 +19,9 @@ from PIL import Image
 from curation.encoders.load import encoder_view, load_encoder
 from curation.encoders.weights import DESCRIPTOR_NAMES
 from curation.ops.cells import cells_from_arrays
-from curation.ops.join import nearest, self_pairs
+from curation.ops.join import nearest
 from curation.ops.nearest import assign
+from curation.ops.neighbours import self_pairs
 from curation.reading.listing import find_parts
 from curation.reading.pictures.images import ImageLimits
 from curation.reading.sources import read_samples
@@ -95,7 +96,7 @@ def vectors() -> None:
     cells = cells_from_arrays(rows, np.arange(len(rows)), assign(rows, centroids)[0], centroids)
     nprobe, queries = 128, 20_000
     compared = queries * nprobe * len(rows) / len(centroids)
-    join_s = seconds(lambda: self_pairs(cells, 0, queries, 0.6, nprobe, 88, num_threads=1))
+    join_s = seconds(lambda: self_pairs(cells, 0, queries, 0.6, nprobe, 88))
     print(f"join: {compared / join_s / 1e6:,.0f} million sketches/s, all included")
     found_s = seconds(lambda: nearest(rows[:2000], cells, 4, 64, num_threads=1), repeats=2)
     print(f"retrieve: {2.0 * 2000 * 64 * len(rows) / len(centroids) * 256 / found_s / 1e9:,.1f} GFLOP/s")

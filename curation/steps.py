@@ -14,7 +14,7 @@ from curation.engine.ranges import Ranges
 from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
+from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.state import Run, Written
@@ -25,6 +25,7 @@ STAGES = (
     "filter",
     "heads",
     "cells",
+    "join",
     "dedup",
     "decontaminate",
     "cluster",
@@ -104,7 +105,8 @@ def plan_steps(run: Run) -> list[Step]:
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "cells"), _dedup),
+        Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
         Step(
             "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
             ("embed/pool", "filter", "heads", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
@@ -180,10 +182,10 @@ def _embed(
     files, tallies, gone = embed.embed_set(
         folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " ")
     )
-    counts, lost, total, worst = embed.count_losses(parts, tallies)
     figures = {"gone": gone} if gone else {}
-    if gone:
-        counts[NOT_IN_POOL] = sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]
+    counts, lost, total, worst = embed.count_losses(parts, tallies)
+    if not_listed := sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]:
+        counts[NOT_IN_POOL] = not_listed
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
     if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
@@ -210,8 +212,8 @@ def _embed(
 def _heads(run: Run, folder: Folder) -> Written:
     filtered = run.manifests["filter"].counts
     if not filtered["images out"]:
-        reasons = [(n, reason) for reason, n in filtered.items() if reason not in ("images out", NOT_IN_POOL)]
-        told = ", ".join(f"{n:,} {reason}" for n, reason in reasons)
+        reasons = {reason: number for reason, number in filtered.items() if reason not in ("images out", NOT_IN_POOL)}
+        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
         raise ValueError(
             f"none of the {run.manifests['embed/pool'].counts['images']:,} images of the pool can be used: {told} (by "
             f"image: {run.folder.url}/filter). Loosen `filters`, or check --pool."
@@ -225,6 +227,11 @@ def _cells(run: Run, folder: Folder) -> Written:
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
 
 
+def _join(run: Run, folder: Folder) -> Written:
+    mirror = load_encoder(run.config.embed.encoders()[-1]).mirror
+    return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), run.config.execution)
+
+
 def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
@@ -232,7 +239,7 @@ def _dedup(run: Run, folder: Folder) -> Written:
         run.folder / "filter",
         run.folder / "heads",
         run.ranges,
-        run.cells("cells"),
+        join.Joined(run.folder / "join"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,

@@ -17,9 +17,9 @@ import torch
 from benchmarks.gpu.measure import Setting, check
 from benchmarks.gpu.table import Absent, Figures, Part
 from curation.ops.cells import cells_from_arrays
-from curation.ops.join import self_pairs
 from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
+from curation.ops.neighbours import self_pairs
 
 T = TypeVar("T")
 ITERATIONS = 5

@@ -19,6 +19,7 @@ from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
 from curation.stages.groups import STEPS
+from curation.stages.join import Joined
 from curation.stages.kmeans import unit_rows
 from curation.writing.placed import index_name
 
@@ -179,9 +180,13 @@ def _hash_distance(account: Account, a: int, b: int) -> int:
 
 def _edges(account: Account, condition: pc.Expression) -> Iterator[dict[str, Any]]:
     """Links (a, b, similarity, step) that meet a condition on a and b."""
-    for file in (account.folder / "dedup/edges").names():
-        step = "perceptual" if file.startswith("perceptual") else "embedding"
-        for edge in account.rows(f"dedup/edges/{file}", condition, ["a", "b", "similarity"]).to_pylist():
+    linked = pc.field("similarity") >= account.manifest("dedup").figures["similarity_threshold"]
+    files = [("perceptual", "dedup/edges/perceptual.parquet", condition)]
+    files += [
+        ("embedding", f"join/edges/{piece}", condition & linked) for piece in Joined(account.folder / "join").pieces()
+    ]
+    for step, file, asked in files:
+        for edge in account.rows(file, asked, ["a", "b", "similarity"]).to_pylist():
             yield {**edge, "step": step}
 
 

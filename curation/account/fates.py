@@ -1,6 +1,5 @@
 """What the stages say of the images of a span of gids: the one place where their files are read for the account."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
-from curation.stages import groups
 from curation.stages.groups import STEPS
 from curation.state import Run
 
@@ -95,15 +93,10 @@ class Duplicates(NamedTuple):
 
 def duplicates_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> Duplicates:
     """Of a run's folder, for the gids [start, stop), all of one range."""
-    table = _range_rows(folder / "dedup", ranges, start, stop, groups.SCHEMA.names)
-    missing = {"component": -1, "component_size": 0, "representative": -1, "similarity": np.nan, "step": 0}
-    return Duplicates(*(table[name].fill_null(missing[name]).to_numpy() for name in missing))
-
-
-def _range_rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-    """The gids [start, stop), all of one range, of a stage that writes a file a range."""
-    number, first = start // ranges.size, start // ranges.size * ranges.size
-    return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
+    names = ["component", "component_size", "representative", "similarity", "step"]
+    table = _rows(folder / "dedup", ranges, start, stop, names)
+    missing = (-1, 0, -1, np.nan, 0)
+    return Duplicates(*(table[name].fill_null(fill).to_numpy() for name, fill in zip(names, missing, strict=True)))
 
 
 def representatives_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
@@ -118,7 +111,7 @@ def leaks_of(folder: Folder, start: int, stop: int) -> pa.Table:
 
 def _reasons_of(folder: Folder, ranges: Ranges, start: int, stop: int) -> pa.DictionaryArray:
     """Why a filter dropped each image; null for those that went on."""
-    return _encoded(_range_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
+    return _encoded(_rows(folder / "filter", ranges, start, stop, ["reason"])["reason"])
 
 
 def _clusters_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
@@ -270,6 +263,13 @@ def _keep_places(columns: dict[str, pa.Array], before: pa.Table) -> np.ndarray:
     columns["status"] = pc.if_else(stays, "kept", columns["status"])
     columns["release"] = pc.if_else(was_kept, padded("release"), columns["release"])
     return stays.to_numpy(zero_copy_only=False)
+
+
+def _rows(folder: Folder, ranges: Ranges, start: int, stop: int, columns: list[str]) -> pa.Table:
+    """Rows of the gids [start, stop), all of one range, of a stage that writes files of ranges."""
+    number = start // ranges.size
+    first, _ = ranges.bounds(number)
+    return folder.table_rows(range_file("range", number), start - first, stop - first, columns)
 
 
 def _between(start: int, stop: int) -> pc.Expression:

@@ -185,12 +185,6 @@ class Folder:
             names = list(columns) if columns is not None else None
             return table.read_row_groups(groups, columns=names).slice(start - first, stop - start)
 
-    def row_groups(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """These columns of a Parquet file, one row group after another."""
-        with self.reading(name) as file, pq.ParquetFile(file) as table:
-            for group in range(table.num_row_groups):
-                yield table.read_row_group(group, list(columns))
-
     def table_where(self, name: str, condition: pc.Expression, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a Parquet file that meet a condition; row groups whose statistics exclude it are not read."""
         names = list(columns) if columns is not None else None

@@ -37,6 +37,14 @@ _FILES: dict[str, tuple[str, ...]] = {
     "filter": (_RANGE,),
     "heads": (_RANGE,),
     "cells": _CELLS,
+    "join": (
+        "certificate.json",
+        "truth.parquet",
+        "found.parquet",
+        "done/part-*.json",
+        "edges/part-*.parquet",
+        "forest/part-*.parquet",
+    ),
     "dedup": (
         _RANGE,
         "edges/*.parquet",

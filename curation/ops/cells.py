@@ -76,6 +76,15 @@ class Cells:
         """Rows start to stop: float32 [n, D], exactly the stored float16 values."""
         return widened(self._vectors[start:stop])
 
+    def read_half(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop as they are stored: float16 [n, D]."""
+        return self._vectors[start:stop]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row: vector, sketch and gid."""
+        return 2 * self.dim + 8 * SKETCH_WORDS + 8
+
     def read_sketches(self, start: int, stop: int) -> np.ndarray:
         """Sketches of rows start to stop: uint64 [n, 8]."""
         return self._sketches[start:stop]

@@ -1,6 +1,6 @@
 """Connected components of near-duplicate pairs, their representatives, and the splitting of those that chained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,9 @@ from numba import njit
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 """One batch of pairs: a, b int64 [E] row numbers, and similarity float32 [E]."""
+
+Similar = Callable[[int, np.ndarray], np.ndarray]
+"""(a row, others) -> float32 similarity of each of the others to it; -inf where they are no pair."""
 
 
 class UnionFind:
@@ -89,6 +92,19 @@ def component_labels(num_rows: int, edges: Iterable[Edges], parent: np.ndarray |
     return sets.labels()
 
 
+def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """Which edges make a spanning forest of the largest similarities, and so span the components at every threshold.
+
+    Equal similarities go by a, then b. Returns indices, int64, ascending: at most one fewer than there are nodes.
+
+    Source: Kruskal, "On the shortest spanning subtree of a graph", 1956.
+    """
+    _, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
+    order = np.lexsort((b, a, -similarity))
+    sets = np.arange(int(ends.max(initial=-1)) + 1)
+    return np.sort(order[_tree_edges(sets, ends[: len(a)][order], ends[len(a) :][order])])
+
+
 def component_sizes(labels: np.ndarray) -> np.ndarray:
     """Number of rows of the component that row i names, int64 [N]; 0 for a row that names none."""
     return np.bincount(labels, minlength=len(labels))
@@ -116,7 +132,9 @@ def duplicate_groups(
     *,
     max_component_size: int,
     min_similarity: float | None = None,
-    parent: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    capped: np.ndarray | None = None,
+    similar: Similar | None = None,
 ) -> Groups:
     """Connected components with representatives; those that chained too far become stars around representatives.
 
@@ -127,15 +145,18 @@ def duplicate_groups(
     image, not a chain.
 
     Args:
-        edges: batches of pairs, iterated three times: a sequence, or an object that reads files anew for each iter().
+        edges: batches of pairs, iterated up to three times: a sequence, or an object that reads files anew for each
+            iter().
         keys: as in representatives.
-        parent: as in UnionFind.
+        labels: of the components, where they are known (from forests, which are shorter); they are overwritten.
+        capped: bool [N], rows whose edges may lack some of their neighbours. A representative among them is compared
+            by `similar` with those of its component that are capped and unassigned.
 
     Memory: about 25 bytes a row, and the edges of the components that are split.
     """
     if iter(edges) is edges:
         raise ValueError("edges are read three times: pass a list, or an object whose iter() starts anew.")
-    labels = component_labels(num_rows, edges, parent)
+    labels = component_labels(num_rows, edges) if labels is None else labels
     chosen = representatives(labels, keys)
     sizes = component_sizes(labels)
     similarity = _similarity_to(chosen, edges)
@@ -146,7 +167,7 @@ def duplicate_groups(
     if len(split.label):
         rows = np.flatnonzero(to_split[labels])
         component = labels[rows].copy()
-        _split(rows, labels, chosen, similarity, edges, to_split, keys, min_similarity)
+        _split(rows, labels, chosen, similarity, edges, to_split, keys, min_similarity, capped, similar)
         stars = np.flatnonzero(chosen[rows] == rows)
         split.num_groups[:] = np.bincount(np.searchsorted(split.label, component[stars]), minlength=len(split.label))
     return Groups(labels, chosen, similarity, _table(labels, chosen, similarity), split)
@@ -169,6 +190,8 @@ def _split(
     to_split: np.ndarray,
     keys: Sequence[np.ndarray],
     min_similarity: float | None,
+    capped: np.ndarray | None,
+    similar: Similar | None,
 ) -> None:
     """Rewrite labels, chosen and similarity of the given rows, the members of the components to split, in place."""
     held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
@@ -182,11 +205,43 @@ def _split(
     order = np.lexsort((others, ends))
     bounds = np.searchsorted(ends[order], np.arange(len(rows) + 1))
     priority = np.lexsort((rows, *(-_comparable(key[rows]) for key in reversed(keys))))
-    star, own = _stars(priority, bounds, others[order], np.concatenate([s, s])[order])
+    neighbours = bounds, others[order], np.concatenate([s, s])[order]
+    star, own = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.float32)
+    if capped is None or similar is None:
+        _stars(priority, 0, np.zeros(len(rows), bool), *neighbours, star, own)
+    else:
+        _stars_of_capped(rows, priority, capped[rows], labels[rows], neighbours, similar, min_similarity, star, own)
     chosen[rows], similarity[rows] = rows[star], own
     smallest = np.full(len(rows), len(rows), np.int64)
     np.minimum.at(smallest, star, np.arange(len(rows)))
     labels[rows] = rows[smallest[star]]
+
+
+def _stars_of_capped(
+    rows: np.ndarray,
+    priority: np.ndarray,
+    capped: np.ndarray,
+    component: np.ndarray,
+    neighbours: tuple[np.ndarray, ...],
+    similar: Similar,
+    min_similarity: float | None,
+    star: np.ndarray,
+    own: np.ndarray,
+) -> None:
+    """As _stars, where a representative that is capped also takes those that its edges lack."""
+    by_component = np.flatnonzero(capped)
+    by_component = by_component[np.argsort(component[by_component], kind="stable")]
+    begin = 0
+    while (begin := _stars(priority, begin, capped, *neighbours, star, own)) < len(rows):
+        chosen = priority[begin]
+        bounds = np.searchsorted(component[by_component], component[chosen] + np.arange(2))
+        others = by_component[slice(*bounds)]
+        others = others[star[others] < 0]
+        values = similar(int(rows[chosen]), rows[others])
+        taken = values >= np.float32(-np.inf if min_similarity is None else min_similarity)
+        taken &= values > -np.inf
+        star[others[taken]], own[others[taken]] = chosen, values[taken]
+        begin += 1
 
 
 def _comparable(key: np.ndarray) -> np.ndarray:
@@ -215,6 +270,23 @@ def _union(parent, a, b):
             parent[y] = x
         elif y < x:
             parent[x] = y
+
+
+@njit(cache=True, nogil=True)
+def _tree_edges(parent, a, b):
+    """bool [E]: edges, in their order, that join two sets."""
+    joins = np.zeros(a.size, np.bool_)
+    for i in range(a.size):
+        x, y = a[i], b[i]
+        while parent[x] != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        while parent[y] != y:
+            parent[y] = parent[parent[y]]
+            y = parent[y]
+        joins[i] = x != y
+        parent[max(x, y)] = min(x, y)
+    return joins
 
 
 @njit(cache=True, nogil=True)
@@ -257,10 +329,13 @@ def _direct(chosen, a, b, s, similarity):
 
 
 @njit(cache=True, nogil=True)
-def _stars(priority, bounds, neighbours, similarities):
-    star = np.full(priority.size, -1, np.int64)
-    own = np.ones(priority.size, np.float32)
-    for row in priority:
+def _stars(priority, begin, ask, bounds, neighbours, similarities, star, own):
+    """Give stars their centres and members, from place `begin` of the priority on; star is -1 where it is open.
+
+    Returns the place of the first new centre that is in `ask`, or the end.
+    """
+    for place in range(begin, priority.size):
+        row = priority[place]
         if star[row] >= 0:
             continue
         star[row] = row
@@ -270,7 +345,9 @@ def _stars(priority, bounds, neighbours, similarities):
                 own[neighbours[e]] = similarities[e]
             elif star[neighbours[e]] == row and neighbours[e] != row:
                 own[neighbours[e]] = max(own[neighbours[e]], similarities[e])
-    return star, own
+        if ask[row]:
+            return place
+    return priority.size
 
 
 @njit(cache=True, nogil=True)

@@ -2,7 +2,8 @@
 
 Vectors lie grouped by k-means cell. Each query probes its nprobe nearest cells; for each cell, all the queries that
 probe it meet its members in one tile; 512-bit sign sketches may shorten the candidate list; an exact similarity decides
-every pair. Self-deduplication, decontamination and retrieval are three reducers of that.
+every pair. Decontamination and retrieval are two reducers of that; self-deduplication, whose queries are the pool, has
+a module of its own (curation.ops.neighbours).
 
 Vectors are unit-norm and stored as float16 (queries are rounded to float16 too, so that everything is measured with one
 ruler). The similarity of two such vectors is computed exactly and rounded once to float32, and which cells are probed
@@ -63,7 +64,6 @@ class _Queries(NamedTuple):
 
     vectors: np.ndarray  # float32 [Q, D], float16 values
     sketches: np.ndarray  # uint64 [Q, 8]
-    rows: np.ndarray  # int64 [Q], the query's own row in the cells, which is not a match of itself; -1 if none
     order: np.ndarray  # int32, query indices grouped by the cell that they probe
     starts: np.ndarray  # int64 [K], the part of order for each cell
     stops: np.ndarray
@@ -78,46 +78,6 @@ class _Tile(NamedTuple):
     last_cell: int  # inclusive
 
 
-def self_pairs(
-    cells: Cells,
-    start: int,
-    stop: int,
-    similarity_threshold: float,
-    nprobe: int,
-    sketch_radius: int | None = None,
-    *,
-    mirror: np.ndarray | None = None,
-    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    num_threads: int | None = None,
-) -> Pairs:
-    """All pairs that a query row in [start, stop) finds in its nprobe nearest cells.
-
-    Over all ranges, those are the pairs where either end finds the other. A pair whose ends lie in two ranges may be
-    found by both: merge_pairs joins the ranges.
-
-    Args:
-        similarity_threshold: cosine; pairs at or above it are kept.
-        sketch_radius: pairs whose sketches differ in more bits are not looked at; None looks at all.
-        mirror: signs [D] that turn an embedding into that of the flipped image; each query is then asked both ways, and
-            the larger similarity of a pair is kept (the unflipped one when equal).
-        max_memory_bytes: of queries and tiles together; the pairs themselves come on top.
-        num_threads: changes the time, never the result; Faiss's setting where absent.
-    """
-    _check(cells, nprobe, sketch_radius)
-    step = _queries_at_once(cells.dim, nprobe, cells.num_cells, max_memory_bytes)
-    found: list[Pairs] = []
-    for low in range(start, stop, step):
-        rows = np.arange(low, min(low + step, stop))
-        vectors = cells.read(low, int(rows[-1]) + 1)
-        for query, row, similarity, flipped in _both_ways(
-            vectors, rows, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
-        ):
-            found.append(_oriented(low + query, row, similarity, flipped))
-    rows_found = merge_pairs(found)
-    a, b = cells.gids_of_rows(rows_found.a), cells.gids_of_rows(rows_found.b)
-    return merge_pairs([_oriented(a, b, rows_found.similarity, rows_found.mirrored)])
-
-
 def pairs_above(
     queries: np.ndarray,
     cells: Cells,
@@ -129,20 +89,28 @@ def pairs_above(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     num_threads: int | None = None,
 ) -> Matches:
-    """The pool rows at or above the threshold for each query, unit rows [Q, D]: see self_pairs for the arguments.
+    """The pool rows at or above the threshold for each query, unit rows [Q, D].
 
     With nprobe = cells.num_cells and no sketch_radius this is brute force. A pool row that is the query itself is a
     match as any other.
+
+    Args:
+        similarity_threshold: cosine; pairs at or above it are kept.
+        nprobe: how many of its nearest cells a query looks into.
+        sketch_radius: pairs whose sketches differ in more bits are not looked at; None looks at all.
+        mirror: signs [D] that turn an embedding into that of the flipped image; each query is then asked both ways, and
+            the larger similarity of a pair is kept (the unflipped one when equal).
+        max_memory_bytes: of queries and tiles together; the pairs themselves come on top.
+        num_threads: changes the time, never the result; Faiss's setting where absent.
     """
-    _check(cells, nprobe, sketch_radius)
+    check_join(cells, nprobe, sketch_radius)
     check_unit_rows(queries, "queries")
     step = _queries_at_once(cells.dim, nprobe, cells.num_cells, max_memory_bytes)
     columns: list[tuple[np.ndarray, ...]] = []
     for low in range(0, len(queries), step):
         vectors = _stored(queries[low : low + step])
-        rows = np.full(len(vectors), -1)
         for query, row, similarity, flipped in _both_ways(
-            vectors, rows, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
+            vectors, cells, similarity_threshold, nprobe, sketch_radius, mirror, max_memory_bytes, num_threads
         ):
             columns.append((low + query, row, similarity, np.full(len(row), flipped)))
     query, row, similarity, flipped = _concatenated(columns)
@@ -164,7 +132,7 @@ def nearest(
         gids int64 [Q, k] and similarities float32 [Q, k], nearest first, equal ones by smaller gid; where the probed
         cells hold fewer than k rows, gid -1 and similarity -inf.
     """
-    _check(cells, nprobe, None)
+    check_join(cells, nprobe, None)
     check_unit_rows(queries, "queries")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
@@ -178,7 +146,7 @@ def nearest(
     def answer(low: int) -> None:  # blocks of queries share nothing, so each thread has its own
         rows = slice(low, low + step)
         asked = _stored(queries[rows])
-        block = _block(asked, _no_sketches(len(asked)), np.full(len(asked), -1), cells, nprobe, 1)
+        block = _block(asked, _no_sketches(len(asked)), cells, nprobe, 1)
         for tile in _tiles(cells, block, tile_rows):
             vectors, tile_gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
             for asking, members, scores in _scored(block, vectors, cells, tile, max_memory_bytes // threads):
@@ -197,7 +165,6 @@ def merge_pairs(batches: list[Pairs]) -> Pairs:
 
 def _both_ways(
     vectors: np.ndarray,
-    rows: np.ndarray,
     cells: Cells,
     threshold: float,
     nprobe: int,
@@ -206,21 +173,13 @@ def _both_ways(
     max_memory_bytes: int,
     num_threads: int | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
-    """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored.
-
-    rows: the queries' own, consecutive rows in the cells, or all -1.
-    """
+    """(query index, row, similarity, mirrored) of one block of queries as they are, then mirrored."""
     if mirror is not None:
         check_mirror(mirror, cells.dim)
     for signs in (None,) if mirror is None else (None, mirror):
         asked = vectors if signs is None else mirrored(vectors, signs)
-        if radius is None:
-            sketches = _no_sketches(len(rows))
-        elif signs is None and len(rows) and rows[0] >= 0:
-            sketches = cells.read_sketches(int(rows[0]), int(rows[-1]) + 1)
-        else:
-            sketches = cells.sketch(asked)
-        block = _block(asked, sketches, rows, cells, nprobe, num_threads)
+        sketches = _no_sketches(len(asked)) if radius is None else cells.sketch(asked)
+        block = _block(asked, sketches, cells, nprobe, num_threads)
         query, row, similarity = _block_pairs(block, cells, threshold, radius, max_memory_bytes, num_threads)
         yield query, row, similarity, signs is not None
 
@@ -236,9 +195,9 @@ def _block_pairs(
             return _exact_tile(block, vectors, cells, tile, threshold, max_memory_bytes // threads)
         bounds = np.clip(cells.offsets[tile.first_cell : tile.last_cell + 2], tile.start, tile.stop) - tile.start
         own = slice(tile.first_cell, tile.last_cell + 1)
-        words = _sketch_columns(cells.read_sketches(tile.start, tile.stop))
+        words = sketch_columns(cells.read_sketches(tile.start, tile.stop))
         found = pairs_by_sketch(
-            words, vectors, bounds, *block[:4], block.starts[own], block.stops[own], tile.start, radius,
+            words, vectors, bounds, *block[:3], block.starts[own], block.stops[own], radius,
             half_radius(radius), np.float32(threshold), max(len(vectors), 1024),
         )  # fmt: skip
         return found[0].astype(np.int64), found[1] + tile.start, found[2]
@@ -247,16 +206,14 @@ def _block_pairs(
     return _concatenated(_in_threads(work, tiles, threads) or [_no_pairs()])
 
 
-def _block(
-    vectors: np.ndarray, sketches: np.ndarray, rows: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None
-) -> _Queries:
+def _block(vectors: np.ndarray, sketches: np.ndarray, cells: Cells, nprobe: int, num_threads: int | None) -> _Queries:
     num_queries = len(vectors)
     if nprobe == cells.num_cells:
         everyone = np.arange(num_queries, dtype=np.int32)
         starts = np.zeros(cells.num_cells, np.int64)
-        return _Queries(vectors, sketches, rows, everyone, starts, starts + num_queries)
+        return _Queries(vectors, sketches, everyone, starts, starts + num_queries)
     order, bounds = grouped_by_cell(nearest_cells(vectors, cells.centroids, nprobe, num_threads), cells.num_cells)
-    return _Queries(vectors, sketches, rows, order, bounds[:-1], bounds[1:])
+    return _Queries(vectors, sketches, order, bounds[:-1], bounds[1:])
 
 
 def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
@@ -276,7 +233,7 @@ def _tiles(cells: Cells, block: _Queries, tile_rows: int) -> Iterator[_Tile]:
         start = stop
 
 
-def _sketch_columns(sketches: np.ndarray) -> np.ndarray:
+def sketch_columns(sketches: np.ndarray) -> np.ndarray:
     """Sketches [n, 8] as words [8, n + padding]: the kernel always reads whole blocks of members."""
     columns = np.zeros((SKETCH_WORDS, len(sketches) + BLOCK), np.uint64)
     columns[:, : len(sketches)] = sketches.T
@@ -292,9 +249,7 @@ def _exact_tile(
         query, member, similarity = pairs_by_score(
             scores, asking, members.start, block.vectors, vectors, np.float32(threshold)
         )
-        row = member + tile.start
-        other = row != block.rows[query]
-        found.append((query[other], row[other], similarity[other]))
+        found.append((query, member + tile.start, similarity))
     return _concatenated(found)
 
 
@@ -319,10 +274,6 @@ def _scored(
         for low in range(int(block.starts[cell]), int(block.stops[cell]), step):
             asking = block.order[low : min(low + step, int(block.stops[cell]))]
             yield asking, members, products(block.vectors[asking], vectors[members.start : members.stop])
-
-
-def _oriented(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, flipped: np.ndarray | bool) -> Pairs:
-    return Pairs(np.minimum(a, b), np.maximum(a, b), similarity, np.broadcast_to(flipped, similarity.shape))
 
 
 def _unique(
@@ -372,7 +323,7 @@ def _tile_rows(dim: int, max_memory_bytes: int, num_threads: int) -> int:
     return max(min(max_memory_bytes // 8 // num_threads, 2**23) // (6 * dim + 16 * SKETCH_WORDS), 1)
 
 
-def _check(cells: Cells, nprobe: int, sketch_radius: int | None) -> None:
+def check_join(cells: Cells, nprobe: int, sketch_radius: int | None) -> None:
     if not 1 <= nprobe <= cells.num_cells:
         raise ValueError(f"nprobe must be between 1 and the number of cells, {cells.num_cells}, got {nprobe}.")
     if sketch_radius is not None and not 0 <= sketch_radius <= SKETCH_BITS:

@@ -18,7 +18,7 @@ from curation.ops.sketches import (
 BLOCK = 32
 """Members whose half sketches stay in registers while the queries pass by: 16 AVX-512 registers."""
 
-_CHUNK = 256  # queries whose sketches and vectors stay in the nearer caches while the members pass by
+CHUNK = 256  # queries whose sketches and vectors stay in the nearer caches while the members pass by
 
 
 @njit(cache=True, nogil=True)
@@ -39,8 +39,8 @@ def grouped_by_cell(probes: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.
 
 @njit(cache=True, nogil=True)
 def pairs_by_sketch(
-    words, vectors, bounds, query_vectors, query_sketches, query_rows, order, starts, stops, first_row, radius, half,
-    threshold, capacity,
+    words, vectors, bounds, query_vectors, query_sketches, order, starts, stops, radius, half, threshold,
+    capacity,
 ):  # fmt: skip
     """Pairs of a tile: sketches within radius, then the exact similarity. Returns (query, member, similarity)."""
     out_query = np.empty(capacity, np.int32)
@@ -49,14 +49,14 @@ def pairs_by_sketch(
     count = 0
     rough_threshold = threshold - ROUGH_MARGIN
     limit, half_limit = np.int64(radius) + 1, np.int64(half) + 1
-    buffer = np.empty((_CHUNK, SKETCH_WORDS), np.uint64)
-    asking = np.empty(_CHUNK + 1, np.int64)
-    masks = np.empty(_CHUNK + 1, np.uint64)
-    candidates = np.empty((_CHUNK * BLOCK, 2), np.int64)
-    rough = np.empty(_CHUNK * BLOCK, np.float32)
+    buffer = np.empty((CHUNK, SKETCH_WORDS), np.uint64)
+    asking = np.empty(CHUNK + 1, np.int64)
+    masks = np.empty(CHUNK + 1, np.uint64)
+    candidates = np.empty((CHUNK * BLOCK, 2), np.int64)
+    rough = np.empty(CHUNK * BLOCK, np.float32)
     for cell in range(starts.size):
-        for chunk in range(starts[cell], stops[cell], _CHUNK):
-            num_queries = min(_CHUNK, stops[cell] - chunk)
+        for chunk in range(starts[cell], stops[cell], CHUNK):
+            num_queries = min(CHUNK, stops[cell] - chunk)
             for j in range(num_queries):
                 for word in range(SKETCH_WORDS):
                     buffer[j, word] = query_sketches[order[chunk + j], word]
@@ -66,15 +66,17 @@ def pairs_by_sketch(
                 w2, w3 = words[2, base : base + BLOCK], words[3, base : base + BLOCK]
                 w4, w5 = words[4, base : base + BLOCK], words[5, base : base + BLOCK]
                 w6, w7 = words[6, base : base + BLOCK], words[7, base : base + BLOCK]
-                num_near = _near(buffer[:num_queries], w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks)
+                num_near = near_masks(
+                    buffer[:num_queries], w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks
+                )
                 real = (np.uint64(1) << np.uint64(num_members)) - np.uint64(1)
-                num_candidates = _listed(masks[:num_near], real, asking, order[chunk:], base, candidates)
-                _rough_dots(query_vectors, vectors, candidates[:num_candidates], rough)
-                num_candidates = _passed(rough[:num_candidates], rough_threshold, candidates)
+                num_candidates = listed(masks[:num_near], real, asking, order[chunk:], base, candidates)
+                rough_dots(query_vectors, vectors, candidates[:num_candidates], rough)
+                num_candidates = passed(rough[:num_candidates], rough_threshold, candidates)
                 for i in range(num_candidates):
                     query, member = candidates[i, 0], candidates[i, 1]
                     similarity = exact_dot(query_vectors[query], vectors[member])
-                    if similarity < threshold or first_row + member == query_rows[query]:
+                    if similarity < threshold:
                         continue
                     if count == out_query.size:
                         out_query = np.append(out_query, np.empty_like(out_query))
@@ -88,7 +90,7 @@ def pairs_by_sketch(
 
 
 @njit(cache=True, nogil=True)
-def _listed(masks, real, asking, order, base, pairs):
+def listed(masks, real, asking, order, base, pairs):
     """Write the bits of the masks as (query, member) pairs; returns how many."""
     count = 0
     for hit in range(masks.size):
@@ -102,7 +104,7 @@ def _listed(masks, real, asking, order, base, pairs):
 
 
 @njit(cache=True, nogil=True)
-def _passed(rough, rough_threshold, pairs):
+def passed(rough, rough_threshold, pairs):
     """Move the pairs whose rough similarity reaches the threshold to the front; returns how many."""
     count = 0
     for i in range(rough.size):
@@ -114,13 +116,13 @@ def _passed(rough, rough_threshold, pairs):
 
 
 @njit(cache=True, nogil=True)
-def _rough_dots(query_vectors, vectors, pairs, out):
+def rough_dots(query_vectors, vectors, pairs, out):
     for i in range(pairs.shape[0]):
         out[i] = rough_dot(query_vectors[pairs[i, 0]], vectors[pairs[i, 1]])
 
 
 @njit(cache=True, nogil=True)
-def _near(sketches, w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks):
+def near_masks(sketches, w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks):
     """Which of the queries' sketches [q, 8] are near which of 32 members, whose eight words are w0 to w7.
 
     Fills asking with query indices and masks with the members near each; returns how many. Two loops without branches:

@@ -5,42 +5,27 @@ sample of rows tells the recall of *every* setting: for each true pair, the rank
 distance of the sketches, in both directions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import betaincinv
 from scipy.stats import binom
 
-from curation.ops.cells import Cells, cell_ranks
-from curation.ops.join import Pairs, pairs_above
+from curation.ops.cells import Cells
+from curation.ops.join import Pairs
 from curation.ops.randomness import hash_uint64
-from curation.ops.sketches import HALF_BITS, SKETCH_BITS, half_radius, mirrored, radius_needed
+from curation.ops.sketches import HALF_BITS, SKETCH_BITS, half_radius
+from curation.ops.true_pairs import Hits, Question, TruePairs, fewest, hits_in_range, needs, no_hits
 
 _CONFIDENCE = 0.95
-_PAIRS_PER_QUERY = 4
-_FIRST_QUERIES = 1024
+_FIRST_QUERIES = 1024  # compared by their vectors, the others by sketches
 _QUERIES_AT_ONCE = 8192
 _TRUTH_LOSS = 1e-4  # of the sketches that find the truth for all but the first queries
 _EXACT_ROWS = 2**14  # below this every pair is looked at in less time than a sample takes
 
-
-class TruePairs(NamedTuple):
-    """What brute force found for a sample of rows.
-
-    Attributes:
-        query, gid: the two ends, int64 [P]; at most 4 pairs of each query, chosen by hash.
-        similarity: float32 [P].
-        rank: int32 [P, 2], how many cells come before the other end's, seen from the query and from the other end.
-        distance: int64 [P, 2], the sketch radius that it takes, likewise (they differ for a mirrored pair).
-    """
-
-    query: np.ndarray
-    gid: np.ndarray
-    similarity: np.ndarray
-    rank: np.ndarray
-    distance: np.ndarray
+Compare = Callable[[Question], Iterable[Hits]]
+"""The pool against a sample: hits_in_range for ranges that make up all rows of the cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +49,32 @@ class Certificate:
 
 def certify(
     cells: Cells,
-    similarity_threshold: float,
+    floor: float,
     target_recall: float = 0.99,
     *,
     seed: int = 0,
     max_queries: int = 65_536,
     mirror: np.ndarray | None = None,
-    num_threads: int | None = None,
+    compare: Compare | None = None,
 ) -> tuple[Certificate, TruePairs]:
-    """The smallest nprobe whose pair recall is at least target_recall with 95% confidence.
+    """The smallest nprobe whose recall of pairs at or above the floor is at least target_recall with 95% confidence.
 
     The sketch radius is the one expected to lose a tenth of what may be lost, given the similarities of the sampled
     pairs (sketch_radius); then nprobe descends from all cells, and stops before the first value whose lower bound
     misses the target. A fixed descending sequence needs no correction for testing many values (Maurer, Hothorn and
-    Lehmacher 1995). The sample grows until it would certify with a few pairs missed; when max_queries (or the whole
-    pool) hold too few pairs, all cells are probed, and the law of sketches alone, which holds for any vectors, bounds
-    the recall.
+    Lehmacher 1995). The sample grows until it would certify with a few pairs missed: each round asks for as many rows
+    as the rounds before say that it takes, and reads the pool once, so two rounds are the rule. When max_queries (or
+    the whole pool) hold too few pairs, all cells are probed, and the law of sketches alone, which holds for any
+    vectors, bounds the recall.
 
     The first 1,024 sampled rows are compared with the whole pool by matrix product; further ones, too, but with
     sketches of a radius that loses one pair in 10,000 at worst, which the bound accounts for.
 
+    Args:
+        compare: the pool against a sample, in as many tasks as it likes; here, one range after the other, where absent.
+
     Returns:
-        the certificate, and the true pairs to check the finished join with (measured_recall).
+        the certificate, and the true pairs to check the finished join with.
     """
     if not 0 < target_recall < 1:
         raise ValueError(f"target_recall must lie between 0 and 1, got {target_recall}.")
@@ -94,16 +83,21 @@ def certify(
             nprobe=cells.num_cells, sketch_radius=None, num_queries=0, num_pairs=0, recall=1.0, lower_bound=1.0,
             basis="exact",
         )  # fmt: skip
-        return certificate, _no_true_pairs()
+        return certificate, no_true_pairs()
     enough = 3 * np.log(1 - _CONFIDENCE) / np.log(target_recall)  # thrice what certifies when every pair is found
     nprobe, recall, bound, radius = None, 1.0, 0.0, SKETCH_BITS
-    truth, num_queries = _no_true_pairs(), 0
-    for rows, truth_radius in _sample(cells, similarity_threshold, max_queries, seed):
-        more = true_pairs(
-            cells, rows, similarity_threshold, truth_radius, seed=seed, mirror=mirror, num_threads=num_threads
-        )
-        truth = TruePairs(*(np.concatenate(columns) for columns in zip(truth, more, strict=True)))
-        num_queries += len(rows)
+    truth, num_queries = no_true_pairs(), 0
+    rows, gids = _sample(cells, max_queries, seed)
+    while num_queries < len(rows):
+        stop = min(num_queries + _more_queries(truth, num_queries, enough), len(rows))
+        chosen = slice(num_queries, stop)
+        num_exact = max(_FIRST_QUERIES - num_queries, 0)
+        question = question_about(
+            cells, rows[chosen], gids[chosen], floor, num_exact, sketch_radius(np.array([floor]), _TRUTH_LOSS),
+            mirror=mirror, seed=seed,
+        )  # fmt: skip
+        truth = TruePairs(*map(np.concatenate, zip(truth, true_pairs(cells, question, compare), strict=True)))
+        num_queries = stop
         if effective_size(truth.query) >= enough:
             radius = sketch_radius(truth.similarity, (1 - target_recall) / 10)
             nprobe, recall, bound = _descend(truth, cells.num_cells, radius, target_recall)
@@ -112,7 +106,7 @@ def certify(
     basis = "sample"
     if nprobe is None:
         nprobe, basis, law_loss = cells.num_cells, "law", (1 - target_recall) / 10
-        radius = sketch_radius(np.array([similarity_threshold]), law_loss)
+        radius = sketch_radius(np.array([floor]), law_loss)
         recall = float(found_by(truth, nprobe, radius).mean()) if len(truth.gid) else 1.0
         bound = 1 - law_loss
     certificate = Certificate(
@@ -122,45 +116,25 @@ def certify(
     return certificate, truth
 
 
-def true_pairs(
+def question_about(
     cells: Cells,
     rows: np.ndarray,
-    similarity_threshold: float,
-    truth_radius: int | None = None,
+    gids: np.ndarray,
+    floor: float,
+    num_exact: int,
+    radius: int = SKETCH_BITS,
     *,
-    seed: int = 0,
     mirror: np.ndarray | None = None,
-    num_threads: int | None = None,
-) -> TruePairs:
-    """Compare the given rows with the whole pool, and say what the join would need to find each pair.
+    seed: int = 0,
+) -> Question:
+    """Read the vectors of the rows to ask about, one read for each."""
+    return Question(rows, gids, cells.read_rows(rows), floor, num_exact, radius, mirror, seed)
 
-    A query keeps at most 4 of its pairs, those of smallest hash: a placeholder image that occurs a thousand times
-    would otherwise outweigh every other image of the sample.
-    """
-    vectors, gids = cells.read_rows(rows), cells.gids_of_rows(rows)
-    found = [np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, bool)]
-    for start in range(0, len(rows), _QUERIES_AT_ONCE):
-        block = slice(start, start + _QUERIES_AT_ONCE)
-        matches = pairs_above(
-            vectors[block], cells, similarity_threshold, cells.num_cells, truth_radius, mirror=mirror,
-            num_threads=num_threads,
-        )  # fmt: skip
-        kept = np.flatnonzero(gids[block][matches.query] != matches.gid)
-        query, gid = start + matches.query[kept], matches.gid[kept]
-        chosen = kept[_first_few(query, hash_uint64(seed, hash_uint64(seed, gids[query]) + gid.astype(np.uint64)))]
-        columns = (
-            start + matches.query[chosen],
-            matches.gid[chosen],
-            matches.similarity[chosen],
-            matches.mirrored[chosen],
-        )
-        found = [np.concatenate(both) for both in zip(found, columns, strict=True)]
-    query, gid, similarity, flipped = found
-    others = rows_of_gids(cells, gid)
-    rank, distance = _ranks_and_distances(
-        cells, (rows[query], vectors[query]), (others, cells.read_rows(others)), flipped, mirror
-    )
-    return TruePairs(gids[query], gid, similarity, rank, distance)
+
+def true_pairs(cells: Cells, question: Question, compare: Compare | None = None) -> TruePairs:
+    """Compare the rows asked about with the whole pool, and say what the join would need to find each pair."""
+    found = [hits_in_range(cells, 0, cells.num_rows, question)] if compare is None else compare(question)
+    return needs(cells, question, fewest(question, [no_hits(), *found]))
 
 
 def found_by(truth: TruePairs, nprobe: int, radius: int | None) -> np.ndarray:
@@ -170,17 +144,21 @@ def found_by(truth: TruePairs, nprobe: int, radius: int | None) -> np.ndarray:
     return found[:, 0] | found[:, 1]
 
 
-def measured_recall(found: Pairs, truth: TruePairs) -> tuple[float, float]:
-    """Recall of the pairs that a join really found, and its lower bound: what goes into the report.
+def are_among(edges: Pairs, truth: TruePairs) -> np.ndarray:
+    """Which of the true pairs are among some edges: bool [P]."""
+    known = np.unique(np.concatenate([truth.query, truth.gid]))
+    if not len(known):
+        return np.zeros(0, bool)
 
-    found may hold pairs of the whole pool; recall is 1 where the sample has no pairs at all.
-    """
-    ends = np.minimum(truth.query, truth.gid), np.maximum(truth.query, truth.gid)
-    low = np.searchsorted(found.a, ends[0], side="left")
-    high = np.searchsorted(found.a, ends[0], side="right")
-    hits = np.array(
-        [b in found.b[i:j] for i, j, b in zip(low.tolist(), high.tolist(), ends[1].tolist(), strict=True)], bool
-    )
+    def keys(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.searchsorted(known, np.minimum(a, b)) * len(known) + np.searchsorted(known, np.maximum(a, b))
+
+    both = np.flatnonzero(np.isin(edges.a, known) & np.isin(edges.b, known))
+    return np.isin(keys(truth.query, truth.gid), keys(edges.a[both], edges.b[both]))
+
+
+def measured_recall(hits: np.ndarray, truth: TruePairs) -> tuple[float, float]:
+    """Share of the true pairs that are hits, bool [P], and its lower bound; 1 and 0 where there are no pairs."""
     return _bounded(hits, truth.query)
 
 
@@ -219,35 +197,27 @@ def lower_bound(successes: float, trials: float, confidence: float = _CONFIDENCE
     return float(betaincinv(successes, trials - successes + 1, 1 - confidence)) if successes > 0 else 0.0
 
 
-def rows_of_gids(cells: Cells, gids: np.ndarray) -> np.ndarray:
-    """Row of each gid, which must exist: int64. One pass over the pool's gids."""
-    wanted, back = np.unique(gids, return_inverse=True)
-    rows = np.full(len(wanted), -1, np.int64)
-    for start, block in _gid_blocks(cells):
-        at = np.searchsorted(wanted, block)
-        hit = (
-            np.flatnonzero((at < len(wanted)) & (wanted[np.minimum(at, len(wanted) - 1)] == block))
-            if len(wanted)
-            else []
-        )
-        rows[at[hit]] = start + np.asarray(hit, np.int64)
-    return rows[back]
+def _sample(cells: Cells, max_queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of their gids' hashes, and the gids: one pass over these, of which few are held."""
+    share = min(4 * max_queries / cells.num_rows, 1.0)
+    hashes, rows, gids = np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, cells.num_rows, 1 << 20):
+        own = cells.read_gids(start, min(start + (1 << 20), cells.num_rows))
+        own_hashes = hash_uint64(seed, own)
+        few = np.flatnonzero(own_hashes <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048)))
+        hashes = np.concatenate([hashes, own_hashes[few]])
+        rows, gids = np.concatenate([rows, start + few]), np.concatenate([gids, own[few]])
+    order = np.argsort(hashes)[:max_queries]
+    return rows[order], gids[order]
 
 
-def _sample(cells: Cells, threshold: float, max_queries: int, seed: int) -> Iterator[tuple[np.ndarray, int | None]]:
-    """Growing batches of rows in the order of their gids' hashes, with the radius that their truth is found by."""
-    hashes, rows = np.empty(0, np.uint64), np.empty(0, np.int64)
-    for start, gids in _gid_blocks(cells):
-        hashes = np.concatenate([hashes, hash_uint64(seed, gids)])
-        rows = np.concatenate([rows, np.arange(start, start + len(gids))])
-        if len(rows) > max_queries:
-            smallest = np.argpartition(hashes, max_queries)[:max_queries]
-            hashes, rows = hashes[smallest], rows[smallest]
-    rows = rows[np.argsort(hashes)]
-    yield rows[:_FIRST_QUERIES], None
-    radius = sketch_radius(np.array([threshold]), _TRUTH_LOSS)
-    for start in range(_FIRST_QUERIES, len(rows), _QUERIES_AT_ONCE):
-        yield rows[start : start + _QUERIES_AT_ONCE], radius
+def _more_queries(truth: TruePairs, num_queries: int, enough: float) -> int:
+    """How many further rows to ask about, given what those before gave."""
+    if not num_queries:
+        return _FIRST_QUERIES + _QUERIES_AT_ONCE
+    independent = max(effective_size(truth.query), 1.0)
+    missing = max(1.25 * enough - independent, independent / 2)
+    return max(int(missing * num_queries / independent), _FIRST_QUERIES)
 
 
 def _descend(truth: TruePairs, num_cells: int, radius: int, target_recall: float) -> tuple[int | None, float, float]:
@@ -275,34 +245,6 @@ def _bounded(hits: np.ndarray, query: np.ndarray) -> tuple[float, float]:
     return float(hits.mean()), lower_bound(float(hits.mean()) * size, size)
 
 
-def _ranks_and_distances(
-    cells: Cells,
-    query: tuple[np.ndarray, np.ndarray],
-    other: tuple[np.ndarray, np.ndarray],
-    flipped: np.ndarray,
-    mirror: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    ranks, distances = [], []
-    for (_, asking), (rows, asked) in ((query, other), (other, query)):
-        if mirror is not None:
-            asking = np.where(flipped[:, None], mirrored(asking, mirror), asking)
-        ranks.append(cell_ranks(asking, cells.centroids, cells.cell_of_rows(rows)))
-        distances.append(radius_needed(cells.sketch(asking), cells.sketch(asked)))
-    return np.stack(ranks, axis=1), np.stack(distances, axis=1)
-
-
-def _first_few(group: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Indices of the 4 smallest hashes of each group, in the order of the groups."""
-    order = np.lexsort((hashes, group))
-    starts = np.searchsorted(group[order], group[order])
-    return order[np.arange(len(order)) - starts < _PAIRS_PER_QUERY]
-
-
-def _gid_blocks(cells: Cells) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, cells.num_rows, 1 << 20):
-        yield start, cells.read_gids(start, min(start + (1 << 20), cells.num_rows))
-
-
-def _no_true_pairs() -> TruePairs:
+def no_true_pairs() -> TruePairs:
     none = np.empty(0, np.int64)
     return TruePairs(none, none, np.empty(0, np.float32), np.empty((0, 2), np.int32), np.empty((0, 2), np.int64))

@@ -18,7 +18,7 @@ DECODE_S_PER_MEGAPIXEL = 12e-3
 DESCRIPTOR_IMAGES_PER_S = 1_700.0  # descriptors-likeness; 3,800 for descriptors
 EMBED_FLOPS = 268e9  # ViT-S/14 in bfloat16; 104e9 in float32, on processors without bfloat16
 KMEANS_FLOPS = 115e9  # curation.ops.nearest.assign, 4,096 centroids, 384-d
-SKETCHES_PER_S = 2.0e9  # curation.ops.join.self_pairs with all that goes with it, 256-d, 250 rows a cell
+SKETCHES_PER_S = 2.0e9  # curation.ops.neighbours.near_rows with all that goes with it, 256-d, 250 rows a cell
 RETRIEVE_FLOPS = 74e9  # curation.ops.join.nearest, 256-d, 250 rows a cell
 SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is usually slower
 # Published, not measured here: 45% of the peak of one A100 (312e12); k-means at 50%.
@@ -28,6 +28,7 @@ A100_KMEANS_FLOPS = 156e12
 # Bytes of one row.
 INDEX_BYTES = 200.0  # index/*.parquet, zstd; 137 with short keys and metadata (9,400 images)
 SKETCH_AND_GID_BYTES = 40.0
+EDGE_BYTES = 4.0  # zstd; edges and forest, at one edge for every five rows
 DEDUP_BYTES = 21.0  # representative, component, similarity, step
 DECISION_BYTES = 30.0  # zstd; 15 with short keys
 TAR_OVERHEAD_BYTES = 3072.0  # two headers, padding, the .json
@@ -36,7 +37,6 @@ DRIVER_BYTES = 250.0
 
 PLANNED_NPROBE = 128  # of 4,096 cells: recall 0.99 on a million hard vectors; the run measures its own
 EXACT_ROWS = 2**14  # pools below this are compared pair by pair
-NEAR_MISS_PRODUCTS = 2e9
 CERTIFY_QUERIES = 1024
 
 
@@ -126,9 +126,8 @@ def join_work(num_queries: float, num_rows: float, num_cells: int, dim: int, bot
 
 
 def certify_work(num_rows: float, dim: int) -> Work:
-    """The first sample by brute force, and the look just below the threshold."""
-    queries = CERTIFY_QUERIES if num_rows > EXACT_ROWS else 0
-    flop = 2.0 * dim * (queries * num_rows + min(NEAR_MISS_PRODUCTS, CERTIFY_QUERIES * num_rows))
+    """The first sample by brute force."""
+    flop = 2.0 * dim * CERTIFY_QUERIES * num_rows if num_rows > EXACT_ROWS else 0.0
     return Work(flop, flop / RETRIEVE_FLOPS)
 
 

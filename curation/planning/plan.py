@@ -18,6 +18,7 @@ from curation.engine.folder import Folder
 from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.progress import duration
 from curation.ops.hierarchy import clamp_levels
+from curation.ops.neighbours import PIECE_ROWS
 from curation.pipeline import finished
 from curation.planning import costs
 from curation.planning.costs import EncoderCost, Work
@@ -125,13 +126,21 @@ class Plan:
                 n,
             ),
             PlannedStep(
+                "join",
+                f"pairs of cosine >= {c.dedup.join().floor:g} at recall >= {c.dedup.target_recall:g}",
+                f"{2 * -(-n // PIECE_ROWS) + 2:,} tables",
+                n * costs.EDGE_BYTES,
+                costs.join_work(n, n, cells, copy_width, both_ways) + costs.certify_work(n, copy_width),
+                n,
+            ),
+            PlannedStep(
                 "dedup",
                 f"same bytes; PDQ within {c.dedup.perceptual_distance} of 256 bits; cosine >= "
-                f"{c.dedup.similarity_threshold:g} at pair recall >= {c.dedup.target_recall:g}; components over "
-                f"{c.dedup.max_component_size:,} re-split; kept by {', '.join(c.dedup.representative)}",
-                f"{-(-n // 65_536) + 5:,} tables",
+                f"{c.dedup.similarity_threshold:g}; components over {c.dedup.max_component_size:,} re-split; kept by "
+                f"{', '.join(c.dedup.representative)}",
+                "7 tables",
                 n * costs.DEDUP_BYTES,
-                costs.join_work(n, n, cells, copy_width, both_ways) + costs.certify_work(n, copy_width),
+                Work(),
                 n,
             ),
             self._decontamination(cells, copy_width, both_ways),

@@ -13,18 +13,14 @@ from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig, run_tasks
-from curation.ops.cells import Cells
-from curation.ops.join import Pairs, pairs_above, self_pairs
-from curation.ops.randomness import hash_sample
-from curation.ops.recall import TruePairs, certify, measured_recall
+from curation.ops.randomness import hash_uint64
+from curation.ops.recall import measured_recall
 from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
-from curation.stages.kmeans import unit_rows
+from curation.stages.join import Joined, JoinSettings, default_floor
 from curation.stages.perceptual import perceptual_pairs
 
 VERSION = 2
-_ROWS_PER_TASK = 65_536
-_NEAR_MISS_MARGIN = 0.1
-_NEAR_MISS_PRODUCTS = 2e9  # query-row products spent on looking just below the threshold
+_NEAR_MISS_SAMPLE = 4096
 _NEAR_MISS_PAIRS = 200
 _PERCEPTUAL = "edges/perceptual.parquet"
 
@@ -41,6 +37,9 @@ class DedupConfig:
     """cosine of the copy encoder at or above which two images are linked"""
     target_recall: float = 0.99
     """of linked pairs, against brute force, to be certified with 95% confidence"""
+    edge_floor: float | None = None
+    """cosine down to which pairs are kept, so that a similarity_threshold at or above it needs no new join; null: 0.05
+    below the threshold"""
     representative: list[str] = field(default_factory=lambda: ["resolution", "bytes", "central"])
     """which image of a component is kept: the largest by the first key, then the next; last, the smallest gid.
     resolution: width x height; bytes: of the file; central: similarity to the component's mean"""
@@ -60,6 +59,7 @@ class DedupConfig:
             perceptual_rows="[0, inf)",
             similarity_threshold="(-1, 1]",
             target_recall="(0, 1)",
+            edge_floor="[-1, 1]",
             max_component_size="[2, inf)",
             min_similarity_to_representative="[-1, 1]",
             seed=SEEDS,
@@ -68,6 +68,17 @@ class DedupConfig:
             raise ValueError(
                 f"dedup.representative: {', '.join(sorted(unknown))} unknown; choose from resolution, bytes, central."
             )
+
+        if self.edge_floor is not None and self.edge_floor > self.similarity_threshold:
+            raise ValueError(
+                f"dedup.edge_floor={self.edge_floor} is above dedup.similarity_threshold={self.similarity_threshold}: "
+                "linked pairs would be lost. Lower it, or leave it out."
+            )
+
+    def join(self) -> JoinSettings:
+        """What of these settings the join depends on."""
+        floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
+        return JoinSettings(floor=floor, target_recall=self.target_recall, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def deduplicate(
     filtered: Folder,
     heads: Folder,
     ranges: Ranges,
-    cells: Cells,
+    joined: Joined,
     encoder: str,
     mirror: np.ndarray | None,
     config: DedupConfig,
@@ -114,56 +125,59 @@ def deduplicate(
 
     Args:
         filtered, heads: folders of those stages.
-        cells: the copy encoder's vectors of the heads.
+        joined: the edges of the heads.
         mirror: signs that turn a vector into that of the flipped image, or None.
     """
-    links: list[EdgeFiles] = []
-    num_perceptual = 0
-    if cells.num_rows <= config.perceptual_rows:
+    perceptual: list[EdgeFiles] = []
+    num_perceptual, threshold = 0, config.similarity_threshold
+    joined_counts = joined.counts()
+    num_images = joined_counts["images"]
+    if num_images <= config.perceptual_rows:
         num_perceptual = perceptual_pairs(
             folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution
         )
-        links.append(EdgeFiles(folder, [_PERCEPTUAL], -2.0))
-    certificate, truth = certify(
-        cells, config.similarity_threshold, config.target_recall, seed=config.seed, mirror=mirror
-    )
-    names = _join(folder, cells, mirror, certificate.nprobe, certificate.sketch_radius, config, execution)
-    links.append(EdgeFiles(folder, names, config.similarity_threshold))
-    num_embedding = sum(folder.num_rows(name) for name in names)
+        perceptual.append(EdgeFiles(folder, [_PERCEPTUAL], -2.0))
+    edges = EdgeFiles(joined.folder, [f"edges/{piece}" for piece in joined.pieces()], threshold)
+    forest = EdgeFiles(joined.folder, [f"forest/{piece}" for piece in joined.pieces()], threshold)
+    num_embedding = sum(table.num_rows for name in edges.names for table in edges.batches(name, []))
+    truth, found = joined.truth(threshold)
+    certificate = joined.certificate()
+    recall, bound = measured_recall(found, truth) if len(found) else (1.0, certificate.lower_bound)
+    if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
+        bound = certificate.lower_bound
     rules = GroupRules(
         tuple(config.representative),
         config.max_component_size,
         config.min_similarity_to_representative,
         config.perceptual_distance,
+        threshold,
+        None if mirror is None else tuple(mirror.tolist()),
     )
-    split = write_groups(
-        folder, filtered, heads, ranges, pool, encoder, links, num_perceptual + num_embedding, rules, execution
-    )
+    split, together = write_groups(
+        folder, filtered, heads, ranges, pool, encoder, [*perceptual, edges], [*perceptual, forest],
+        (truth.query, truth.gid), num_perceptual + num_embedding, rules, execution,
+    )  # fmt: skip
     told = run_tasks(
         _describe, range(len(ranges)), folder, filtered, ranges, execution=execution, label="dedup", unit="files"
     )
     files = [file for file, *_ in told]
     files.append(folder.write_table("split.parquet", split))
-    distinct = cells.read_gids(0, cells.num_rows)
-    files.append(_write_near_misses(folder, pool, cells, encoder, np.sort(distinct), mirror, config))
-    recall, bound = (
-        measured_recall(_pairs_of(folder, names, truth), truth) if len(truth.gid) else (1.0, certificate.lower_bound)
-    )
-    if certificate.basis == "law":  # too few pairs to measure; the law of sketches holds for any vectors
-        bound = certificate.lower_bound
+    files.append(_write_near_misses(folder, joined, config, execution))
     counts = {
         "images in": sum(row[1] for row in told),
         "images out": sum(row[2] for row in told),
         "exact copies": sum(row[3] for row in told),
-        "images joined": cells.num_rows,
+        "images joined": num_images,
         "perceptual pairs": num_perceptual,
         "embedding pairs": num_embedding,
+        "images with more pairs than are kept": joined_counts["capped images"],
         "components split": split.num_rows,
     }
     figures = {
         **asdict(certificate),
         "measured_recall": recall,
         "measured_lower_bound": bound,
+        "measured_together": float(together.mean()) if len(together) else 1.0,  # of true pairs, in one component
         "similarity_threshold": config.similarity_threshold,
     }
     return files, counts, figures
@@ -179,112 +193,32 @@ def _describe(number: int, folder: Folder, filtered: Folder, ranges: Ranges) -> 
     return folder.described(name, stop - start), stop - start - table["representative"].null_count, kept, exact
 
 
-def _join(
-    folder: Folder,
-    cells: Cells,
-    mirror: np.ndarray | None,
-    nprobe: int,
-    sketch_radius: int | None,
-    config: DedupConfig,
-    execution: ExecutionConfig,
-) -> list[str]:
-    starts = range(0, cells.num_rows, _ROWS_PER_TASK)
-    names = [f"edges/embedding-{number:06d}.parquet" for number in range(len(starts))]
-    done = set(folder.names())
-    todo = [
-        (name, start, min(start + _ROWS_PER_TASK, cells.num_rows))
-        for name, start in zip(names, starts, strict=True)
-        if name not in done
-    ]
-    run_tasks(
-        _join_range,
-        todo,
-        folder,
-        cells,
-        mirror,
-        config.similarity_threshold,
-        nprobe,
-        sketch_radius,
-        int(execution.memory_gb * 0.5e9),
-        execution=execution,
-        label="dedup: join",
-        unit="images",
-        weights=[stop - start for _, start, stop in todo],
-    )
-    return names
+def _write_near_misses(folder: Folder, joined: Joined, config: DedupConfig, execution: ExecutionConfig) -> File:
+    """near.parquet: sampled edges on both sides of the threshold, nearest to it first, so that people can judge it."""
+    threshold = config.similarity_threshold
+    samples = run_tasks(
+        _edge_sample, joined.pieces(), joined, threshold, config.seed, execution=execution, label="dedup: near",
+        unit="files",
+    )  # fmt: skip
+    chosen = []
+    for side in zip(*samples, strict=True):
+        table = _fewest(pa.concat_tables(side), config.seed)
+        columns = [table[name].to_numpy() for name in ("a", "b", "similarity")]
+        order = np.lexsort((columns[1], columns[0], np.abs(columns[2] - np.float32(threshold))))
+        chosen.append(table.take(pa.array(order[:_NEAR_MISS_PAIRS])))
+    return folder.write_table("near.parquet", pa.concat_tables(chosen))
 
 
-def _join_range(
-    job: tuple[str, int, int],
-    folder: Folder,
-    cells: Cells,
-    mirror: np.ndarray | None,
-    threshold: float,
-    nprobe: int,
-    sketch_radius: int | None,
-    memory_bytes: int,
-) -> None:
-    name, start, stop = job
-    pairs = self_pairs(
-        cells,
-        start,
-        stop,
-        threshold,
-        nprobe,
-        sketch_radius,
-        mirror=mirror,
-        max_memory_bytes=memory_bytes,
-        num_threads=1,
-    )
-    folder.write_table(name, pa.table(pairs._asdict()))
+def _edge_sample(piece: str, joined: Joined, threshold: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """Edges of one piece at or above the threshold, and below: those of smallest hash."""
+    edges = joined.edges(piece, -1.0)
+    above = edges["similarity"].to_numpy() >= np.float32(threshold)
+    return _fewest(edges.filter(pa.array(above)), seed), _fewest(edges.filter(pa.array(~above)), seed)
 
 
-def _pairs_of(folder: Folder, names: list[str], truth: TruePairs) -> Pairs:
-    """The pairs found whose smaller end belongs to a sampled pair, sorted: what recall is measured on."""
-    wanted = np.unique(np.minimum(truth.query, truth.gid))
-    found = []
-    for name in names:
-        table = folder.read_table(name)
-        found.append(table.filter(pa.array(np.isin(table["a"].to_numpy(), wanted))))
-    table = pa.concat_tables(found)
-    columns = [table[name].to_numpy() for name in ("a", "b", "similarity", "mirrored")]
-    order = np.lexsort((columns[1], columns[0]))
-    return Pairs(*(column[order] for column in columns))
-
-
-def _write_near_misses(
-    folder: Folder,
-    pool: ImageSet,
-    cells: Cells,
-    encoder: str,
-    distinct: np.ndarray,
-    mirror: np.ndarray | None,
-    config: DedupConfig,
-) -> File:
-    """near.parquet: sampled pairs on both sides of the threshold, nearest to it first, so that people can judge it."""
-    sample = hash_sample(config.seed, distinct, int(min(1024, max(1, _NEAR_MISS_PRODUCTS / max(len(distinct), 1)))))
-    found = pairs_above(
-        unit_rows(pool.take_embeddings(encoder, sample)),
-        cells,
-        config.similarity_threshold - _NEAR_MISS_MARGIN,
-        cells.num_cells,
-        mirror=mirror,
-    )
-    a, b = sample[found.query], found.gid
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    gap = np.abs(found.similarity - config.similarity_threshold)
-    order = np.lexsort((high, low, gap))
-    order = order[(a != b)[order]]
-    _, unique = np.unique(np.stack([low, high])[:, order], axis=1, return_index=True)
-    order = order[np.sort(unique)]
-    above = found.similarity[order] >= config.similarity_threshold
-    chosen = np.concatenate([order[above][:_NEAR_MISS_PAIRS], order[~above][:_NEAR_MISS_PAIRS]])
-    table = pa.table(
-        {
-            "a": low[chosen],
-            "b": high[chosen],
-            "similarity": found.similarity[chosen],
-            "mirrored": found.mirrored[chosen],
-        }
-    )
-    return folder.write_table("near.parquet", table)
+def _fewest(edges: pa.Table, seed: int) -> pa.Table:
+    """The edges of smallest hash, each once."""
+    a, b = edges["a"].to_numpy(), edges["b"].to_numpy()
+    hashes = hash_uint64(seed, hash_uint64(seed, a) + b.astype(np.uint64))
+    _, first = np.unique(hashes, return_index=True)
+    return edges.take(pa.array(first[:_NEAR_MISS_SAMPLE]))

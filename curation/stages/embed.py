@@ -116,17 +116,16 @@ def embed_set(
     register(folder, {part.id: files for part, (files, _) in zip(parts, records, strict=True)})
     known, listed = registered(folder), {part.id for part in parts}
     gone = [number for number, id_ in enumerate(known) if id_ not in listed]
-    there = set(folder.names()) if gone else set()
-    for id_ in known.keys() - listed:
-        if lacking := [file.path for file in known[id_] if file.path not in there]:
-            raise ValueError(
-                f"{folder.url}/{lacking[0]} is gone, and so is the shard or folder that it was made from: bring one "
-                "of them back, or give another --out."
-            )
+    of_gone = [file.path for id_ in known.keys() - listed for file in known[id_]]
+    if lacking := sorted(set(of_gone) - finished_pieces(folder, of_gone)):
+        raise ValueError(
+            f"{folder.url}/{lacking[0]} is gone, and so is the shard or folder that it was made from: bring one of "
+            "them back, or give another --out."
+        )
     files = [file for of_part in known.values() for file in of_part]
-    first = [file for file in files if file.path.startswith("index/")]
+    index = [file for file in files if file.path.startswith("index/")]
     rest = [file for file in files if not file.path.startswith("index/")]
-    return first + rest, [tally for _, tally in records], gone
+    return index + rest, [tally for _, tally in records], gone
 
 
 def _record_name(part: Part) -> str:
@@ -309,9 +308,9 @@ def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[d
 
 
 def _read_records(folder: Folder, parts: Sequence[Part]) -> list[tuple[list[File], PartTally]]:
-    def read(part: Part) -> dict[str, Any]:
-        return json.loads(folder.read_bytes(_record_name(part)))
+    def read(part: Part) -> tuple[list[File], PartTally]:
+        record = json.loads(folder.read_bytes(_record_name(part)))
+        return [File(**entry) for entry in record["files"]], PartTally(**record["tally"])
 
     with ThreadPoolExecutor(1 if folder.is_local else _REQUESTS_AT_ONCE) as pool:
-        records = list(pool.map(read, parts))
-    return [([File(**entry) for entry in record["files"]], PartTally(**record["tally"])) for record in records]
+        return list(pool.map(read, parts))

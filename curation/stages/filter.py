@@ -82,17 +82,6 @@ def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterato
     yield from folder.table_batches(range_file("range", number), columns)
 
 
-def read_reasons(folder: Folder) -> pa.ChunkedArray:
-    """string [num_images], null for the images that go on: of the whole pool, so only where that is small."""
-    names = [name for name in folder.names() if name.startswith("range-")]
-    return pa.concat_tables([folder.read_table(name, ["reason"]) for name in names])["reason"]
-
-
-def passed(folder: Folder) -> np.ndarray:
-    """int64, ascending: the gids that go on."""
-    return np.flatnonzero(read_reasons(folder).is_null().to_numpy()).astype(np.int64)
-
-
 def _filter_range(
     item: tuple[int, list[PartRows]],
     folder: Folder,

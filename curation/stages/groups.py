@@ -16,8 +16,9 @@ from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, column_values
 from curation.engine.workers import ExecutionConfig
-from curation.ops.components import UnionFind, duplicate_groups
+from curation.ops.components import Similar, UnionFind, duplicate_groups
 from curation.ops.hashes import hash_distances
+from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
 from curation.ops.randomness import hash_uint64
 from curation.stages.filter import read_range
 from curation.stages.heads import read_heads
@@ -60,6 +61,9 @@ class GroupRules:
     max_component_size: int
     min_similarity: float | None
     perceptual_distance: int
+    similarity_threshold: float
+    mirror: tuple[int, ...] | None
+    """signs that turn a vector into that of the flipped image"""
 
 
 @dataclass(frozen=True)
@@ -94,19 +98,24 @@ def write_groups(
     pool: ImageSet,
     encoder: str,
     edges: Sequence[EdgeFiles],
+    links: Sequence[EdgeFiles],
+    asked: tuple[np.ndarray, np.ndarray],
     num_edges: int,
     rules: GroupRules,
     execution: ExecutionConfig,
-) -> pa.Table:
+) -> tuple[pa.Table, np.ndarray]:
     """Write range-*.parquet (SCHEMA, one row a gid).
 
     Args:
         filtered, heads: folders of those stages.
         edges: what links heads; an edge may stand in several files.
+        links: of these, so many that they make the same components.
+        asked: gids of both ends of some pairs.
         num_edges: about how many there are, to cut the work.
 
     Returns:
-        the components that were split: component (its smallest gid), size, num_groups.
+        the components that were split: component (its smallest gid), size, num_groups; and of the pairs that were
+        asked about, which have both ends in one component, before any is split: bool [P].
     """
     names = [range_file("range", number) for number in range(len(ranges))]
     num_buckets = buckets_for(num_edges * _EDGE_BYTES + ranges.num_rows // 8 * _IMAGE_BYTES, execution)
@@ -114,7 +123,9 @@ def write_groups(
     work = _Work(
         folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, num_buckets, Ranges(ranges.num_rows, fine)
     )
-    _write_labels(work)
+    _write_labels(work, links)
+    ends = [_labels_of(work, gids) for gids in asked]
+    together = (ends[0] == ends[1]) & (ends[0] >= 0)
     labelled = [work.piece("edges", number) for number in range(len(work.cut))]
     grouped = [work.piece("groups", number) for number in range(num_buckets)]
     exchange(
@@ -133,7 +144,7 @@ def write_groups(
         outputs=(folder, names), sort_by=["gid"], execution=execution, label="dedup: to their ranges", unit="files",
     )  # fmt: skip
     work.place.clear(["piece-*.parquet", _LABELS])
-    return split.sort_by("component")
+    return split.sort_by("component"), together
 
 
 def read_groups(folder: Folder, number: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -141,7 +152,7 @@ def read_groups(folder: Folder, number: int, columns: Sequence[str] | None = Non
     return folder.read_table(range_file("range", number), list(columns) if columns is not None else None)
 
 
-def _write_labels(work: _Work) -> None:
+def _write_labels(work: _Work, links: Sequence[EdgeFiles]) -> None:
     """The smallest gid of each image's component, of those that are not alone; -1 for all others: int64, by gid."""
     ranges = work.ranges
     kind = np.uint32 if ranges.num_rows < np.iinfo(np.uint32).max else np.int64
@@ -151,7 +162,7 @@ def _write_labels(work: _Work) -> None:
         head = read_heads(work.heads, number, ranges)
         followers = np.flatnonzero((head >= 0) & (head != np.arange(start, start + len(head))))
         sets.union(followers + start, head[followers])
-    for files in work.edges:
+    for files in links:
         for name in files.names:
             for table in files.batches(name, ["a", "b"]):
                 sets.union(table["a"].to_numpy(), table["b"].to_numpy())
@@ -167,6 +178,15 @@ def _write_labels(work: _Work) -> None:
 
 def _labels(work: _Work, start: int, stop: int) -> np.ndarray:
     return np.frombuffer(work.place.read_range(_LABELS, 8 * start, 8 * stop), "<i8")
+
+
+def _labels_of(work: _Work, gids: np.ndarray) -> np.ndarray:
+    """Of any gids, reading a block where there are some."""
+    out = np.empty(len(gids), np.int64)
+    for block in np.unique(gids // _BATCH).tolist():
+        start, here = block * _BATCH, gids // _BATCH == block
+        out[here] = _labels(work, start, min(start + _BATCH, work.ranges.num_rows))[gids[here] - start]
+    return out
 
 
 def _edges_to_gids(item: tuple[int, str], work: _Work) -> Iterator[pa.Table]:
@@ -240,8 +260,16 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
         )
     ]
     keys = _priorities(work, images.filter(pa.array(is_head)), node)
+    degree = np.bincount(np.concatenate(edges[0][:2]), minlength=len(node))
+    capped = degree >= MAX_NEIGHBOURS  # the join may have kept no more of them
     groups = duplicate_groups(
-        len(node), edges, keys, max_component_size=rules.max_component_size, min_similarity=rules.min_similarity
+        len(node),
+        edges,
+        keys,
+        max_component_size=rules.max_component_size,
+        min_similarity=rules.min_similarity,
+        capped=capped,
+        similar=_similar(work, node, capped),
     )
     at = np.searchsorted(node, head)
     representative, similarity = node[groups.representatives[at]], groups.similarity[at]
@@ -263,6 +291,26 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
         "step": _steps(images, gid, representative, similarity, rules.perceptual_distance),
     }
     work.place.write_table(work.piece("groups", bucket), pa.table(out))
+
+
+def _similar(work: _Work, node: np.ndarray, capped: np.ndarray) -> Similar:
+    """Cosines as the join computes them, of capped nodes to one; -inf below the threshold."""
+    vectors = np.empty((0, 0), np.float16)
+    places = np.cumsum(capped) - 1
+
+    def similar(row: int, others: np.ndarray) -> np.ndarray:
+        nonlocal vectors
+        if not len(vectors):
+            vectors = work.pool.take_embeddings(work.encoder, node[capped])
+        own = vectors[places[row]].astype(np.float64)
+        ways = np.stack([own] if work.rules.mirror is None else [own, own * np.array(work.rules.mirror)])
+        cosine = np.empty(len(others), np.float32)
+        for start in range(0, len(others), 1 << 14):  # sums in float64 are exact, whatever the order
+            block = slice(start, start + (1 << 14))
+            cosine[block] = (vectors[places[others[block]]].astype(np.float64) @ ways.T).max(axis=1)
+        return np.where(cosine >= np.float32(work.rules.similarity_threshold), cosine, np.float32(-np.inf))
+
+    return similar
 
 
 def _steps(

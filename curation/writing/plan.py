@@ -226,7 +226,7 @@ def _chosen(item: _Range, provenance: pa.Schema) -> Iterator[tuple[np.ndarray, p
             yield gids, _struct(pa.table(columns, schema=provenance))
         return
     folder, name = item.decisions
-    for table in folder.row_groups(name, ["gid", "status", "release", *provenance.names]):
+    for table in folder.table_batches(name, ["gid", "status", "release", *provenance.names]):
         table = table.filter(pc.and_(pc.equal(table["status"], "kept"), pc.equal(table["release"], item.release)))
         if table.num_rows:
             yield table["gid"].to_numpy(), _struct(table.select(provenance.names).cast(provenance))

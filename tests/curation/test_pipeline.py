@@ -101,7 +101,18 @@ def test_changed_settings_rerun_only_what_depends_on_them(finished, demo_pool, c
     def rerun(*more):
         assert main(command(demo_pool, finished, *more)) == 0
         lines = [line.split() for line in capsys.readouterr().err.splitlines()]
-        steps = ("embed/", "filter", "cells", "dedup", "decontaminate", "cluster", "retrieve/", "shards", "report")
+        steps = (
+            "embed/",
+            "filter",
+            "cells",
+            "join",
+            "dedup",
+            "decontaminate",
+            "cluster",
+            "retrieve/",
+            "shards",
+            "report",
+        )
         return [
             words[0]
             for words in lines
@@ -113,8 +124,14 @@ def test_changed_settings_rerun_only_what_depends_on_them(finished, demo_pool, c
         ]
 
     assert "cells" not in rerun("shard.seed=1")
+    floor = "dedup.edge_floor=0.6"
+    rerun(floor)
+    changed = rerun(floor, "dedup.similarity_threshold=0.65")
+    assert "dedup" in changed
+    assert not {"cells", "join"} & set(changed)
+    rerun()
     changed = rerun("retrieve.k=2")
-    assert not {"embed/pool", "filter", "cells", "dedup", "decontaminate", "cluster"} & set(changed)
+    assert not {"embed/pool", "filter", "cells", "join", "dedup", "decontaminate", "cluster"} & set(changed)
     digest = digest_of(finished)
     assert digest["shards/manifest.json"] != ""
     rerun()
@@ -201,13 +218,14 @@ KILL_POINTS = (
     "embed/pool/index/*.parquet",
     "embed/evaluation-*/started.json",
     "cells/started.json",
+    "join/truth.parquet",
     "dedup/edges/*",
     "shards/shard-000000.tar",
 )
 
 
 @pytest.mark.slow
-def test_sigkill_at_five_points_changes_nothing(finished, demo_pool, tmp_path):
+def test_sigkill_at_six_points_changes_nothing(finished, demo_pool, tmp_path):
     out = tmp_path / "run"
     arguments = command(demo_pool, out)
     for pattern in KILL_POINTS:
@@ -319,7 +337,7 @@ def test_a_hot_group_is_linked_without_comparing_all_its_pairs(tmp_path, ray_ses
     kept = [key for key, row in rows.items() if row["status"] == "kept"]
     assert [key[:3] for key in kept] == ["hot", "oth"]
     assert {row["component_size"] for key, row in rows.items() if key.startswith("hot")} == {80}
-    pairs = sum(pq.read_table(path).num_rows for path in out.glob("dedup/edges/embedding-*.parquet"))
+    pairs = sum(pq.read_table(path).num_rows for path in out.glob("join/edges/*.parquet"))
     assert pairs <= 3
 
 

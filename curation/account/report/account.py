@@ -85,7 +85,7 @@ def open_account(run: str) -> Account:
         raise ValueError(f"there is no folder {run}: give the run folder, the --out of curation.run.")
     done = [
         step
-        for step in ("embed/pool", "filter", "dedup", "decontaminate", "cluster", "shards")
+        for step in ("embed/pool", "filter", "join", "dedup", "decontaminate", "cluster", "shards")
         if folder.exists(f"{step}/{MANIFEST_NAME}")
     ]
     if done:

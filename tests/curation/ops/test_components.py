@@ -5,7 +5,14 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from curation.ops.components import UnionFind, component_labels, component_sizes, duplicate_groups, representatives
+from curation.ops.components import (
+    UnionFind,
+    component_labels,
+    component_sizes,
+    duplicate_groups,
+    representatives,
+    spanning_forest,
+)
 
 
 def edges_of(pairs, similarity=0.9):
@@ -138,3 +145,43 @@ def test_mistakes_are_named():
         representatives(np.zeros(3, int), [np.zeros(2)])
     with pytest.raises(ValueError, match="uint8 cannot number"):
         UnionFind(np.empty(300, np.uint8))
+
+
+def test_a_spanning_forest_spans_the_components_at_every_threshold():
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 300, (2, 900))
+    similarity = np.rint(rng.uniform(0.5, 1, 900) * 40).astype(np.float32) / 40  # many are equal
+    chosen = spanning_forest(a, b, similarity)
+    assert len(chosen) < 300
+    for threshold in (0.5, 0.7, 0.9, 1.0):
+        every, kept = np.flatnonzero(similarity >= threshold), chosen[similarity[chosen] >= threshold]
+        np.testing.assert_array_equal(
+            component_labels(300, [(a[kept], b[kept], None)]), component_labels(300, [(a[every], b[every], None)])
+        )
+    order = rng.permutation(900)
+    np.testing.assert_array_equal(np.sort(order[spanning_forest(a[order], b[order], similarity[order])]), chosen)
+    assert len(spanning_forest(a[:0], b[:0], similarity[:0])) == 0
+
+
+def test_a_representative_whose_edges_are_capped_takes_what_they_lack():
+    """200 rows that are all alike, of which each keeps three: one group, as with all edges."""
+    rng = np.random.default_rng(0)
+    a = np.repeat(np.arange(200), 3)
+    b = rng.integers(0, 200, 600)
+    a, b = np.minimum(a, b)[a != b], np.maximum(a, b)[a != b]
+    edges = [(a, b, np.full(len(a), 0.9, np.float32))]
+    pixels = rng.permutation(202)
+    asked = []
+
+    def similar(row, others):
+        asked.append(row)
+        return np.where(others < 200, 0.8, -np.inf).astype(np.float32)
+
+    capped = np.arange(202) < 201  # 200 is capped, and in a component of its own; 201 is alone
+    groups = duplicate_groups(202, edges, [pixels], max_component_size=16, capped=capped, similar=similar)
+    assert asked == [int(np.argmax(pixels[:200]))]
+    assert (groups.labels[:200] == 0).all()
+    assert set(groups.representatives[:200]) == set(asked)
+    assert np.isin(groups.similarity[:200], np.array([0.8, 0.9, 1.0], np.float32)).all()
+    lacking = duplicate_groups(202, edges, [pixels], max_component_size=16)
+    assert len(lacking.table.label) > 10

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells, open_cells, write_cells
-from curation.ops.join import merge_pairs, nearest, pairs_above, self_pairs
+from curation.ops.join import merge_pairs, nearest, pairs_above
+from curation.ops.neighbours import self_pairs
 from curation.ops.sketches import exact_dot, half_radius, radius_needed, widened
 
 DIM = 48
@@ -138,16 +139,12 @@ def test_radius_removes_exactly_what_lies_beyond(pool, cells):
 
 
 @pytest.mark.parametrize("radius", [None, 160])
-def test_tiles_ranges_and_threads_change_no_bit(pool, cells, radius):
+def test_tiles_and_ranges_change_no_bit(pool, cells, radius):
     *_, mirror = pool
     whole = self_pairs(cells, 0, 900, 0.55, 5, radius, mirror=mirror)
-    for bounds, memory, threads in [
-        ((0, 900), 20_000, 1),
-        ((0, 37, 38, 500, 900), 300_000, 3),
-        ((0, 450, 900), 2**24, 2),
-    ]:
+    for bounds, memory in [((0, 900), 20_000), ((0, 37, 38, 500, 900), 300_000), ((0, 450, 900), 2**24)]:
         ranges = [
-            self_pairs(cells, a, b, 0.55, 5, radius, mirror=mirror, max_memory_bytes=memory, num_threads=threads)
+            self_pairs(cells, a, b, 0.55, 5, radius, mirror=mirror, max_memory_bytes=memory)
             for a, b in pairwise(bounds)
         ]
         for found, expected in zip(merge_pairs(ranges), whole, strict=True):

@@ -6,18 +6,20 @@ from scipy.stats import binom
 
 from curation.ops import recall
 from curation.ops.cells import cells_from_arrays, nearest_cells
-from curation.ops.join import self_pairs
+from curation.ops.neighbours import near_by_product, self_pairs
 from curation.ops.recall import (
+    are_among,
     certify,
     effective_size,
     found_by,
     lower_bound,
     measured_recall,
-    rows_of_gids,
+    question_about,
     sketch_radius,
     true_pairs,
 )
 from curation.ops.sketches import half_radius
+from curation.ops.true_pairs import fewest, hits_in_range
 
 DIM = 32
 
@@ -40,6 +42,10 @@ def planted(num_rows, num_pairs, *, hot=0, mirror=None, seed=0):
     half = vectors.astype(np.float16)
     own = nearest_cells(half.astype(np.float32), centroids, 1)[:, 0]
     return cells_from_arrays(half, np.arange(num_rows) * 3, own, centroids)
+
+
+def truth_about(cells, rows, mirror=None):
+    return true_pairs(cells, question_about(cells, rows, cells.gids_of_rows(rows), 0.75, len(rows), mirror=mirror))
 
 
 @pytest.mark.parametrize(
@@ -75,24 +81,24 @@ def test_true_pairs_tell_what_every_setting_finds():
     """The join finds exactly those true pairs that found_by predicts, for any nprobe and radius."""
     mirror = np.where(np.random.default_rng(1).random(DIM) < 0.5, -1, 1)
     cells = planted(3000, 300, mirror=mirror)
-    truth = true_pairs(cells, np.arange(3000), 0.75, mirror=mirror)
+    truth = truth_about(cells, np.arange(3000), mirror)
     assert len(truth.gid) > 500
     for nprobe, radius in [(1, None), (1, 120), (6, 100), (20, 140), (64, 90), (64, None)]:
         found = self_pairs(cells, 0, 3000, 0.75, nprobe, radius, mirror=mirror)
         known = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
         hits = [(min(p), max(p)) in known for p in zip(truth.query.tolist(), truth.gid.tolist(), strict=True)]
         np.testing.assert_array_equal(found_by(truth, nprobe, radius), hits)
-        assert measured_recall(found, truth)[0] == np.mean(hits)
+        assert measured_recall(are_among(found, truth), truth)[0] == np.mean(hits)
     assert 0.2 < found_by(truth, 1, None).mean() < 0.9
     assert found_by(truth, 64, None).all()
 
 
 def test_a_hot_group_has_four_pairs_a_query():
     cells = planted(2000, 100, hot=400)
-    truth = true_pairs(cells, np.arange(2000), 0.75)
+    truth = truth_about(cells, np.arange(2000))
     _, counts = np.unique(truth.query, return_counts=True)
     assert counts.max() == 4
-    again = true_pairs(cells, np.arange(2000)[::-1], 0.75)
+    again = truth_about(cells, np.arange(2000)[::-1])
     for one, other in zip(truth, again, strict=True):
         assert sorted(map(str, one.tolist())) == sorted(map(str, other.tolist()))
 
@@ -107,10 +113,11 @@ def test_certificate_holds_on_the_whole_pool(monkeypatch):
     assert certificate.num_queries < 16_000
     assert 0.95 <= certificate.lower_bound <= certificate.recall
     found = self_pairs(cells, 0, 16_000, 0.75, certificate.nprobe, certificate.sketch_radius)
-    assert measured_recall(found, truth)[0] == pytest.approx(certificate.recall, abs=1e-12)
+    assert measured_recall(are_among(found, truth), truth)[0] == pytest.approx(certificate.recall, abs=1e-12)
     everything = self_pairs(cells, 0, 16_000, 0.75, 64, None)
     assert len(found.a) >= 0.95 * len(everything.a)
-    assert certify(cells, 0.75, 0.95, seed=1, num_threads=1)[0] == certificate
+    compare = lambda question: (hits_in_range(cells, s, s + 4000, question) for s in range(0, 16_000, 4000))  # noqa: E731
+    assert certify(cells, 0.75, 0.95, seed=1, compare=compare)[0] == certificate
 
 
 def test_too_few_pairs_fall_back_to_all_cells(monkeypatch):
@@ -121,7 +128,7 @@ def test_too_few_pairs_fall_back_to_all_cells(monkeypatch):
     assert certificate.lower_bound == pytest.approx(0.999)
     assert certificate.num_pairs == len(truth.gid) >= 10
     found = self_pairs(cells, 0, 2000, 0.75, certificate.nprobe, certificate.sketch_radius)
-    assert measured_recall(found, truth)[0] == 1
+    assert measured_recall(are_among(found, truth), truth)[0] == 1
 
 
 def test_a_small_pool_is_answered_exactly():
@@ -130,11 +137,20 @@ def test_a_small_pool_is_answered_exactly():
     assert (certificate.recall, certificate.lower_bound, len(truth.gid)) == (1.0, 1.0, 0)
 
 
-def test_rows_of_gids_inverts_gids_of_rows():
-    cells = planted(700, 10)
-    rows = np.random.default_rng(0).integers(0, 700, 90)
-    np.testing.assert_array_equal(rows_of_gids(cells, cells.gids_of_rows(rows)), rows)
-    assert len(rows_of_gids(cells, np.empty(0, np.int64))) == 0
+@pytest.mark.parametrize(("num_exact", "product"), [(0, None), (700, None), (0, near_by_product)])
+def test_ranges_of_the_pool_and_products_change_nothing(num_exact, product):
+    mirror = np.where(np.random.default_rng(1).random(DIM) < 0.5, -1, 1)
+    cells = planted(3000, 300, hot=200, mirror=mirror)
+    rows = np.random.default_rng(0).permutation(3000)[:700]
+    question = question_about(cells, rows, cells.gids_of_rows(rows), 0.75, num_exact, 150, mirror=mirror)
+    whole = hits_in_range(cells, 0, 3000, question)
+    ranges = [
+        hits_in_range(cells, a, b, question, max_memory_bytes=memory, candidates=product)
+        for a, b, memory in [(0, 1, 2**20), (1, 1700, 2**20), (1700, 3000, 2**28)]
+    ]
+    for one, other in zip(whole, fewest(question, ranges), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.unique(whole.query, return_counts=True)[1].max() == 4
 
 
 def test_target_must_be_a_proportion():

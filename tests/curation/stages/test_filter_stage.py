@@ -12,7 +12,7 @@ from curation.engine.workers import ExecutionConfig
 from curation.reading.filters import build_filters
 from curation.reading.listing import find_parts
 from curation.stages.embed import EmbedConfig, embed_set
-from curation.stages.filter import filter_pool, passed, read_range, read_reasons
+from curation.stages.filter import filter_pool, read_range
 from tests.conftest import picture_tar
 
 EXECUTION = ExecutionConfig(workers=2)
@@ -33,14 +33,15 @@ def pool(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> ImageSe
 def test_any_cut_gives_the_same_reasons(pool: ImageSet, tmp_path: Path, size: int) -> None:
     folder, ranges = Folder(str(tmp_path)), Ranges(14, size)
     rules = build_filters([{"kind": "score", "column": "score", "min": 0.045, "max": 0.105}])
-    files = filter_pool(folder, pool, rules, ranges, EXECUTION)
+    files, counts = filter_pool(folder, pool, rules, ranges, EXECUTION)
     assert sum(file.rows for file in files) == 14
-    assert read_reasons(folder).to_pylist() == ["score_score"] * 5 + [None] * 6 + ["score_score"] * 3
-    assert passed(folder).tolist() == list(range(5, 11))
+    found = [reason for r in range(len(ranges)) for reason in read_range(folder, r, ["reason"])["reason"].to_pylist()]
+    assert found == ["score_score"] * 5 + [None] * 6 + ["score_score"] * 3
+    assert counts == {"images out": 6, "score_score": 8}
     start, stop = ranges.bounds(len(ranges) - 1)
-    assert len(read_range(folder, len(ranges) - 1)) == stop - start
+    assert len(read_range(folder, len(ranges) - 1, ["bytes"])) == stop - start
     if size == 4:  # a range that is gone is judged again, and only that
         folder.delete(files[1].path)
         others = [Path(folder.path(file.path)).stat().st_mtime_ns for file in files if file is not files[1]]
-        assert filter_pool(folder, pool, rules, ranges, EXECUTION) == files
+        assert filter_pool(folder, pool, rules, ranges, EXECUTION) == (files, counts)
         assert others == [Path(folder.path(f.path)).stat().st_mtime_ns for f in files if f is not files[1]]

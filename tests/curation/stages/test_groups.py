@@ -104,9 +104,11 @@ def test_heads_and_groups_are_those_of_whole_arrays(
         EdgeFiles(dedup, [f"edges/{n}.parquet" for n in range(3)], 0.6),
         EdgeFiles(dedup, ["edges/1.parquet"], 0.5),
     ]
-    rules = GroupRules(("resolution", "bytes", "central"), 6, None, 16)
+    rules = GroupRules(("resolution", "bytes", "central"), 6, None, 16, 0.5, None)
     pool = pool_of(Folder(str(tmp_path / "pool")), index["vectors"])
-    split = write_groups(dedup, filtered, heads, ranges, pool, "e", edges, 300, rules, execution)
+    split, together = write_groups(
+        dedup, filtered, heads, ranges, pool, "e", edges, edges, (ends[:, 0], ends[:, 1]), 300, rules, execution
+    )
     found = pa.concat_tables([read_groups(dedup, r) for r in range(len(ranges))])
 
     counted = (similarity >= np.float32(0.6)) | (
@@ -115,6 +117,7 @@ def test_heads_and_groups_are_those_of_whole_arrays(
     a, b = np.searchsorted(distinct, ends[counted].T)
     pairs = [(a, b, similarity[counted])]
     labels = duplicate_groups(len(distinct), pairs, [np.zeros(len(distinct))], max_component_size=NUM).labels
+    np.testing.assert_array_equal(together, np.equal(*labels[np.searchsorted(distinct, ends.T)]))
     keys = [index["pixels"][distinct], index["bytes"][distinct], centrality(index["vectors"][distinct], labels)]
     groups = duplicate_groups(len(distinct), pairs, keys, max_component_size=6)
     at = np.searchsorted(distinct, head[head >= 0])
