@@ -86,7 +86,7 @@ class Plan:
         """For each bucket with images, its first shard and the one after its last."""
         buckets = np.array([shard.bucket for shard in self.shards], np.int64)
         starts = np.flatnonzero(np.diff(buckets, prepend=-1)).tolist()
-        return list(zip(starts, [*starts[1:], len(buckets)], strict=True))
+        return list(zip(starts, [*starts[1:], len(buckets)][: len(starts)], strict=True))  # none where nothing is new
 
 
 @dataclass(frozen=True)
