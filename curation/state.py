@@ -68,7 +68,7 @@ class Run:
         return encoder_folder(self.config.embed.encoders()[-1])
 
     def images(self, step: str) -> ImageSet:
-        return ImageSet(self.folder / step, self.manifests[step])
+        return ImageSet.of(self.folder / step, self.manifests[step])
 
     @property
     def pool(self) -> ImageSet:

@@ -10,7 +10,7 @@ from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
 from curation.engine.ranges import Ranges
-from curation.engine.store import ImageSet
+from curation.engine.store import NOT_IN_POOL, ImageSet
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
 from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, retrieve, shard
@@ -72,7 +72,7 @@ def plan_steps(run: Run) -> list[Step]:
             settings,
             (),
             lambda run, folder: _embed(run, folder, parts, encoders, filters, name),
-            listing=[part.id for part in parts],
+            listing=sorted(part.id for part in parts),
         )
 
     seeds, evaluations = run.inputs.seeds, run.inputs.evaluations
@@ -140,11 +140,13 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
-    files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
-    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
+    files, gone = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
+    figures = {"gone": gone} if gone else {}
+    written = Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files, figures=figures)
+    images = ImageSet.of(folder, written)
     counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
-    if not images.num_images:
+    if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
         worst = max(reasons, key=lambda r: reasons[r])
@@ -159,22 +161,22 @@ def _embed(
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )
-    if sum(reasons.values()) == images.num_images and name != "embed/pool":
+    if sum(reasons.values()) == counts["images"] and name != "embed/pool":
         raise ValueError(
-            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, "
+            f"{name}: none of its {counts['images']:,} images can be read, so it does nothing: check its URL, "
             "or leave it out."
         )
-    return files, counts, {}
+    return files, counts, figures
 
 
 def _cells(run: Run, folder: Folder) -> Written:
     joined = run.joined()
     if not len(joined):
         reasons = filter_stage.read_reasons(run.folder / "filter").value_counts().to_pylist()
-        told = ", ".join(f"{entry['counts']:,} {entry['values']}" for entry in reasons)
+        told = ", ".join(f"{e['counts']:,} {e['values']}" for e in reasons if e["values"] != NOT_IN_POOL)
         raise ValueError(
-            f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
-            f"{run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
+            f"none of the {run.manifests['embed/pool'].counts['images']:,} images of the pool can be used: {told} (by "
+            f"image: {run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
         )
     where, c = run.local("cells") / "cells", run.config
     return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}

@@ -146,7 +146,7 @@ def _answer(bucket: int, asked: pa.Table, sources: Sources, folder: Folder) -> N
 
 def _answers(piece: str, _: Sources, folder: Folder) -> Iterator[pa.Table]:
     """A span's keys, each to the range that asked for it."""
-    with (folder / _ANSWERS).opened(piece) as file, pq.ParquetFile(file) as table:
+    with (folder / _ANSWERS).reading(piece) as file, pq.ParquetFile(file) as table:
         for group in range(table.num_row_groups):
             rows = table.read_row_group(group)
             bucket = pa.array(rows["asker"].to_numpy().astype(np.int32))

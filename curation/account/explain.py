@@ -124,10 +124,10 @@ def _image(index: dict[str, Any], row: dict[str, Any]) -> str:
 def _duplicates(account: Account, gid: int, row: dict[str, Any]) -> str:
     if row["component"] is None:
         return "no other image of the pool is a near-duplicate of it."
-    duplicates = duplicates_of(account.folder, gid, gid + 1)
+    duplicates = duplicates_of(account.folder, account.ranges, gid, gid + 1)
     members = account.decisions(pc.field("component") == row["component"], ["gid"])["gid"].to_numpy()
     elected = int(duplicates.representative[0])
-    final = int(representatives_of(account.folder, gid, gid + 1)[0])
+    final = int(representatives_of(account.folder, account.ranges, gid, gid + 1)[0])
     name = "itself" if elected == gid else f"{account.key(account.pool, elected)} (gid {elected})"
     text = [f"one of {plural(len(members), 'near-duplicate')}, component {row['component']}, represented by {name}."]
     if elected != gid:
@@ -302,7 +302,9 @@ def _draws(account: Account, gid: int, cluster: int) -> Iterator[str]:
 def _nearest_seed(account: Account, gid: int, name: str, rule: dict[str, Any]) -> str:
     """The seed image most similar to this one, and what it drew instead."""
     seeds = account.images(f"embed/seed-{name}")
-    encoder = next(f.path.split("/")[0] for f in seeds.manifest.files if f.path.endswith(".npy"))
+    encoder = next(
+        f.path.split("/")[0] for f in account.manifest(f"embed/seed-{name}").files if f.path.endswith(".npy")
+    )
     own = unit_rows(account.pool.take_embeddings(encoder, np.array([gid])))[0]
     best, best_gid = -2.0, -1
     for part in range(seeds.num_parts):

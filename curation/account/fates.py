@@ -86,8 +86,8 @@ class Duplicates(NamedTuple):
     """uint8: index into STEPS"""
 
 
-def duplicates_of(folder: Folder, start: int, stop: int) -> Duplicates:
-    """Of a run's folder, for the gids [start, stop)."""
+def duplicates_of(folder: Folder, _: Ranges, start: int, stop: int) -> Duplicates:
+    """Of a run's folder, for the gids [start, stop), all of one range."""
     dedup = folder / "dedup"
     component = dedup.array_rows("component.npy", start, stop)
     everything = dedup.read_array("component.npy")
@@ -96,7 +96,7 @@ def duplicates_of(folder: Folder, start: int, stop: int) -> Duplicates:
     return Duplicates(component, np.where(component < 0, 0, sizes[np.maximum(component, 0)]), *columns)
 
 
-def representatives_of(folder: Folder, start: int, stop: int) -> np.ndarray:
+def representatives_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
     """int64: who stands for each image after decontamination, which may have elected others; -1 for leaks as well."""
     return (folder / "decontaminate").array_rows("representative.npy", start, stop)
 
@@ -106,13 +106,13 @@ def leaks_of(folder: Folder, start: int, stop: int) -> pa.Table:
     return (folder / "decontaminate").table_where("leaks.parquet", _between(start, stop))
 
 
-def _reasons_of(folder: Folder, start: int, stop: int) -> pa.DictionaryArray:
+def _reasons_of(folder: Folder, _: Ranges, start: int, stop: int) -> pa.DictionaryArray:
     """Why a filter dropped each image; null for those that went on."""
     column = (folder / "filter").table_rows("reasons.parquet", start, stop, ["reason"])["reason"]
     return _encoded(column.cast(pa.string()))
 
 
-def _clusters_of(folder: Folder, start: int, stop: int) -> np.ndarray:
+def _clusters_of(folder: Folder, _: Ranges, start: int, stop: int) -> np.ndarray:
     """int64: the finest cluster; -1 for images that did not survive to clustering."""
     return (folder / "cluster").array_rows("assignment.npy", start, stop).astype(np.int64)
 
@@ -169,11 +169,11 @@ class Fates(NamedTuple):
 def fates(sources: Sources, start: int, stop: int) -> Fates:
     """What becomes of the pool images with the gids [start, stop)."""
     here = np.arange(start, stop)
-    dropped = _reasons_of(sources.folder, start, stop)
-    group = duplicates_of(sources.folder, start, stop)
-    final = representatives_of(sources.folder, start, stop)
+    dropped = _reasons_of(sources.folder, sources.ranges, start, stop)
+    group = duplicates_of(sources.folder, sources.ranges, start, stop)
+    final = representatives_of(sources.folder, sources.ranges, start, stop)
     leaks = leaks_of(sources.folder, start, stop)
-    cluster = _clusters_of(sources.folder, start, stop)
+    cluster = _clusters_of(sources.folder, sources.ranges, start, stop)
     draws = _draws_of(sources, start, stop)
 
     leak = leaks["gid"].to_numpy() - start

@@ -131,15 +131,15 @@ class Folder:
         return self.write_bytes(name, buffer.getvalue(), rows=table.num_rows)
 
     @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[BinaryIO]:
-        """A file to be read where one likes, without the rest of it."""
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        """A file to be read here and there."""
         only = {} if self.is_local else {"cache_type": "none"}  # fsspec would read far ahead
         with self._reached(), self._fs[0].open(self.path(name), "rb", **only) as file:
             yield file  # type: ignore[misc]  # fsspec says any kind of file
 
     def array_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of an array's file; only they are read."""
-        with self.opened(name) as file:
+        with self.reading(name) as file:
             read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
             assert not dtype.hasobject
@@ -150,7 +150,7 @@ class Folder:
 
     def table_rows(self, name: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows [start, stop) of a Parquet file; row groups that hold none of them are not read."""
-        with self.opened(name) as file, pq.ParquetFile(file) as table:
+        with self.reading(name) as file, pq.ParquetFile(file) as table:
             sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
             ends = np.cumsum(sizes, dtype=np.int64)
             groups = np.flatnonzero((ends > start) & (ends - sizes < stop)).tolist() if stop > start else []
@@ -160,7 +160,7 @@ class Folder:
 
     def row_groups(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """These columns of a Parquet file, one row group after another."""
-        with self.opened(name) as file, pq.ParquetFile(file) as table:
+        with self.reading(name) as file, pq.ParquetFile(file) as table:
             for group in range(table.num_row_groups):
                 yield table.read_row_group(group, list(columns))
 
@@ -169,13 +169,13 @@ class Folder:
         names = list(columns) if columns is not None else None
         if self.is_local:
             return pq.read_table(self.path(name), columns=names, filters=condition, partitioning=None)
-        with self.opened(name) as file:
+        with self.reading(name) as file:
             return pq.read_table(file, columns=names, filters=condition, partitioning=None)
 
-    def described(self, name: str, rows: int) -> File:
+    def described(self, name: str, rows: int = 0) -> File:
         """The manifest's entry of a file that is there."""
         digest, size = hashlib.sha256(), 0
-        with self.opened(name) as file:
+        with self.reading(name) as file:
             while block := file.read(16 << 20):
                 digest.update(block)
                 size += len(block)

@@ -32,7 +32,7 @@ _CELLS = (
 _EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*.parquet")  # of any stage
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
-    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
+    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
     "filter": ("reasons.parquet",),
     "cells": _CELLS,
     "dedup": (

@@ -18,7 +18,7 @@ from curation.encoders.load import Encoder, View, load_encoder
 from curation.engine.actors import run_actors
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import INDEX_SCHEMA, ImageSet, encoder_folder
+from curation.engine.store import INDEX_SCHEMA, NOT_IN_POOL, ImageSet, encoder_folder, register, registered
 from curation.engine.workers import ExecutionConfig, Losses, WorkerLost, num_gpus, num_workers, unwrapped
 from curation.reading.filters import Filter, Pixels, first_refusals
 from curation.reading.pictures.images import ImageLimits
@@ -73,20 +73,34 @@ def embed_set(
     filters: Sequence[Filter],
     execution: ExecutionConfig,
     label: str,
-) -> list[File]:
+) -> tuple[list[File], list[int]]:
     """Index and embed the parts of one set into `folder`; parts that a former run finished are kept.
 
     Returns:
-        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts.
+        files: index/part-<id>.parquet and <encoder>/part-<id>.npy of every part that the set has or had, in the order
+            of the parts' numbers.
+        gone: numbers of the parts that are not among `parts` any more.
+
+    Raises:
+        ValueError: files of a part that has gone are gone too, and cannot be made again.
     """
     done = dict.fromkeys(folder.names())
     todo = [part for part in parts if f"done/part-{part.id}.json" not in done]
     if todo:
         _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
-    files = []
-    for part in parts:
-        files += _read_record(folder, part)
-    return [f for f in files if f.path.startswith("index/")] + [f for f in files if not f.path.startswith("index/")]
+    known = registered(folder)
+    register(folder, {part.id: _read_record(folder, part) for part in parts if part.id not in known})
+    known, listed = registered(folder), {part.id for part in parts}
+    gone = [number for number, id_ in enumerate(known) if id_ not in listed]
+    for id_ in known.keys() - listed:
+        if lacking := [file.path for file in known[id_] if file.path not in done]:
+            raise ValueError(
+                f"{folder.url}/{lacking[0]} is gone, and so is the shard or folder that it was made from: bring one "
+                "of them back, or give another --out."
+            )
+    files = [file for of_part in known.values() for file in of_part]
+    index = [f for f in files if f.path.startswith("index/")]
+    return index + [f for f in files if not f.path.startswith("index/")], gone
 
 
 def _embed_parts(
@@ -227,19 +241,23 @@ def count_losses(images: ImageSet, bytes_read: int) -> tuple[dict[str, int], int
         bytes_read: of all parts of the set.
 
     Returns:
-        counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
+        counts: images (rows of the parts that are listed); rejected, by reason; where there are any: rows of parts that
+            are not listed any more, damaged shards, unread bytes, unread images.
         lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
             missing end marker is no loss.
     """
     columns = ["reason", "source", "unread_bytes", "unread_images"]
-    table = pa.concat_tables([images.index(part, columns) for part in range(images.num_parts)])
-    counts = {"images": images.num_images}
+    there = [part for part in range(images.num_parts) if part not in images.parts.gone]
+    table = pa.concat_tables([INDEX_SCHEMA.empty_table().select(columns), *(images.index(p, columns) for p in there)])
+    counts = {"images": table.num_rows}
+    if images.num_images > table.num_rows:
+        counts[NOT_IN_POOL] = images.num_images - table.num_rows
     for entry in table["reason"].drop_null().value_counts().to_pylist():
         counts[f"rejected: {entry['values']}"] = entry["counts"]
     lost = len(table["reason"].drop_null()) - counts.get(f"rejected: {NO_END_MARKER}", 0)
     damage = table.filter(pc.is_valid(table["unread_bytes"])).to_pylist()
     unread_bytes = sum(row["unread_bytes"] for row in damage)
-    good = max(images.num_images - len(table["reason"].drop_null()), 1)
+    good = max(table.num_rows - len(table["reason"].drop_null()), 1)
     mean = max((bytes_read - unread_bytes) / good, 1)
     unread = []
     for row in damage:
@@ -252,7 +270,7 @@ def count_losses(images: ImageSet, bytes_read: int) -> tuple[dict[str, int], int
         "unread images": sum(unread),
     }
     counts |= {name: number for name, number in figures.items() if number}
-    return counts, lost + beyond_rows, images.num_images + beyond_rows
+    return counts, lost + beyond_rows, table.num_rows + beyond_rows
 
 
 def _read_record(folder: Folder, part: Part) -> list[File]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from curation.engine.exchange import BUCKET, bucket_of, exchange
 from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
-from curation.engine.store import INDEX_SCHEMA, ImageSet
+from curation.engine.store import INDEX_SCHEMA, ImageSet, PartRows, read_rows
 from curation.engine.workers import ExecutionConfig, finished_pieces
 from curation.ops.randomness import hash_uint64
 from curation.writing.samples import find_layout, sample_bytes
@@ -95,7 +95,7 @@ class _Range:
     start: int
     stop: int
     index: Folder
-    parts: list[tuple[str, int]]
+    parts: list[tuple[PartRows, int]]
     decisions: tuple[Folder, str] | None
 
 
@@ -146,9 +146,7 @@ def plan_shards(
 def num_buckets(kept: Sequence[KeptSet]) -> int:
     """From counts alone: so many that a bucket's rows are few and small."""
     images = sum(k.num_kept for k in kept)
-    size = sum(
-        sum(file.bytes for file in k.images.index_files) * k.num_kept / max(k.images.num_images, 1) for k in kept
-    )
+    size = sum(k.images.parts.index_bytes * k.num_kept / max(k.images.num_images, 1) for k in kept)
     return max(1, -(-images // BUCKET_IMAGES), -(-int(size) // BUCKET_BYTES))
 
 
@@ -173,11 +171,9 @@ def forget_plan(folder: Folder) -> None:
 
 
 def _items(number: int, kept: KeptSet) -> Iterator[_Range]:
-    bases, files = kept.images.part_base, kept.images.index_files
     for r in range(len(kept.ranges)):
         start, stop = kept.ranges.bounds(r)
-        first, last = np.searchsorted(bases, [start, stop - 1], side="right") - 1
-        parts = [(files[part].path, int(bases[part])) for part in range(first, last + 1) if files[part].rows]
+        parts = kept.images.whole_parts(start, stop)
         decisions = (kept.decisions, range_file("decisions", r)) if kept.decisions is not None else None
         yield _Range(number, kept.name, kept.seed, start, stop, kept.images.folder, parts, decisions)
 
@@ -203,7 +199,7 @@ def _joined(item: _Range, provenance: pa.Schema) -> Iterator[pa.Table]:
         part_of = np.searchsorted(firsts, gids, side="right") - 1
         for part in np.unique(part_of).tolist():
             if part != current:
-                current, index = part, item.index.read_table(item.parts[part][0], [*_INDEX, "status"])
+                current, index = part, read_rows(item.index, item.parts[part][0], [*_INDEX, "status"])
             where = np.flatnonzero(part_of == part)
             rows = index.take(pa.array(gids[where] - firsts[part])).append_column("gid", pa.array(gids[where]))
             rows = rows.append_column("provenance", why.take(pa.array(where)))

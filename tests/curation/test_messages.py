@@ -76,6 +76,7 @@ OUT_OF_RANGE = {
     "balance.num_images": ["-1"],
     "balance.fraction": ["-0.1", "1.1", "nan"],
     "balance.seed": ["-1"],
+    "range_rows": ["0", "-1"],
     "shard.max_images": ["0"],
     "shard.max_mb": ["0", "-1", "nan", "inf"],
     "shard.seed": ["-1"],

@@ -186,7 +186,7 @@ def test_kmeans_over_ray_tasks_is_as_good_as_in_one_process(finished, ray_sessio
     from curation.stages.kmeans import KMeansConfig, train_centroids, unit_rows
 
     folder = Folder(str(finished / "embed/pool"))
-    images = ImageSet(folder, Manifest.from_json(folder.read_bytes("manifest.json").decode()))
+    images = ImageSet.of(folder, Manifest.from_json(folder.read_bytes("manifest.json").decode()))
     gids = np.flatnonzero(np.linalg.norm(images.embeddings("descriptors", 0), axis=1) > 0)
     rows = unit_rows(images.take_embeddings("descriptors", gids))
     similarity = []

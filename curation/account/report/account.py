@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from curation.account.report.wording import visible
 from curation.engine.folder import Folder
 from curation.engine.manifest import MANIFEST_NAME, Manifest
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 
 
@@ -29,7 +30,7 @@ class Account:
         return self._manifests[step]
 
     def images(self, step: str) -> ImageSet:
-        return ImageSet(self.folder / step, self.manifest(step))
+        return ImageSet.of(self.folder / step, self.manifest(step))
 
     @cached_property
     def pool(self) -> ImageSet:
@@ -48,9 +49,14 @@ class Account:
         """The files of decisions.parquet, one a range of gids."""
         return [file.path for file in self.manifest("report").files]
 
+    @cached_property
+    def ranges(self) -> Ranges:
+        """How per-image state is cut into files."""
+        return Ranges(self.pool.num_images, self.manifest("decide").settings["range_rows"])
+
     def decision(self, gid: int) -> dict[str, Any]:
         """The decision of one image."""
-        number, row = divmod(gid, self.manifest("decide").settings["range_rows"])
+        number, row = divmod(gid, self.ranges.size)
         return self.folder.table_rows(self.decision_files[number], row, row + 1).to_pylist()[0]
 
     def decisions(self, condition: pc.Expression, columns: list[str]) -> pa.Table:

@@ -159,7 +159,7 @@ def look_up(
     drawn: dict[int, Drawn] = {}
     first = sources.ranges.bounds(number)[0]
     for start, stop in sources.spans(number):
-        group = duplicates_of(sources.folder, start, stop)
+        group = duplicates_of(sources.folder, sources.ranges, start, stop)
         for at in _runs(group.component, components):
             found = _members(start, at, group)
             label = int(group.component[at[0]])

@@ -19,6 +19,7 @@ _REASONS = {
     "no_image": "the sample holds no image file",
     "jpeg_without_end": "every pixel is there, but not the mark of the end",
     "no_image_column": "the Parquet file has no column of images; --image-column can name it",
+    "not_in_pool": "its shard or folder was in the pool when the run began, and is not any more",
     "not_unpacked": "a sparse file, or one that goes on in another volume of the tar",
     "not_an_image": "not in any known image format, whatever its name says",
     "reader_crashed": "reading its source ended the process each time, so nothing of it was read",

@@ -50,7 +50,7 @@ def image_set(folder: Folder, name: str, keys: list[str], rng: np.random.Generat
             for i, row in enumerate(rows.tolist())
         ]
         files.append(folder.write_table(f"index/part-{part}.parquet", pa.Table.from_pylist(table, INDEX_SCHEMA)))
-    return ImageSet(folder, Manifest(stage="embed", version=1, key="", settings={}, inputs={}, files=files))
+    return ImageSet.of(folder, Manifest(stage="embed", version=1, key="", settings={}, inputs={}, files=files))
 
 
 @pytest.fixture(scope="module")
@@ -181,5 +181,5 @@ def test_a_task_reads_each_index_file_once(kept, monkeypatch):
 
 def test_the_number_of_buckets_follows_from_counts(kept, monkeypatch):
     assert num_buckets(kept) == 1
-    monkeypatch.setattr(planning, "BUCKET_BYTES", sum(file.bytes for file in kept[1].images.index_files) // 2)
+    monkeypatch.setattr(planning, "BUCKET_BYTES", kept[1].images.parts.index_bytes // 2)
     assert num_buckets(kept[1:]) in (2, 3)
