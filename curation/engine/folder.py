@@ -150,7 +150,7 @@ class Folder:
 
     def table_rows(self, name: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows [start, stop) of a Parquet file; row groups that hold none of them are not read."""
-        with self.reading(name) as file, pq.ParquetFile(file) as table:
+        with self.reading(name) as file, pq.ParquetFile(file, pre_buffer=True) as table:
             sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
             ends = np.cumsum(sizes, dtype=np.int64)
             groups = np.flatnonzero((ends > start) & (ends - sizes < stop)).tolist() if stop > start else []
@@ -160,7 +160,7 @@ class Folder:
 
     def row_groups(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """These columns of a Parquet file, one row group after another."""
-        with self.reading(name) as file, pq.ParquetFile(file) as table:
+        with self.reading(name) as file, pq.ParquetFile(file, pre_buffer=True) as table:
             for group in range(table.num_row_groups):
                 yield table.read_row_group(group, list(columns))
 

@@ -162,17 +162,17 @@ def test_a_task_reads_each_index_file_once(kept, monkeypatch):
     """And so a run does, but for the parts on the border of two ranges."""
     read: list[str] = []
 
-    def counted(self: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
+    def counted(self: Folder, name: str, *asked) -> pa.Table:
         read.append(name)
-        return original(self, name, columns)
+        return original(self, name, *asked)
 
-    original = Folder.read_table
-    monkeypatch.setattr(Folder, "read_table", counted)
+    original = Folder.table_rows
+    monkeypatch.setattr(Folder, "table_rows", counted)
     for item in planning._items(0, kept[0]):
         read.clear()
         rows = pa.concat_tables(planning._joined(item, PROVENANCE)).num_rows
         assert rows
-        assert sorted(read) == sorted(name for name, _ in item.parts)
+        assert sorted(read) == sorted(rows.path for rows, _ in item.parts)
         assert len(read) <= 3
     read.clear()
     list(planning._joined(next(planning._items(1, kept[1])), PROVENANCE))
