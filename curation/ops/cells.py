@@ -391,3 +391,15 @@ def _write_all(handle: int, data: memoryview, offset: int) -> None:
     while len(data):
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written
+
+
+def rows_of_gids(cells: Cells, gids: np.ndarray, rows_at_once: int = 1 << 20) -> np.ndarray:
+    """Row of each gid, which must be there: int64. One pass over the pool's gids."""
+    wanted, back = np.unique(gids, return_inverse=True)
+    rows = np.full(len(wanted), -1, np.int64)
+    for start in range(0, cells.num_rows if len(wanted) else 0, rows_at_once):
+        block = cells.read_gids(start, min(start + rows_at_once, cells.num_rows))
+        at = np.minimum(np.searchsorted(wanted, block), len(wanted) - 1)
+        here = np.flatnonzero(wanted[at] == block)
+        rows[at[here]] = start + here
+    return rows[back]

@@ -19,11 +19,10 @@ from curation.engine.exchange import BUCKET, exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
-from curation.ops.cells import Cells, cell_ranks, nearest_cells
+from curation.ops.cells import Cells, cell_ranks, nearest_cells, rows_of_gids
 from curation.ops.join import nearest
 from curation.ops.join_kernels import grouped_by_cell
 from curation.ops.randomness import hash_sample
-from curation.ops.recall import rows_of_gids
 from curation.ops.retrieval import (
     SAMPLED_QUERIES,
     SPARE,
