@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.ranges import check_ranges
+from curation.engine.ranges import RANGE_ROWS
 from curation.engine.workers import ExecutionConfig
 from curation.reading.filters import build_filters
 from curation.reading.seeds import RetrievalRule
@@ -34,7 +36,10 @@ class CurationConfig:
     """for seed sets given by path; those in configs/seeds/ bring their published rule"""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    range_rows: int = RANGE_ROWS
+    """images whose state is kept in one file and worked on in one task; decisions.parquet is one file up to here"""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        check_ranges("", self, range_rows="[1, inf)")
         build_filters(self.filters)

@@ -27,28 +27,31 @@ def run_pipeline(run: Run, until: str = "report") -> list[tuple[str, float | Non
     times: list[tuple[str, float | None]] = []
     if not run.folder.is_local:
         claim_scratch_folder(run.folder)
-    for step in plan_steps(run):
+    steps = plan_steps(run)
+    for step in steps:
         if STAGES.index(step.stage) > STAGES.index(until):
             break
-        times.append((step.name, _execute(run, step)))
+        times.append((step.name, _execute(run, step, steps)))
     return times
 
 
-def _execute(run: Run, step: Step) -> float | None:
+def _execute(run: Run, step: Step, steps: list[Step]) -> float | None:
     folder = run.folder / step.name
     manifest = finished(run, step, run.manifests)
     if manifest is not None:
         run.manifests[step.name] = manifest
         return None
-    settings, inputs, work_key, key = _keys(step, run.manifests)
+    settings, inputs, _, key = _keys(step, run.manifests)
     start_ray(run.config.execution)
-    # Finished parts of the same work are kept; those of other settings would be taken for ours, and a step that was
-    # whole and no longer is cannot be trusted in parts.
-    was_whole = folder.exists(MANIFEST_NAME) and step.listing is None
-    if was_whole or not folder.exists(STARTED) or json.loads(folder.read_bytes(STARTED)) != work_key:
-        clear_stage_folder(folder, step.stage)
-        folder.write_bytes(STARTED, json.dumps(work_key).encode())
     start = time.monotonic()
+    _prepare(run, step)
+    if step.together is not None:
+        # Those of its kind that are to do as well; when their turn comes, their pieces are there.
+        others = [s for s in steps if s.together == step.together and s is not step]
+        others = [s for s in others if s.name not in run.manifests and finished(run, s, run.manifests) is None]
+        for other in others:
+            _prepare(run, other)
+        step.together(run, [s.name for s in (step, *others)])
     files, counts, figures = step.work(run, folder)
     seconds = time.monotonic() - start
     manifest = Manifest(
@@ -66,6 +69,19 @@ def _execute(run: Run, step: Step) -> float | None:
     run.manifests[step.name] = manifest
     logger.info("%s done in %s", step.name, duration(seconds))
     return seconds
+
+
+def _prepare(run: Run, step: Step) -> None:
+    """Leave in the step's folder what it may go on from, and nothing else of ours.
+
+    Finished pieces of the same work are kept; those of other settings would be taken for ours, and a step that was
+    whole and no longer is cannot be trusted in pieces.
+    """
+    folder, work_key = run.folder / step.name, _keys(step, run.manifests)[2]
+    was_whole = folder.exists(MANIFEST_NAME) and step.listing is None and not step.finishing
+    if was_whole or not folder.exists(STARTED) or json.loads(folder.read_bytes(STARTED)) != work_key:
+        clear_stage_folder(folder, step.stage)
+        folder.write_bytes(STARTED, json.dumps(work_key).encode())
 
 
 def finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest | None:
@@ -94,9 +110,14 @@ def finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest |
 def _keys(step: Step, manifests: dict[str, Manifest]) -> tuple[Any, dict[str, str], str, str]:
     """Settings as JSON, input hashes, the key of the work (which parts may be kept), and the key of the whole step."""
     settings = json.loads(json.dumps(step.settings))
-    inputs = {name: manifests[name].hash() for name in step.inputs}
+    inputs = {name: _input_hash(name, manifests) for name in step.inputs}
     work_key = stage_key(step.stage, step.version, settings, inputs)
-    if step.listing is None:
-        return settings, inputs, work_key, work_key
-    listed = {"settings": settings, "parts": step.listing}
-    return settings, inputs, work_key, stage_key(step.stage, step.version, listed, inputs)
+    keyed = settings if step.listing is None else {"settings": settings, "parts": step.listing}
+    inputs = inputs | {name: _input_hash(name, manifests) for name in step.finishing}
+    return settings, inputs, work_key, stage_key(step.stage, step.version, keyed, inputs)
+
+
+def _input_hash(name: str, manifests: dict[str, Manifest]) -> str:
+    """Of a step: of its manifest. Of `STEP:FILE`: of those files alone, so that it stays while their bytes do."""
+    step, _, file = name.partition(":")
+    return manifests[step].hash() if not file else manifests[step].hash_of(file)

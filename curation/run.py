@@ -16,8 +16,10 @@ from types import FrameType
 
 from configs.loader import config_names, load_config
 from configs.messages import os_sentence
+from curation.account.report.account import open_account
 from curation.account.report.wording import plural, words
 from curation.config import CurationConfig
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.lock import hold
 from curation.engine.ownership import check_run_folder
@@ -124,7 +126,7 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
         seeds={name: (seed, listing) for (name, seed), listing in zip(sets.items(), listings[1:], strict=False)},
         evaluations=dict(zip(evaluations, listings[1 + len(sets) :], strict=True)),
     )
-    run = Run(out, config, inputs)
+    run = Run(out, config, inputs, earlier=extended(options.extend, out, config) if options.extend else None)
     if options.dry_run:
         from curation.planning.plan import describe
 
@@ -133,19 +135,55 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     if not is_demo:  # after the listing, so that a wrong input leaves no trace
         until_done.enter_context(hold(out, _stop_main))
     asked = {"seeds": seeds, "pool": pool, "evaluations": evaluations, "config": asdict(config)}
+    if options.extend:
+        asked["extend"] = options.extend
     out.write_bytes("run.json", json.dumps(asked, indent=1).encode())
     for step, seconds in run_pipeline(run, options.until):
         print(f"{step:<28} {'as before' if seconds is None else duration(seconds)}", file=sys.stderr)
     if options.until == "report":
         status = run.manifests["report"].counts
         print(f"kept {status['kept']:,} of {status['images']:,} images: {out.url}/shards, {out.url}/report.html")
-    for line in losses(run):
+    for line in [*changes(run), *losses(run)]:
         print(line)
     if options.until == "report" and truth is not None:
-        from curation.account.truth import format_score, read_truth, score
+        from curation.account.truth import NEEDED, format_score, read_truth, score
 
-        print(format_score(score(out.read_table("decisions.parquet"), read_truth(truth))))
+        decisions = out.read_table("decisions.parquet", list(NEEDED))
+        print(format_score(score(decisions, read_truth(truth))))
     return 0
+
+
+def extended(url: str, out: Folder, config: CurationConfig) -> Earlier:
+    """The finished run that --extend names.
+
+    Raises:
+        ValueError: it is none, or is --out itself, or was cut or written in another way.
+    """
+    account = open_account(url)
+    if (account.folder.url, account.folder.path()) == (out.url, out.path()) or account.folder.path() == out.path():
+        raise ValueError(f"--extend and --out are both {url}: a release has a folder of its own, give another --out.")
+    manifests = {step: account.manifest(step) for step in [*account.steps, "report"]}
+    decided = manifests["decide"].settings
+    for name, had, wanted in (
+        ("range_rows", decided["range_rows"], config.range_rows),
+        ("shard.format", manifests["shards"].settings["format"], config.shard.format),
+    ):
+        if had != wanted:
+            raise ValueError(f"--extend {url} was made with {name}={had}, and this run has {wanted}: they must agree.")
+    return Earlier(account.folder, decided["release"], account.pool.num_images, manifests)
+
+
+def changes(run: Run) -> list[str]:
+    """What a release adds to the one that it extends, and what it drops."""
+    if run.earlier is None or "report" not in run.manifests:
+        return []
+    release = json.loads(run.folder.read_bytes("report.json"))["release"]
+    reasons = ", ".join(f"{number:,} {words(why)}" for why, number in release["dropped"].items())
+    why = f" ({reasons}; shards/dropped.parquet says which)" if reasons else ""
+    return [
+        f"release {run.release}, extending {run.earlier.folder.url}: {release['added']:,} added, {release['stay']:,} "
+        f"stay, {sum(release['dropped'].values()):,} dropped{why}"
+    ]
 
 
 def losses(run: Run) -> list[str]:
@@ -175,7 +213,7 @@ def losses(run: Run) -> list[str]:
 
 def _refuse_empty(options: argparse.Namespace) -> None:
     """An empty value is mostly a shell variable that is not set, and would mean the working directory."""
-    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column"):
+    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column", "extend"):
         value = getattr(options, flag)
         if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
             raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave the flag out.")
@@ -195,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluation", action="append", metavar="URL", help="images that must not be kept; repeatable")
     parser.add_argument(
         "--image-column", metavar="NAME", help="column of the images in Parquet files, dotted where nested; else found"
+    )
+    parser.add_argument(
+        "--extend",
+        metavar="RUN",
+        help="a finished run: keep what it kept, embed and write only what is new; --out is the new release",
     )
     parser.add_argument("--out", metavar="RUN", help="run folder, local or any fsspec URL (default: runs/<seed>)")
     parser.add_argument(

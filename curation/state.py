@@ -6,19 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from curation.config import CurationConfig
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
 from curation.engine.ownership import TIMING, scratch_folder
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet, encoder_folder
 from curation.ops.cells import Cells, open_cells
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import Listing
 from curation.reading.seeds import SeedSet
-from curation.stages import decontaminate, dedup
-from curation.stages import filter as filter_stage
 
 Written = tuple[list[File], dict[str, int], dict[str, Any]]
 
@@ -53,6 +51,12 @@ class Run:
     config: CurationConfig
     inputs: Inputs
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    earlier: Earlier | None = None
+
+    @property
+    def release(self) -> int:
+        """How many runs this one extends, and itself."""
+        return self.earlier.release + 1 if self.earlier is not None else 1
 
     @property
     def filters(self) -> list[Filter]:
@@ -67,11 +71,16 @@ class Run:
         return encoder_folder(self.config.embed.encoders()[-1])
 
     def images(self, step: str) -> ImageSet:
-        return ImageSet(self.folder / step, self.manifests[step])
+        return ImageSet.of(self.folder / step, self.manifests[step])
 
     @property
     def pool(self) -> ImageSet:
         return self.images("embed/pool")
+
+    @property
+    def ranges(self) -> Ranges:
+        """How per-image state is cut into files."""
+        return Ranges(self.pool.num_images, self.config.range_rows)
 
     def local(self, step: str) -> Path:
         """Where a step's random-access files lie: in the run folder, or, where that is remote, in a scratch folder."""
@@ -81,15 +90,6 @@ class Run:
 
     def cells(self, step: str) -> Cells:
         return open_cells(self.local(step) / "cells")
-
-    def joined(self) -> np.ndarray:
-        """int64, ascending: of the images that passed the filters, those that the join compares (dedup.heads)."""
-        passed = filter_stage.passed(self.folder / "filter")
-        return passed[dedup.heads(self.pool, passed) == passed]
-
-    def survivors(self) -> np.ndarray:
-        """int64, ascending: representatives that are no leaks."""
-        return np.flatnonzero(decontaminate.read_survivors(self.folder / "decontaminate")).astype(np.int64)
 
 
 def step_seconds(run: Run, step: str) -> float:

@@ -1,35 +1,40 @@
 """Every step of a run: its settings and inputs, and what it hands to its stage."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from curation.account.decisions import decide, kept_with_provenance
+from curation.account import decisions
 from curation.account.report import step as report
 from curation.encoders.load import load_encoder
 from curation.engine.folder import Folder
-from curation.engine.manifest import Manifest
-from curation.engine.store import ImageSet
-from curation.reading.again import LOST_REASONS
+from curation.engine.manifest import File
+from curation.engine.ranges import Ranges
+from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard
+from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard, survivors
 from curation.stages import filter as filter_stage
+from curation.stages import heads as heads_stage
+from curation.stages.asking import asked_of
 from curation.state import Run, Written
+from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
     "filter",
+    "heads",
     "cells",
     "join",
     "dedup",
     "decontaminate",
+    "survivors",
     "cluster",
     "retrieve",
     "balance",
+    "decide",
     "shard",
     "report",
 )
@@ -45,9 +50,14 @@ class Step:
     settings: Any
     """what changes the result"""
     inputs: tuple[str, ...]
+    """steps whose manifests are in its key; of `STEP:FILE` only the bytes of the files whose names begin so are"""
     work: Callable[[Run, Folder], Written]
     listing: Any = None
     """the source parts, for steps that keep finished parts when others come or go"""
+    finishing: tuple[str, ...] = ()
+    """inputs, as above, that finished pieces do not depend on: they stay where those alone changed"""
+    together: Callable[[Run, Sequence[str]], None] | None = None
+    """makes the pieces of several such steps in one pass over the pool, given their names, before `work` of each"""
     needs_local: bool = False
 
 
@@ -67,6 +77,7 @@ def plan_steps(run: Run) -> list[Step]:
         for unused in ("encoder", "copy_encoder", "max_rejected_fraction"):
             settings.pop(unused)
         settings["pixel_filters"] = [f.settings() for f in filters]
+        _check_earlier(run, name, settings)
         return Step(
             name,
             "embed",
@@ -74,9 +85,11 @@ def plan_steps(run: Run) -> list[Step]:
             settings,
             (),
             lambda run, folder: _embed(run, folder, parts, encoders, filters, name),
-            listing=[part.id for part in parts],
+            listing=sorted(part.id for part in parts),
         )
 
+    # What an earlier release decided counts from the first step that reads every image.
+    extends = {"extends": run.earlier.key} if run.earlier is not None else {}
     seeds, evaluations = run.inputs.seeds, run.inputs.evaluations
     steps = [embedding("embed/pool", run.inputs.pool, specs, pixel_filters)]
     steps += [embedding(f"embed/seed-{name}", parts, specs[:1], []) for name, (_, parts) in seeds.items()]
@@ -84,24 +97,41 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [
         Step(
             "filter", "filter", filter_stage.VERSION,
-            {"filters": c.filters, "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)]},
+            {
+                "filters": c.filters,
+                "listed": [f.digest() for f in run.filters if isinstance(f, Blocklist)],
+                "range_rows": c.range_rows,
+                **extends,
+            },
             ("embed/pool",),
-            lambda run, folder: (filter_stage.filter_pool(folder, run.pool, run.filters, c.execution), {}, {}),
+            lambda run, folder: (
+                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution, run.earlier), {},
+            ),
         ),
+        Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
-            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "filter"),
+            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
         Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
-        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "join"), _dedup),
-        Step(
-            "decontaminate", "decontaminate", decontaminate.VERSION, asdict(c.decontaminate),
-            ("embed/pool", "filter", "cells", "dedup", *(f"embed/evaluation-{name}" for name in evaluations)),
-            _decontaminate,
+        Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
+        *(
+            Step(
+                f"decontaminate/{name}", "decontaminate", decontaminate.VERSION,
+                {key: value for key, value in asdict(c.decontaminate).items() if key != "mode"},
+                ("filter", "cells", f"embed/evaluation-{name}"),
+                lambda run, folder, name=name: (*decontaminate.written(_evaluation(run, name)), {}),
+                together=_decontaminate,
+            )
+            for name in evaluations
         ),
         Step(
-            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "decontaminate"), _cluster,
-            needs_local=True,
+            "survivors", "survivors", survivors.VERSION, {"mode": c.decontaminate.mode},
+            ("heads", "dedup", *(f"decontaminate/{name}" for name in evaluations)), _survivors,
+        ),
+        Step(
+            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "dedup", "survivors:elected"),
+            _cluster, needs_local=True,
         ),
     ]  # fmt: skip
     for name, (seed, _) in seeds.items():
@@ -111,24 +141,51 @@ def plan_steps(run: Run) -> list[Step]:
                 "retrieve",
                 retrieve.VERSION,
                 asdict(seed.rule),
-                ("cluster", "decontaminate", f"embed/seed-{name}"),
+                ("cluster", f"embed/seed-{name}"),
                 lambda run, folder, name=name: _retrieve(run, folder, name),
+                finishing=("survivors:representative",),
+                together=_neighbours,
             )
         )
     if c.balance.is_wanted():
-        steps.append(
-            Step("balance", "balance", balance.VERSION, asdict(c.balance), ("cluster", "decontaminate"), _balance)
-        )
+        after = ("cluster", "survivors:representative")
+        steps.append(Step("balance", "balance", balance.VERSION, asdict(c.balance), after, _balance))
     choices = tuple(step.name for step in steps if step.stage in ("retrieve", "balance"))
+    named = tuple(
+        f"embed/{kind}" for kind in ("pool", *(f"seed-{n}" for n in seeds), *(f"evaluation-{n}" for n in evaluations))
+    )
+    decided = (*named, "filter", "dedup", "survivors", "cluster", *choices)
+    steps.append(
+        Step(
+            "decide",
+            "decide",
+            decisions.VERSION,
+            {"range_rows": c.range_rows, "release": run.release, **extends},
+            decided,
+            decisions.decide,
+        )
+    )
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
-    settings = {**asdict(c.shard), "edits": [f.path for f in edits]}
-    before = ("embed/pool", "dedup", "decontaminate", *choices, *as_is)
+    settings = {**asdict(c.shard), "edits": [f.path for f in edits], **extends}
+    before = ("embed/pool", "decide", *as_is)
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
     )
     everything = tuple(step.name for step in steps)
     steps.append(Step("report", "report", report.VERSION, {}, everything, report.write_report))
     return steps
+
+
+def _check_earlier(run: Run, name: str, settings: dict[str, Any]) -> None:
+    """A set that the run to be extended has too must be embedded in the same way, or nothing of it could stay."""
+    if run.earlier is None or name not in run.earlier.manifests:
+        return
+    had, wanted = run.earlier.manifests[name].settings, json.loads(json.dumps(settings))
+    if differing := sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key)):
+        raise ValueError(
+            f"--extend {run.earlier.folder.url} has {name} with other settings of `embed` ({', '.join(differing)}): "
+            "give those, or start a run of its own."
+        )
 
 
 # --- what each step hands to its stage --------------------------------------------------------------------------------
@@ -138,14 +195,19 @@ def _embed(
     run: Run, folder: Folder, parts: Sequence[Part], encoders: list[str], filters: list[Filter], name: str
 ) -> Written:
     c = run.config
-    files = embed.embed_set(folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " "))
-    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
-    counts, lost, total = embed.count_losses(images, sum(part.size for part in parts))
+    if run.earlier is not None and name in run.earlier.manifests:
+        adopt(folder, run.earlier.folder / name, c.execution)
+    files, tallies, gone = embed.embed_set(
+        folder, parts, encoders, c.embed, filters, c.execution, name.replace("/", " ")
+    )
+    counts, lost, total, worst = embed.count_losses(parts, tallies)
+    figures = {"gone": gone} if gone else {}
+    if gone:
+        counts[NOT_IN_POOL] = sum(file.rows for file in files if file.path.startswith("index/")) - counts["images"]
     reasons = {r.removeprefix("rejected: "): n for r, n in counts.items() if r.startswith("rejected: ")}
-    if not images.num_images:
+    if not counts["images"]:
         raise ValueError(f"{name}: there is no image in {parts[0].url}, nor in any other part: check its URL.")
     if total and lost > c.embed.max_rejected_fraction * total:
-        worst = max(reasons, key=lambda r: reasons[r])
         unread = ""
         if counts.get("unread bytes"):
             unread = (
@@ -157,25 +219,31 @@ def _embed(
             f"than embed.max_rejected_fraction={c.embed.max_rejected_fraction}. Check that the URLs hold images, or "
             "raise the limit."
         )
-    if sum(reasons.values()) == images.num_images and name != "embed/pool":
+    if sum(reasons.values()) == counts["images"] and name != "embed/pool":
         raise ValueError(
-            f"{name}: none of its {images.num_images:,} images can be read, so it does nothing: check its URL, "
+            f"{name}: none of its {counts['images']:,} images can be read, so it does nothing: check its URL, "
             "or leave it out."
         )
-    return files, counts, {}
+    return files, counts, figures
+
+
+def _heads(run: Run, folder: Folder) -> Written:
+    filtered = run.manifests["filter"].counts
+    if not filtered["images out"]:
+        reasons = {reason: number for reason, number in filtered.items() if reason not in ("images out", NOT_IN_POOL)}
+        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+        raise ValueError(
+            f"none of the {run.manifests['embed/pool'].counts['images']:,} images of the pool can be used: {told} (by "
+            f"image: {run.folder.url}/filter). Loosen `filters`, or check --pool."
+        )
+    return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
 
 
 def _cells(run: Run, folder: Folder) -> Written:
-    joined = run.joined()
-    if not len(joined):
-        reasons = filter_stage.read_reasons(run.folder / "filter").value_counts().to_pylist()
-        told = ", ".join(f"{entry['counts']:,} {entry['values']}" for entry in reasons)
-        raise ValueError(
-            f"none of the {run.pool.num_images:,} images of the pool can be used: {told} (by image: "
-            f"{run.folder.url}/filter/reasons.parquet). Loosen `filters`, or check --pool."
-        )
     where, c = run.local("cells") / "cells", run.config
-    return cells.build_cells(where, run.pool, run.copy_encoder, joined, c.cells, c.execution), {}, {}
+    heads = run.folder / "heads"
+    files = cells.build_cells(where, folder, run.pool, run.copy_encoder, heads, run.ranges, c.cells, c.execution)
+    return files, {}, {}
 
 
 def _join(run: Run, folder: Folder) -> Written:
@@ -187,7 +255,9 @@ def _dedup(run: Run, folder: Folder) -> Written:
     return dedup.deduplicate(
         folder,
         run.pool,
-        filter_stage.passed(run.folder / "filter"),
+        run.folder / "filter",
+        run.folder / "heads",
+        run.ranges,
         join.Joined(run.folder / "join"),
         run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
@@ -196,44 +266,72 @@ def _dedup(run: Run, folder: Folder) -> Written:
     )
 
 
-def _decontaminate(run: Run, folder: Folder) -> Written:
-    return decontaminate.decontaminate(
-        folder,
-        run.pool,
-        {name: run.images(f"embed/evaluation-{name}") for name in run.inputs.evaluations},
-        run.folder / "dedup",
+def _evaluation(run: Run, step: str) -> decontaminate.Evaluation:
+    name = step.removeprefix("decontaminate/")
+    images = run.images(f"embed/evaluation-{name}")
+    return decontaminate.Evaluation(run.folder / f"decontaminate/{name}", asked_of(images, run.copy_encoder))
+
+
+def _decontaminate(run: Run, steps: Sequence[str]) -> None:
+    decontaminate.match_sets(
+        [_evaluation(run, step) for step in steps],
+        run.folder / "filter",
+        run.ranges,
         run.cells("cells"),
-        run.copy_encoder,
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.decontaminate,
         run.config.execution,
     )
 
 
-def _cluster(run: Run, folder: Folder) -> Written:
-    survivors = run.survivors()
-    if not len(survivors):
-        raise ValueError(
-            f"all of the {run.manifests['dedup'].counts['images out']:,} different images of the pool match one of "
-            f"--evaluation (decontaminate.similarity_threshold={run.config.decontaminate.similarity_threshold}): is it "
-            "the pool itself? If not, raise the threshold."
-        )
-    files, figures = cluster.cluster_survivors(
-        folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, survivors, run.config.cluster,
+def _survivors(run: Run, folder: Folder) -> Written:
+    steps = {name: f"decontaminate/{name}" for name in run.inputs.evaluations}
+    matches = {name: (run.folder / step, run.manifests[step].files) for name, step in steps.items()}
+    files, counts = survivors.find_survivors(
+        folder, run.folder / "dedup", run.folder / "heads", matches, run.config.decontaminate.mode, run.ranges,
         run.config.execution,
     )  # fmt: skip
-    return files, {"images": len(survivors)}, figures
+    if not counts["images out"]:
+        raise ValueError(
+            f"all of the {counts['images in']:,} different images of the pool match one of --evaluation "
+            f"(decontaminate.similarity_threshold={run.config.decontaminate.similarity_threshold}): is it the pool "
+            "itself? If not, raise the threshold."
+        )
+    return files, counts, {}
+
+
+def _cluster(run: Run, folder: Folder) -> Written:
+    chosen = partial(
+        survivors.is_clustered, dedup_folder=run.folder / "dedup", folder=run.folder / "survivors", ranges=run.ranges
+    )
+    files, figures = cluster.cluster_images(
+        folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster,
+        run.config.execution,
+    )  # fmt: skip
+    sizes = cluster.Clustering(folder).sizes()
+    return files, {"images": int(sizes.sum())}, figures
+
+
+def _seed_queries(run: Run, name: str) -> retrieve.SeedQueries:
+    asked = asked_of(run.images(f"embed/seed-{name}"), run.retrieval_encoder)
+    if not len(asked.gids):
+        raise ValueError(f"seed {name!r} has no readable image among its {asked.images.num_images}.")
+    return retrieve.SeedQueries(run.folder / f"retrieve/{name}", asked, run.inputs.seeds[name][0].rule)
+
+
+def _neighbours(run: Run, steps: Sequence[str]) -> None:
+    sets = [_seed_queries(run, step.removeprefix("retrieve/")) for step in steps]
+    sampled = [one for one in sets if one.rule.mode == "sample"]
+    retrieve.find_neighbours(sampled, run.cells("cluster"), run.config.execution)
 
 
 def _retrieve(run: Run, folder: Folder, name: str) -> Written:
     files, figures = retrieve.retrieve_set(
         folder,
-        run.images(f"embed/seed-{name}"),
-        run.retrieval_encoder,
-        run.inputs.seeds[name][0].rule,
+        _seed_queries(run, name),
         run.cells("cluster"),
-        cluster.Clustering(run.folder / "cluster").assignment(),
-        run.survivors(),
+        cluster.Clustering(run.folder / "cluster"),
+        survivors.Survivors(run.folder / "survivors"),
         run.config.execution,
         name,
     )
@@ -242,30 +340,54 @@ def _retrieve(run: Run, folder: Folder, name: str) -> Written:
 
 def _balance(run: Run, folder: Folder) -> Written:
     files, figures = balance.balance_survivors(
-        folder, cluster.Clustering(run.folder / "cluster"), run.survivors(), run.config.balance
+        folder,
+        cluster.Clustering(run.folder / "cluster"),
+        survivors.Survivors(run.folder / "survivors"),
+        run.config.balance,
+        run.config.execution,
     )
-    return files, {"images": files[0].rows}, figures
+    return files, {"images": sum(file.rows for file in files)}, figures
 
 
 def _shard(run: Run, folder: Folder, edits: list[Edit]) -> Written:
-    kept = [shard.KeptSet("pool", run.pool, *kept_with_provenance(run, decide(run)))]
+    kept = [
+        KeptSet(
+            "pool",
+            run.pool,
+            run.ranges,
+            run.manifests["decide"].counts["kept"],
+            run.folder / "decide",
+            release=run.release,
+        )
+    ]
+    before = run.earlier.manifests if run.earlier is not None else {}
+    written = before["shards"].counts if before else {}
     for name, (seed, _) in run.inputs.seeds.items():
         if seed.include_as_is:
+            counts = run.manifests[f"embed/seed-{name}"].counts
+            good = counts["images"] - sum(n for what, n in counts.items() if what.startswith("rejected: "))
             images = run.images(f"embed/seed-{name}")
-            good = [images.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(images.num_parts)]
-            gids = np.flatnonzero(np.concatenate(good)).astype(np.int64)
-            kept.append(shard.KeptSet(f"seed:{name}", images, gids, pa.table({"seed": [name] * len(gids)})))
-    if not sum(len(k.gids) for k in kept):
+            ranges = Ranges(images.num_images, run.ranges.size)
+            has = f"seed:{name}" in written  # what the earlier release has as it is, it has in its shards
+            first = int(Parts.of(before[f"embed/seed-{name}"]).base[-1]) if has else 0
+            new = max(0, good - written.get(f"seed:{name}", 0))
+            kept.append(KeptSet(f"seed:{name}", images, ranges, new, seed=name, first=first))
+    if not sum(k.num_kept for k in kept) and run.earlier is None:
         raise ValueError(
-            f"none of the {len(run.survivors()):,} images that are left was drawn, so there is nothing to write: "
-            f"{_rules_in_words(run)}. Loosen that, or add a seed set."
+            f"none of the {run.manifests['survivors'].counts['images out']:,} images that are left was drawn, so there "
+            f"is nothing to write: {_rules_in_words(run)}. Loosen that, or add a seed set."
         )
     draw_names = [*run.inputs.seeds, *(["balance"] if run.config.balance.is_wanted() else [])]
     limit = run.config.embed.max_rejected_fraction
-    files, lost = shard.write_shards(folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit)
-    sets, reasons = (lost[name].to_numpy(zero_copy_only=False) for name in ("set", "reason"))
-    counts = {k.name: len(k.gids) - int((sets == k.name).sum()) for k in kept}
-    counts |= {reason: int((reasons == reason).sum()) for reason in LOST_REASONS if reason in reasons}
+    earlier: list[File] = []
+    if run.earlier is not None:
+        earlier = before["shards"].files
+        decisions.write_dropped(run, folder)
+        shard.take_earlier(folder, run.earlier.folder / "shards", earlier, run.config.execution)
+    files, counts = shard.write_shards(
+        folder, kept, draw_names, run.config.shard, edits, run.config.execution, limit, len(earlier)
+    )
+    files = [*earlier, *files]
     return files, counts, {"bytes": sum(f.bytes for f in files)}
 
 

@@ -103,3 +103,19 @@ class DiesAtOnce:
 
     def __init__(self, device: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slowly(images: list[np.ndarray], rows: Sequence[dict], seconds: float) -> list[str | None]:
+    """A pixel filter that takes its time."""
+    time.sleep(seconds * len(images))
+    return [None] * len(rows)
+
+
+def square_slowly(item: int, folder: Folder, name: str) -> None:
+    time.sleep(0.3)
+    folder.write_bytes(name, f"{item * item}".encode())
+
+
+def drops(images: list[np.ndarray], rows: Sequence[dict], reason: str, but: str) -> list[str | None]:
+    """A pixel filter that lets one image pass."""
+    return [None if row["key"] == but else reason for row in rows]

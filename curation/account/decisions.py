@@ -1,19 +1,34 @@
-"""One row for every pool image: kept or not, and why. The account that every other view of a run is made from."""
+"""decide: one row for every pool image, kept or not, and why. The account that every other view of a run is made from.
+
+Written by range of gids. What a row says of another image, its key, lies with that image: keys are asked for by its
+place and sent back to the range that asked, so that no task holds the names of a pool.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from curation.engine.store import ImageSet
-from curation.stages import filter as filter_stage
-from curation.stages.cluster import Clustering
-from curation.stages.dedup import STEPS, Duplicates
-from curation.state import Run
+from curation.account.fates import STATUSES, Sources, fates
+from curation.engine.exchange import BUCKET, exchange
+from curation.engine.folder import Folder
+from curation.engine.manifest import File
+from curation.engine.ranges import Ranges, range_file
+from curation.engine.workers import run_tasks
+from curation.stages.shard import DROPPED_FILE
+from curation.state import Run, Written
 
-STATUSES = ("kept", "rejected", "duplicate", "leak", "not_retrieved")
+__all__ = ["SCHEMA", "STATUSES", "decide", "decided_schema", "range_name"]
+
+VERSION = 1
 
 SCHEMA = pa.schema(
     [
-        ("gid", pa.int64()),  # dense row number of the pool image
+        ("gid", pa.int64()),  # row number of the pool image
         ("key", pa.string()),
         ("source", pa.string()),  # URL of the tar, Parquet file or folder it came from
         ("status", pa.string()),  # one of STATUSES
@@ -36,148 +51,149 @@ SCHEMA = pa.schema(
         # at the shard's mean bytes a sample (null where it has no whole sample); null elsewhere
         ("unread_bytes", pa.int64()),
         ("unread_images", pa.int64()),
+        # which release first kept it: 1 for a run that extends none; of an image that is not kept: that the earlier
+        # release kept it, and this one drops it
+        ("release", pa.int32()),
         ("shard", pa.string()),  # file below shards/; null unless kept and written
     ]
 )
+_DROPPED = pa.schema([SCHEMA.field(name) for name in ("gid", "key", "status", "reason", "release", "shard")])
+_INDEX = ["key", "source", "unread_bytes", "unread_images"]
+_KEYS = pa.schema([("asker", pa.int64()), ("place", pa.int64()), ("key", pa.large_string())])
+_KEY_BLOCK = 1 << 20
+_ASKED, _ANSWERS = "exchange/asked", "exchange/answers"
 
 
-def without_lost(decisions: pa.Table, gids: np.ndarray, reasons: np.ndarray) -> pa.Table:
-    """The decisions with these images, chosen but not written, rejected for these reasons."""
-    status = decisions["status"].to_numpy(zero_copy_only=False).copy()
-    reason = decisions["reason"].to_numpy(zero_copy_only=False).copy()
-    assert (status[gids] == "kept").all()
-    status[gids], reason[gids] = "rejected", reasons
-    for name, values in (("status", status), ("reason", reason)):
-        column = decisions.schema.get_field_index(name)
-        decisions = decisions.set_column(column, SCHEMA.field(name), pa.array(values, pa.string()))
-    return decisions
+def range_name(number: int) -> str:
+    """A range's file in the folder `decide`."""
+    return range_file("decisions", number)
 
 
-def decide(run: Run) -> pa.Table:
-    """The decisions of a run whose retrieval is done: SCHEMA without `shard`, one row a gid, in gid order."""
-    pool = run.pool
-    num = pool.num_images
-    duplicates = Duplicates(run.folder / "dedup")
-    representative, component = duplicates.representative(), duplicates.component()
-    sizes = np.bincount(component[component >= 0], minlength=num)
-    leaks = (run.folder / "decontaminate").read_table("leaks.parquet")
-    survivors = run.folder / "decontaminate"
-    final = survivors.read_array("representative.npy")  # direct decontamination may have re-elected
-    cluster = Clustering(run.folder / "cluster").assignment().astype(np.int64)
-
-    rejected = component < 0
-    leak_gids = leaks["gid"].to_numpy()
-    kept, seed_name, seed_key, seed_similarity, is_drawn, is_balanced = _choices(run)
-    status = np.full(num, "not_retrieved", object)
-    status[kept] = "kept"
-    is_duplicate = ~rejected & (final != np.arange(num))
-    status[is_duplicate] = "duplicate"
-    status[leak_gids] = "leak"
-    status[rejected] = "rejected"
-    is_duplicate[leak_gids] = False
-
-    reason = np.full(num, None, object)
-    reason[kept] = np.where(is_drawn, np.where(is_balanced, "retrieved and balanced", "retrieved"), "balanced")[kept]
-    steps = np.array(STEPS, object)[duplicates.step()]
-    reason[is_duplicate] = steps[is_duplicate]
-    reason[is_duplicate & (final != representative)] = "chain"  # its group lost the representative that it matched
-    reason[leak_gids] = leaks["step"].to_numpy(zero_copy_only=False)
-    rejections = filter_stage.read_reasons(run.folder / "filter").to_numpy()
-    reason[rejected] = rejections[rejected]
-
-    similarity = np.full(num, np.nan, np.float32)
-    similarity[kept] = seed_similarity[kept]
-    similarity[is_duplicate] = duplicates.similarity()[is_duplicate]
-    similarity[is_duplicate & (final != representative)] = np.nan
-    similarity[leak_gids] = leaks["similarity"].to_numpy()
-
-    keys = pool.arrow("key")
-    evaluation, eval_key = np.full(num, None, object), np.full(num, None, object)
-    evaluation[leak_gids] = leaks["evaluation"].to_numpy(zero_copy_only=False)
-    eval_key[leak_gids] = _matched_keys(run, leaks)
-    replaced = np.where(is_duplicate, final, 0)
-    duplicate_of = pa.array(np.where(is_duplicate, keys.to_numpy()[replaced], None), pa.string())
-    alone = rejected | (sizes[np.maximum(component, 0)] <= 1)
-    columns = {
-        "gid": np.arange(num),
-        "key": keys,
-        "source": pool.arrow("source"),
-        "status": pa.array(status, pa.string()),
-        "reason": pa.array(reason, pa.string()),
-        "duplicate_of": duplicate_of,
-        "duplicate_of_gid": pa.array(replaced, mask=~is_duplicate),
-        "component": pa.array(component, mask=alone),
-        "component_size": pa.array(np.where(alone, 1, sizes[np.maximum(component, 0)]).astype(np.int32)),
-        "evaluation": pa.array(evaluation, pa.string()),
-        "eval_match": pa.array(eval_key, pa.string()),
-        "seed": pa.array(seed_name, pa.string()),
-        "seed_match": pa.array(seed_key, pa.string()),
-        "similarity": pa.array(similarity, mask=np.isnan(similarity)),
-        "cluster": pa.array(cluster, mask=cluster < 0),
-        "unread_bytes": pool.arrow("unread_bytes"),
-        "unread_images": pool.arrow("unread_images"),
-    }
-    names = [name for name in SCHEMA.names if name != "shard"]
-    return pa.table({name: columns[name] for name in names}, schema=pa.schema([SCHEMA.field(name) for name in names]))
+def decided_schema(draw_names: list[str]) -> pa.Schema:
+    """SCHEMA before there are shards; `draws` says how often each seed set, or balance, drew a kept image."""
+    draws = pa.struct([(name, pa.int64()) for name in draw_names])
+    return pa.schema([*(SCHEMA.field(name) for name in SCHEMA.names if name != "shard"), pa.field("draws", draws)])
 
 
-def kept_with_provenance(run: Run, decisions: pa.Table) -> tuple[np.ndarray, pa.Table]:
-    """gids of the kept pool images, ascending, and what each one's .json says of why."""
-    kept = decisions.filter(pa.array(decisions["status"].to_numpy(zero_copy_only=False) == "kept"))
-    columns = ["reason", "seed", "seed_match", "similarity", "cluster", "component", "component_size"]
-    return kept["gid"].to_numpy(), kept.select(columns).append_column(
-        "draws", pa.array(_draws(run, kept["gid"].to_numpy()))
-    )
+def decide(run: Run, folder: Folder) -> Written:
+    """Write decisions-*.parquet (decided_schema), one file a range of gids, rows in gid order."""
+    sources, ranges, execution = Sources.of(run), run.ranges, run.config.execution
+    names = [range_name(number) for number in range(len(ranges))]
+    if set(names) - set(folder.names()):
+        places = Ranges(int(sources.set_base[-1]), ranges.size)
+        pieces = [range_file("piece", number) for number in range(len(places))]
+        exchange(
+            range(len(ranges)),
+            _asked,
+            len(pieces),
+            _answer,
+            sources,
+            folder,
+            scratch=folder / _ASKED,
+            outputs=(folder / _ANSWERS, pieces),
+            sort_by=["place", "asker"],
+            execution=execution,
+            label="decide: keys",
+            unit="images",
+            weights=ranges.weights(),
+        )
+        exchange(
+            pieces,
+            _answers,
+            len(names),
+            _decide,
+            sources,
+            folder,
+            scratch=folder / "exchange/answered",
+            outputs=(folder, names),
+            sort_by=["place"],
+            execution=execution,
+            label="decide",
+            unit="ranges of keys",
+        )
+    (folder / _ANSWERS).clear(("piece-*.parquet",))
+    jobs = [(name, int(rows)) for name, rows in zip(names, ranges.weights(), strict=True)]
+    done = run_tasks(_described, jobs, folder, run.release, execution=execution, label="decide: sum up", unit="files")
+    counts = {"images": ranges.num_rows, "kept": sum(kept for _, kept in done)}
+    return [file for file, _ in done], counts, {}
 
 
-def _choices(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """By gid: kept, and the strongest draw's seed set, seed key and similarity; drawn by a seed, drawn by balance."""
-    num = run.pool.num_images
-    drawn, balanced = np.zeros(num, bool), np.zeros(num, bool)
-    seed_name, seed_key = np.full(num, None, object), np.full(num, None, object)
-    similarity = np.full(num, np.nan, np.float32)
-    for name in run.inputs.seeds:
-        matches = (run.folder / f"retrieve/{name}").read_table("matches.parquet")
-        gid, value = matches["gid"].to_numpy(), matches["similarity"].fill_null(-2).to_numpy()
-        order = np.lexsort((matches["seed_gid"].to_numpy(), -value, gid))
-        _, first = np.unique(gid[order], return_index=True)
-        best = order[first]
-        stronger = best[~drawn[gid[best]] | (value[best] > np.nan_to_num(similarity[gid[best]], nan=-2))]
-        seed_name[gid[stronger]] = name
-        similarity[gid[stronger]] = np.where(value[stronger] >= -1, value[stronger], np.nan)
-        seed_gid = matches["seed_gid"].to_numpy()[stronger]
-        seed_key[gid[stronger]] = _keys_of(run.images(f"embed/seed-{name}"), seed_gid)
-        drawn[gid] = True
-    if run.config.balance.is_wanted():
-        balanced[(run.folder / "balance").read_table("balanced.parquet")["gid"].to_numpy()] = True
-    return drawn | balanced, seed_name, seed_key, similarity, drawn, balanced
+def write_dropped(run: Run, folder: Folder) -> None:
+    """DROPPED_FILE in the folder of the shards: what the earlier release kept and this one does not, by gid: why, and
+    the shard of that release that holds it. One range in memory at a time."""
+    assert run.earlier is not None
+    is_dropped = pc.is_valid(pc.field("release")) & (pc.field("status") != "kept")
+    files = run.earlier.manifests["report"].files
+    with folder.writing(DROPPED_FILE) as file, pq.ParquetWriter(file, _DROPPED, compression="zstd") as writer:
+        for number, earlier in enumerate(files):
+            rows = (run.folder / "decide").table_where(range_name(number), is_dropped, _DROPPED.names[:-1])
+            ours = pc.field("gid").isin(rows["gid"].combine_chunks())
+            shard = run.earlier.folder.table_where(earlier.path, ours, ["shard"])["shard"]
+            writer.write_table(rows.append_column("shard", shard).cast(_DROPPED))
 
 
-def _draws(run: Run, gids: np.ndarray) -> list[dict[str, int]]:
-    """For each kept image, how many draws of each seed set it answers, and whether balance drew it."""
-    at = {gid: i for i, gid in enumerate(gids.tolist())}
-    draws: list[dict[str, int]] = [{} for _ in gids]
-    sources = {name: f"retrieve/{name}/matches.parquet" for name in run.inputs.seeds}
-    if run.config.balance.is_wanted():
-        sources["balance"] = "balance/balanced.parquet"
-    for name, path in sources.items():
-        unique, counts = np.unique(run.folder.read_table(path, ["gid"])["gid"].to_numpy(), return_counts=True)
-        for gid, count in zip(unique.tolist(), counts.tolist(), strict=True):
-            draws[at[gid]][name] = count
-    return draws
+def _described(job: tuple[str, int], folder: Folder, release: int) -> tuple[File, int]:
+    """The manifest's entry of a range's file, and how many of its images are kept that no earlier release has."""
+    name, rows = job
+    is_new = (pc.field("status") == "kept") & (pc.field("release") == release)
+    kept = folder.table_where(name, is_new, ["gid"]).num_rows
+    return folder.described(name, rows), kept
 
 
-def _matched_keys(run: Run, leaks: pa.Table) -> np.ndarray:
-    result = np.full(leaks.num_rows, None, object)
-    sets = np.array(leaks["evaluation"].to_pylist(), object)
-    for name in run.inputs.evaluations:
-        where = np.flatnonzero(sets == name)
-        gids = leaks["evaluation_gid"].to_numpy()[where]
-        result[where] = _keys_of(run.images(f"embed/evaluation-{name}"), gids)
-    return result
+def _asked(number: int, sources: Sources, _: Folder) -> Iterator[pa.Table]:
+    """The images, by place, whose keys this range's rows name."""
+    for start, stop in sources.spans(number):
+        place = fates(sources, start, stop).place
+        wanted = np.unique(place[place >= 0])
+        bucket = (wanted // sources.ranges.size).astype(np.int32)
+        yield pa.table({"asker": np.full(len(wanted), number, np.int64), "place": wanted, BUCKET: bucket})
 
 
-def _keys_of(images: ImageSet, gids: np.ndarray) -> np.ndarray:
-    """Keys by gid of a set; None for gid -1."""
-    keys = np.append(images.arrow("key").to_numpy(), None)
-    return keys[gids]
+def _answer(bucket: int, asked: pa.Table, sources: Sources, folder: Folder) -> None:
+    """Write the keys of one span of places for all who asked."""
+    with (folder / _ANSWERS).writing(range_file("piece", bucket)) as file, pq.ParquetWriter(file, _KEYS) as writer:
+        if not asked.num_columns:
+            return
+        place = asked["place"].to_numpy()
+        for start in range(bucket * sources.ranges.size, int(place[-1]) + 1, _KEY_BLOCK):
+            stop = min(start + _KEY_BLOCK, int(place[-1]) + 1)
+            first, end = np.searchsorted(place, [start, stop]).tolist()
+            if first < end:
+                key = sources.keys(start, stop).take(pa.array(place[first:end] - start))
+                rows = asked.slice(first, end - first).select(["asker", "place"])
+                writer.write_table(rows.append_column("key", key).cast(_KEYS))
+
+
+def _answers(piece: str, _: Sources, folder: Folder) -> Iterator[pa.Table]:
+    """A span's keys, each to the range that asked for it."""
+    with (folder / _ANSWERS).reading(piece) as file, pq.ParquetFile(file) as table:
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group)
+            bucket = pa.array(rows["asker"].to_numpy().astype(np.int32))
+            yield rows.select(["place", "key"]).append_column(BUCKET, bucket)
+
+
+def _decide(number: int, keys: pa.Table, sources: Sources, folder: Folder) -> None:
+    schema = decided_schema(sources.draw_names)
+    place = keys["place"].to_numpy() if keys.num_columns else np.zeros(0, np.int64)
+    key = keys["key"] if keys.num_columns else pa.chunked_array([], pa.large_string())
+    with folder.writing(range_name(number)) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start, stop in sources.spans(number):
+            fate = fates(sources, start, stop)
+            at = np.searchsorted(place, fate.place)
+            named = partial(_named, key, at)
+            is_seed = (fate.place >= sources.set_base[1]) & (fate.place < sources.set_base[1 + len(sources.seeds)])
+            columns: dict[str, Any] = {
+                **fate.columns,
+                "duplicate_of": named((fate.place >= 0) & (fate.place < sources.set_base[1])),
+                "seed_match": pc.coalesce(named(is_seed), fate.columns["seed_match"]),
+                "eval_match": named(fate.place >= sources.set_base[1 + len(sources.seeds)]),
+            }
+            index = sources.pool.rows(start, stop, _INDEX)
+            columns |= dict(zip(_INDEX, index.columns, strict=True))
+            writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+
+
+def _named(key: pa.ChunkedArray, at: np.ndarray, where: np.ndarray) -> pa.ChunkedArray:
+    """The keys at these positions, null elsewhere."""
+    return key.take(pa.array(np.where(where, at, 0), mask=~where)).cast(pa.string())

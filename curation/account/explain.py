@@ -12,15 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.account.fates import Duplicates, duplicates_of, leaks_of, representatives_of
 from curation.account.report.account import Account, open_account
 from curation.account.report.wording import plural, reason_meaning, step_words, unread, visible, words
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
-from curation.stages.dedup import Duplicates
+from curation.stages.groups import STEPS
 from curation.stages.join import Joined
-from curation.stages.kmeans import unit_rows
-from curation.stages.shard import index_name
+from curation.stages.members import unit_rows
+from curation.writing.placed import index_name
 
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for
@@ -44,7 +45,7 @@ def explain(run: str, key: str | None = None, gid: int | None = None) -> str:
         if not 0 <= gid < num:
             raise ValueError(f"gid {gid} is not in {run}: its pool has the gids 0 to {num - 1:,}.")
         return story(account, gid)
-    gids = account.rows("decisions.parquet", pc.field("key") == key, ["gid"])["gid"].to_pylist()
+    gids = account.decisions(pc.field("key") == key, ["gid"])["gid"].to_pylist()
     if not gids:
         raise ValueError(_unknown_key(account, str(key)))
     told = [story(account, gid) for gid in gids]
@@ -54,7 +55,7 @@ def explain(run: str, key: str | None = None, gid: int | None = None) -> str:
 
 def story(account: Account, gid: int) -> str:
     """The story of one pool image: a verdict, then a labelled sentence or two for each stage that it came through."""
-    row = account.rows("decisions.parquet", pc.field("gid") == gid).to_pylist()[0]
+    row = account.decision(gid)
     index = account.pool.take(np.array([gid]), INDEX_SCHEMA.names).to_pylist()[0]
     parts = [("origin", _origin(index)), ("image", _image(index, row))]
     if row["status"] != "rejected" or row["reason"] in LOST_REASONS:
@@ -66,6 +67,9 @@ def story(account: Account, gid: int) -> str:
             parts.append(("drawn by", " ".join(_draws(account, gid, row["cluster"])) or "nothing."))
         if row["status"] == "kept":
             parts.append(("shard", _shard(account, gid, row)))
+    release = account.manifest("decide").settings["release"]
+    if release > 1 and row["release"] is not None:
+        parts.append(("release", _release(row, release)))
     lines = [f"{visible(row['key'])} (gid {gid}): {_verdict(row)}"]
     for label, text in parts:
         filled = textwrap.wrap(text, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
@@ -124,10 +128,10 @@ def _image(index: dict[str, Any], row: dict[str, Any]) -> str:
 def _duplicates(account: Account, gid: int, row: dict[str, Any]) -> str:
     if row["component"] is None:
         return "no other image of the pool is a near-duplicate of it."
-    duplicates = Duplicates(account.folder / "dedup")
-    members = np.flatnonzero(duplicates.component() == row["component"])
-    elected = int(duplicates.representative()[gid])
-    final = int((account.folder / "decontaminate").read_array("representative.npy")[gid])
+    duplicates = duplicates_of(account.folder, account.ranges, gid, gid + 1)
+    members = account.decisions(pc.field("component") == row["component"], ["gid"])["gid"].to_numpy()
+    elected = int(duplicates.representative[0])
+    final = int(representatives_of(account.folder, account.ranges, gid, gid + 1)[0])
     name = "itself" if elected == gid else f"{account.key(account.pool, elected)} (gid {elected})"
     text = [f"one of {plural(len(members), 'near-duplicate')}, component {row['component']}, represented by {name}."]
     if elected != gid:
@@ -142,9 +146,7 @@ def _duplicates(account: Account, gid: int, row: dict[str, Any]) -> str:
 
 def _link_to(account: Account, gid: int, elected: int, members: np.ndarray, duplicates: Duplicates) -> str:
     """How an image hangs together with its representative."""
-    step = duplicates.step()[gid]
-    similarity = duplicates.similarity()[gid]
-    name = ("", "exact", "perceptual", "embedding", "chain")[step]
+    similarity, name = duplicates.similarity[0], STEPS[duplicates.step[0]]
     if name == "exact":
         return "Both have the very same bytes."
     if name == "perceptual":
@@ -258,7 +260,7 @@ def _evaluation(account: Account, gid: int, row: dict[str, Any]) -> str:
     sets = account.names("embed/evaluation-")
     if row["status"] != "leak":
         return f"no match in {_listed(sets)}."
-    leak = account.rows("decontaminate/leaks.parquet", pc.field("gid") == gid).to_pylist()[0]
+    leak = leaks_of(account.folder, account.ranges, gid, gid + 1).to_pylist()[0]
     match = f"{visible(row['eval_match'])} of {leak['evaluation']}"
     if leak["step"] == "component":
         via = f"{account.key(account.pool, leak['via'])} (gid {leak['via']})"
@@ -308,7 +310,9 @@ def _draws(account: Account, gid: int, cluster: int) -> Iterator[str]:
 def _nearest_seed(account: Account, gid: int, name: str, rule: dict[str, Any]) -> str:
     """The seed image most similar to this one, and what it drew instead."""
     seeds = account.images(f"embed/seed-{name}")
-    encoder = next(f.path.split("/")[0] for f in seeds.manifest.files if f.path.endswith(".npy"))
+    encoder = next(
+        f.path.split("/")[0] for f in account.manifest(f"embed/seed-{name}").files if f.path.endswith(".npy")
+    )
     own = unit_rows(account.pool.take_embeddings(encoder, np.array([gid])))[0]
     best, best_gid = -2.0, -1
     for part in range(seeds.num_parts):
@@ -325,6 +329,14 @@ def _nearest_seed(account: Account, gid: int, name: str, rule: dict[str, Any]) -
     if drawn.num_rows >= rule["k"]:
         return f"{text}; its {rule['k']} draws all have {pc.min(drawn['similarity']).as_py():.3f} or more."
     return f"{text}."
+
+
+def _release(row: dict[str, Any], release: int) -> str:
+    if row["status"] != "kept":
+        return f"release {row['release']} first kept it; release {release} drops it."
+    if row["release"] == release:
+        return f"release {release}, this one, keeps it first."
+    return f"release {row['release']} kept it first, and it stays."
 
 
 def _shard(account: Account, gid: int, row: dict[str, Any]) -> str:
@@ -345,23 +357,23 @@ def _shard(account: Account, gid: int, row: dict[str, Any]) -> str:
 
 
 def _unknown_key(account: Account, key: str) -> str:
-    keys = account.folder.read_table("decisions.parquet", ["key"])["key"]
-    candidates: set[str] = set()
-    for matches, pieces in (
-        (pc.starts_with, [key[:n] for n in range(len(key), -1, -1)]),
-        (pc.ends_with, [key[n:] for n in range(len(key) + 1)]),
-    ):
-        for piece in pieces:  # the longest beginning, and the longest end, that some key shares
-            found = keys.filter(matches(keys, piece))
-            if len(found):
-                candidates.update(found.slice(0, 2000).to_pylist())
-                break
-    nearest = difflib.get_close_matches(key, sorted(candidates), n=3, cutoff=0.4)
-    hint = (
-        f"the nearest are {', '.join(map(visible, nearest))}"
-        if nearest
-        else f"it has keys such as {visible(keys[0].as_py())}"
-    )
+    longest = {pc.starts_with: 0, pc.ends_with: 0}  # beginning, and end, that some key shares
+    candidates: dict[Any, set[str]] = {matches: set() for matches in longest}
+    some = ""
+    for name in account.decision_files:
+        keys = account.folder.read_table(name, ["key"])["key"]
+        some = some or str(keys[0].as_py())
+        for matches, most in longest.items():
+            for length in range(len(key), most - 1, -1):
+                piece = key[:length] if matches is pc.starts_with else key[len(key) - length :]
+                found = keys.filter(matches(keys, piece)).slice(0, 2000)
+                if len(found):
+                    kept = candidates[matches] if length == most else set()
+                    longest[matches], candidates[matches] = length, kept | set(found.to_pylist())
+                    break
+    near = sorted(set().union(*candidates.values()))
+    nearest = difflib.get_close_matches(key, near, n=3, cutoff=0.4)
+    hint = f"the nearest are {', '.join(map(visible, nearest))}" if nearest else f"it has keys such as {visible(some)}"
     row = f"; for a row number say --gid {key}" if key.isdecimal() else ""
     return f"no image of {account.folder.url} has the key {visible(key)}: {hint}{row}."
 

@@ -341,9 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = asked.run / "decisions.parquet"
     try:
         truth = read_truth(*asked.truth)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{asked.run} has no decisions.parquet; finish the run first, or name another folder.")
-        print(format_score(score(pq.read_table(path), truth)))
+        print(format_score(score(pq.read_table(path, columns=list(NEEDED)), truth)))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -139,9 +139,7 @@ class _Pool:
                 result = unwrapped(reference)
             except WorkerLost as error:
                 if error.actor or kind != "item":
-                    if kind == "item":
-                        self.calls[reference] = seat, kind  # to be put back with all that it had
-                    self._lost(seat, error)
+                    self._lost(seat, error)  # with all that it had in hand
                 else:
                     number = seat.items.pop(reference)
                     self.queue.put_back(number, self.losses.wait_s(number, error))

@@ -74,6 +74,19 @@ def run_on(
     return results
 
 
+def call_on(
+    device: str | None, function: Callable[..., R], *arguments: Any, execution: ExecutionConfig, label: str
+) -> R:
+    """function(*arguments): here, on all threads, where device is None; else in an actor, for here need be no GPU."""
+    if device is None:
+        return function(*arguments)
+    return run_on(device, _call, [None], function, arguments, execution=execution, label=label, unit="")[0]
+
+
+def _call(_: None, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    return function(*arguments)
+
+
 class _GpuWorker:
     """The actor that has a GPU to itself."""
 

@@ -12,13 +12,15 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from curation.engine.devices import run_on
 from curation.engine.folder import Folder
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig, finished_pieces, run_pieces
 
 BUCKET = "bucket"
 """int column of what a map function gives: where the row goes; it does not arrive there"""
@@ -51,6 +53,8 @@ def exchange(
     label: str,
     unit: str,
     weights: Sequence[float] | None = None,
+    map_device: str | None = None,
+    reduce_device: str | None = None,
 ) -> None:
     """Move rows by bucket, and make one file of each bucket.
 
@@ -65,37 +69,33 @@ def exchange(
         outputs: the folder and the name of each bucket's file, which `reduce_rows` writes as its last act:
             a bucket whose file is there is not done again.
         sort_by: columns that tell all rows apart, or any order among equal ones would do.
+        map_device, reduce_device: where those functions compute: see `run_on`.
     """
     folder, names = outputs
     assert len(names) == num_buckets
-    there = set(folder.names())
-    todo = [bucket for bucket, name in enumerate(names) if name not in there]
+    done = finished_pieces(folder, names)
+    todo = [bucket for bucket, name in enumerate(names) if name not in done]
     if todo:
-        maps = [f"map-{num_buckets}-{number:05d}" for number in range(len(items))]
-        done = set(scratch.names())
-        missing = [number for number, name in enumerate(maps) if f"{name}.npy" not in done]
-        run_tasks(
+        maps = [f"map-{num_buckets}-{number:05d}.npy" for number in range(len(items))]
+        run_pieces(
             _map,
-            [(maps[number], items[number]) for number in missing],
+            items,
+            maps,
+            scratch,
             map_rows,
             num_buckets,
-            scratch,
             shared,
             execution=execution,
             label=label,
             unit=unit,
-            weights=[weights[number] for number in missing] if weights is not None else None,
+            weights=weights,
+            run=partial(run_on, map_device),
         )
-        offsets = [scratch.read_array(f"{name}.npy") for name in maps]  # [tables, buckets + 1] each
-        jobs = [
-            (bucket, [_Piece(f"{name}.arrow", int(table[bucket]), int(table[bucket + 1] - table[bucket]))
-                      for name, tables in zip(maps, offsets, strict=True) for table in tables
-                      if table[bucket + 1] > table[bucket]])
-            for bucket in todo
-        ]  # fmt: skip
-        run_tasks(
+        offsets = [scratch.read_array(name) for name in maps]  # [tables, buckets + 1] each
+        run_on(
+            reduce_device,
             _reduce,
-            jobs,
+            [(bucket, _pieces(bucket, maps, offsets)) for bucket in todo],
             reduce_rows,
             scratch,
             list(sort_by),
@@ -103,6 +103,7 @@ def exchange(
             execution=execution,
             label=f"{label}, by key",
             unit="buckets",
+            names=[names[bucket] for bucket in todo],
         )
     scratch.clear(FILES)
 
@@ -124,10 +125,23 @@ def bucket_of(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int32)
 
 
-def _map(job: tuple[str, Any], map_rows: Map, num_buckets: int, scratch: Folder, shared: tuple[Any, ...]) -> None:
-    name, item = job
+def _pieces(bucket: int, maps: Sequence[str], offsets: Sequence[np.ndarray]) -> list[_Piece]:
+    return [
+        _Piece(_rows_file(name), int(bounds[bucket]), int(bounds[bucket + 1] - bounds[bucket]))
+        for name, tables in zip(maps, offsets, strict=True)
+        for bounds in tables
+        if bounds[bucket + 1] > bounds[bucket]
+    ]
+
+
+def _rows_file(name: str) -> str:
+    return name.removesuffix(".npy") + ".arrow"
+
+
+def _map(item: Any, scratch: Folder, name: str, map_rows: Map, num_buckets: int, shared: tuple[Any, ...]) -> None:
+    """Write the rows, then where each bucket of each table begins: the file whose presence says that all is there."""
     offsets: list[np.ndarray] = []
-    with scratch.writing(f"{name}.arrow") as file:
+    with scratch.writing(_rows_file(name)) as file:
         at = 0
         for table in map_rows(item, *shared):
             bounds = np.full(num_buckets + 1, at, np.int64)
@@ -137,7 +151,7 @@ def _map(job: tuple[str, Any], map_rows: Map, num_buckets: int, scratch: Folder,
                 bounds[bucket + 1 :] += len(content)
             at = int(bounds[-1])
             offsets.append(bounds)
-    scratch.write_array(f"{name}.npy", np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
+    scratch.write_array(name, np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
 
 
 def _grouped(table: pa.Table, num_buckets: int) -> Iterator[tuple[int, pa.Table]]:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -124,10 +125,82 @@ class Folder:
         source = self.path(name) if self.is_local else io.BytesIO(self.read_bytes(name))
         return pq.read_table(source, columns=columns, partitioning=None)
 
+    def num_rows(self, name: str) -> int:
+        """Rows of a table, from its footer."""
+        with self.reading(name) as file, pq.ParquetFile(file) as parquet:
+            return parquet.metadata.num_rows
+
+    def table_batches(self, name: str, columns: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
+        """A table piece by piece, at most `rows` at a time."""
+        with self.reading(name) as file, pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(rows, columns=list(columns)):
+                yield pa.Table.from_batches([batch]).select(columns)
+
     def write_table(self, name: str, table: pa.Table) -> File:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         return self.write_bytes(name, buffer.getvalue(), rows=table.num_rows)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        """A file to be read here and there."""
+        only = {} if self.is_local else {"cache_type": "none"}  # fsspec would read far ahead
+        with self._reached(), self._fs[0].open(self.path(name), "rb", **only) as file:
+            yield file  # type: ignore[misc]  # fsspec says any kind of file
+
+    def take(self, name: str, other: "Folder") -> None:
+        """A file of another folder, under the same name: linked where both lie on one disk, else copied.
+
+        Only for files that nobody changes in place; ours are written whole under another name, and then renamed.
+        """
+        if self.is_local and other.is_local:
+            path = self.path(name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            with contextlib.suppress(OSError):  # another disk, or one without links
+                os.link(other.path(name), temporary)
+                os.replace(temporary, path)
+                return
+        with other.reading(name) as source, self.writing(name) as file:
+            shutil.copyfileobj(source, file, 16 << 20)
+
+    def array_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of an array's file; only they are read."""
+        with self.reading(name) as file:
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
+            assert not dtype.hasobject
+            width = int(np.prod(shape[1:], dtype=np.int64))
+            file.seek(start * width * dtype.itemsize, io.SEEK_CUR)
+            content = file.read((stop - start) * width * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(-1, *shape[1:])
+
+    def table_rows(self, name: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows [start, stop) of a Parquet file; row groups that hold none of them are not read."""
+        with self.reading(name) as file, pq.ParquetFile(file) as table:
+            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            ends = np.cumsum(sizes, dtype=np.int64)
+            groups = np.flatnonzero((ends > start) & (ends - sizes < stop)).tolist() if stop > start else []
+            first = int(ends[groups[0]] - sizes[groups[0]]) if groups else start
+            names = list(columns) if columns is not None else None
+            return table.read_row_groups(groups, columns=names).slice(start - first, stop - start)
+
+    def table_where(self, name: str, condition: pc.Expression, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a Parquet file that meet a condition; row groups whose statistics exclude it are not read."""
+        names = list(columns) if columns is not None else None
+        if self.is_local:
+            return pq.read_table(self.path(name), columns=names, filters=condition, partitioning=None)
+        with self.reading(name) as file:
+            return pq.read_table(file, columns=names, filters=condition, partitioning=None)
+
+    def described(self, name: str, rows: int = 0) -> File:
+        """The manifest's entry of a file that is there."""
+        digest, size = hashlib.sha256(), 0
+        with self.reading(name) as file:
+            while block := file.read(16 << 20):
+                digest.update(block)
+                size += len(block)
+        return File(path=name, rows=rows, bytes=size, sha256=digest.hexdigest())
 
     def names(self) -> list[str]:
         """Files below this folder, relative to it, sorted; temporary files left by a killed process are not listed."""

@@ -46,6 +46,12 @@ class Manifest:
     def hash(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def hash_of(self, prefix: str) -> str:
+        """Of the files whose names begin so, whatever else the stage read, counted or wrote."""
+        files = [asdict(file) for file in self.files if file.path.startswith(prefix)]
+        assert files, f"{self.stage} wrote no {prefix}"
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
     @staticmethod
     def from_json(text: str) -> "Manifest":
         content = json.loads(text)

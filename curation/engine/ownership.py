@@ -17,7 +17,7 @@ STARTED, TIMING = "started.json", "timing.json"
 COMMAND = "curation.run"
 DEMO_RECORD = "demo.json"
 _ASKED = ("seeds", "pool", "evaluations", "config")  # keys of run.json
-_GROUPS = ("embed", "retrieve")  # folders of one folder a set
+_GROUPS = ("embed", "decontaminate", "retrieve")  # folders of one folder a set
 _REPORT_FILES = ("decisions.parquet", "report.json", "report.html")
 _CELLS = (
     "cells/vectors.f16",
@@ -29,12 +29,16 @@ _CELLS = (
     "cells/cells.json",
     "cells/cells.json.tmp",
 )
-_EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*.parquet")  # of any stage
+_EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*")  # of any stage
+_KMEANS = ("kmeans/*.npy", "kmeans/*.f64")
+_DRAWN = ("drawn-*.parquet", "moved/map-*", "back/map-*")
+_RANGE = "range-*.parquet"
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
-    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json"),
-    "filter": ("reasons.parquet",),
-    "cells": _CELLS,
+    "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
+    "filter": (_RANGE,),
+    "heads": (_RANGE,),
+    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "assigned/*.npy"),
     "join": (
         "certificate.json",
         "truth.parquet",
@@ -42,27 +46,45 @@ _FILES: dict[str, tuple[str, ...]] = {
         "done/part-*.json",
         "edges/part-*.parquet",
         "forest/part-*.parquet",
-        "capped/part-*.parquet",
     ),
     "dedup": (
-        "edges/perceptual.parquet",
-        "representative.npy",
-        "component.npy",
-        "similarity.npy",
-        "step.npy",
+        _RANGE,
+        "edges/*.parquet",
         "split.parquet",
         "near.parquet",
     ),
-    "decontaminate": ("leaks.parquet", "representative.npy"),
-    "cluster": ("assignment.npy", "level-*/*.npy", *_CELLS),
-    "retrieve": ("matches.parquet",),
-    "balance": ("balanced.parquet",),
+    "decontaminate": ("looks-*.parquet", "vectors-*.parquet"),
+    "survivors": ("leaks-*.parquet", "representative-*.npy", "elected-*.npy", "counts-*.npy"),
+    "cluster": (
+        "level-*/*.npy",
+        "members/*.npy",
+        *(f"level-*/{name}" for name in (*_KMEANS, "assigned/assigned-*", "moved/map-*", "back/map-*")),
+        *_CELLS,
+    ),
+    "retrieve": (
+        "matches.parquet",
+        "sample.parquet",
+        "certificate.json",
+        "neighbours-*.parquet",
+        "probes-*.bin",
+        "pass-*/map-*",
+        *_DRAWN,
+    ),
+    "balance": ("balanced-*.parquet", *_DRAWN),
+    "decide": ("decisions-*.parquet",),
     "shard": (
         f"{_SHARD}.tar",
         f"{_SHARD}.parquet",
         f"done/{_SHARD}.json",
         f"index/{_SHARD}.parquet",
         "not_written.parquet",
+        "dropped.parquet",
+        "placed/placed-*.parquet",
+        "plan/bucket-*.arrow",
+        "plan/bucket-*.json",
+        "plan/keys-*.npy",
+        "plan/shared-*.npy",
+        "fetched.json",
         "README.md",
     ),
     "report": (),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
     OutOfDiskError,
@@ -38,7 +39,7 @@ TRIES = {"worker": 6, "memory": 10, "node": 30}
 """how often a task may lose its worker, by what took it; the last time ends the run"""
 SILENCE_S = 600.0
 """after so long without a finished task a message says what is waited for"""
-_NODE_ERRORS = (NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
+_NODE_ERRORS = (ActorUnavailableError, NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
 
 # Every task computes on one thread: parallelism comes from tasks, and results cannot depend on a thread count.
 _ONE_THREAD = dict.fromkeys(
@@ -190,15 +191,19 @@ def run_pieces(
     label: str,
     unit: str,
     weights: Sequence[float] | None = None,
+    run: Callable[..., list[None]] = run_tasks,
 ) -> None:
     """function(item, folder, name, *shared) for each item whose file `names[i]` is not in `folder` yet.
 
     Each call writes its file last, whole, under that name: who finds it need not do the work again, after whatever
     death. What a stage wrote for other settings is not there any more (the pipeline clears it).
+
+    Args:
+        run: what runs the tasks, called as `run_tasks` is.
     """
     done = finished_pieces(folder, names)
     todo = [i for i, name in enumerate(names) if name not in done]
-    run_tasks(
+    run(
         _write_piece,
         [(items[i], names[i]) for i in todo],
         function,
@@ -333,7 +338,7 @@ def _in_words(error: RayError) -> Exception:
     actor = isinstance(error, RayActorError)
     if isinstance(error, OutOfMemoryError):
         return WorkerLost(f"a Ray worker was stopped, for its node has no memory left: {lines[0]}", "memory")
-    if isinstance(error, _NODE_ERRORS) or (actor and "node" in lines[-1] and "died" in lines[-1]):
+    if isinstance(error, _NODE_ERRORS) or (actor and "its node has died" in str(error)):
         return WorkerLost(f"a node of the cluster was lost: {lines[0]}", "node", actor)
     return WorkerLost(f"a Ray worker was lost: {lines[0]}", "worker", actor)
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +36,12 @@ class RowFile:
     path: Path
     dtype: np.dtype
     width: int
+    first: int = 0
+    """the row that counts as row 0"""
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         count = max(rows.stop - rows.start, 0) * self.width
-        offset = rows.start * self.width * self.dtype.itemsize
+        offset = (self.first + rows.start) * self.width * self.dtype.itemsize
         values = np.fromfile(self.path, self.dtype, count, offset=offset)
         if values.size != count:
             raise OSError(
@@ -115,6 +117,23 @@ class Cells:
     def cell_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The cell of each row: int64."""
         return np.searchsorted(self.offsets, rows, side="right") - 1
+
+    def between(self, first: int, stop: int) -> "Cells":
+        """Cells first to stop alone, their rows counted from 0; nothing is read or copied."""
+        start, end = int(self.offsets[first]), int(self.offsets[stop])
+        columns = (
+            replace(rows, first=rows.first + start) if isinstance(rows, RowFile) else rows[start:end]
+            for rows in (self._vectors, self._sketches, self._gids)
+        )
+        offsets = self.offsets[first : stop + 1] - start
+        return Cells(end - start, self.dim, offsets, self.centroids[first:stop], self.directions, *columns)
+
+    def slices(self, most: int, least_rows: int) -> list[tuple[int, int]]:
+        """Runs of whole cells, (first, stop), that hold all rows: at most `most`, of at least about `least_rows`."""
+        number = max(1, min(most, self.num_rows // least_rows, self.num_cells))
+        cuts = np.searchsorted(self.offsets, np.linspace(0, self.num_rows, number + 1)[1:-1], side="left")
+        cuts = np.unique(np.concatenate([[0], cuts, [self.num_cells]]))
+        return list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
 
     def sketch(self, vectors: np.ndarray) -> np.ndarray:
         """Sketches of unit vectors [n, D] that compare with those of the cells: uint64 [n, 8]."""
@@ -376,3 +395,15 @@ def _write_all(handle: int, data: memoryview, offset: int) -> None:
     while len(data):
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written
+
+
+def rows_of_gids(cells: Cells, gids: np.ndarray, rows_at_once: int = 1 << 20) -> np.ndarray:
+    """Row of each gid, which must be there: int64. One pass over the pool's gids."""
+    wanted, back = np.unique(gids, return_inverse=True)
+    rows = np.full(len(wanted), -1, np.int64)
+    for start in range(0, cells.num_rows if len(wanted) else 0, rows_at_once):
+        block = cells.read_gids(start, min(start + rows_at_once, cells.num_rows))
+        at = np.minimum(np.searchsorted(wanted, block), len(wanted) - 1)
+        here = np.flatnonzero(wanted[at] == block)
+        rows[at[here]] = start + here
+    return rows[back]

@@ -14,7 +14,7 @@ import numpy as np
 
 from curation.ops.kmeans import Init, kmeans
 from curation.ops.nearest import Metric, assign
-from curation.ops.randomness import hash_uint64
+from curation.ops.randomness import hash_sample, hash_uint64
 
 
 class Level(NamedTuple):
@@ -42,7 +42,7 @@ def hierarchical_kmeans(
     seed: int = 0,
     metric: Metric = "cosine",
     init: Init = "kmeans++",
-    split: int = 1,
+    split: int | Sequence[int] = 1,
     clamp: bool = False,
     ids: np.ndarray | None = None,
     num_threads: int | None = None,
@@ -56,8 +56,8 @@ def hierarchical_kmeans(
         num_resamplings: rounds of resampling, one number or one per level.
         samples_per_cluster: members that each cluster contributes to a round, per level; half the mean cluster size
             where absent, as published.
-        split: with more than 1, level 1 is k-means to levels[0] / split cells, each then clustered by itself into
-            `split` cells, without resampling: about `split` times cheaper. Empty cells are dropped.
+        split: with more than 1, level 1 is k-means to levels[0] / split groups, each then clustered by itself into
+            `split` clusters: about `split` times cheaper. Empty clusters are dropped. One number a level: each so.
         clamp: lower a level's clusters to what the level below can carry (half its items), and drop levels that would
             not be smaller than the one below, instead of raising.
         ids: int64 [N], what random choices depend on; row numbers where absent.
@@ -65,16 +65,12 @@ def hierarchical_kmeans(
 
     Raises:
         ValueError: levels that do not decrease, or more clusters than items at a level without `clamp`; a split that
-            does not divide levels[0] or is combined with resampling at level 1.
+            does not divide its level.
     """
     levels = clamp_levels(len(x), levels) if clamp else list(levels)
     rounds = _per_level(num_resamplings, len(levels), "num_resamplings")
+    splits = [split] + [1] * (len(levels) - 1) if isinstance(split, int) else _per_level(split, len(levels), "split")
     check_levels(len(x), levels)
-    if split > 1 and (levels[0] % split or rounds[0]):
-        raise ValueError(
-            f"split={split} must divide levels[0]={levels[0]} and needs num_resamplings of 0 at level 1, "
-            f"got {rounds[0]}."
-        )
     samples = [0] * len(levels)
     if samples_per_cluster is not None:
         samples = _per_level(samples_per_cluster, len(levels), "samples_per_cluster")
@@ -82,39 +78,96 @@ def hierarchical_kmeans(
     items = x
     for number, num_clusters in enumerate(levels):
         item_ids = np.arange(len(items)) if number or ids is None else ids
-        level_seed = _stream(seed, number)
-        if number == 0 and split > 1:
-            centroids = _split_kmeans(
-                items,
-                num_clusters // split,
-                split,
-                num_iterations,
-                level_seed,
-                metric,
-                init,
-                item_ids,
-                num_threads,
-                device,
+        found.append(
+            cluster_level(
+                items, num_clusters, rounds[number], samples[number], num_iterations, stream(seed, number), metric,
+                init, splits[number], item_ids, num_threads, device,
             )
-        else:
-            per_cluster = samples[number] or len(items) // (2 * num_clusters)
-            centroids = resampled_kmeans(
-                items,
-                num_clusters,
-                rounds[number],
-                max(per_cluster, 1),
-                num_iterations,
-                level_seed,
-                metric,
-                init,
-                item_ids,
-                num_threads,
-                device,
-            )
-        assignment, scores = assign(items, centroids, metric, num_threads, device)
-        found.append(Level(centroids, assignment, scores, np.bincount(assignment, minlength=len(centroids))))
-        items = centroids
+        )  # fmt: skip
+        items = found[-1].centroids
     return found
+
+
+def cluster_level(
+    x: np.ndarray,
+    num_clusters: int,
+    num_resamplings: int,
+    samples_per_cluster: int,
+    num_iterations: int,
+    seed: int,
+    metric: Metric = "cosine",
+    init: Init = "kmeans++",
+    split: int = 1,
+    ids: np.ndarray | None = None,
+    num_threads: int | None = None,
+    device: str | None = None,
+) -> Level:
+    """One level of a hierarchy; the arguments are those of `hierarchical_kmeans`, of this level alone.
+
+    With a split, an item belongs to a cluster of its own group, though one of another group may be as near: what lies
+    in different groups never meets.
+    """
+    ids = np.arange(len(x)) if ids is None else ids
+    if num_clusters % split:
+        raise ValueError(f"split={split} must divide the level's number of clusters, {num_clusters}.")
+    if split == 1:
+        per_cluster = samples_per_cluster or max(len(x) // (2 * num_clusters), 1)
+        centroids = resampled_kmeans(
+            x, num_clusters, num_resamplings, per_cluster, num_iterations, seed, metric, init, ids, num_threads, device
+        )
+        assignment, scores = assign(x, centroids, metric, num_threads, device)
+        return Level(centroids, assignment, scores, np.bincount(assignment, minlength=len(centroids)))
+    num_groups = num_clusters // split
+    coarse = kmeans(x, num_groups, num_iterations, seed, metric, "random", ids, num_threads, device).centroids
+    group, _ = assign(x, coarse, metric, num_threads, device)
+    assignment, scores = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
+    centroids, sizes, base = [], [], 0
+    for number in range(len(coarse)):
+        rows = np.flatnonzero(group == number)
+        if len(rows):
+            level = cluster_group(
+                x[rows], split, num_resamplings, samples_per_cluster, num_iterations, stream(seed, number), metric,
+                init, ids[rows], num_threads=num_threads, device=device,
+            )  # fmt: skip
+            assignment[rows], scores[rows] = base + level.assignment, level.scores
+            centroids.append(level.centroids)
+            sizes.append(level.sizes)
+            base += len(level.centroids)
+    return Level(np.concatenate(centroids), assignment, scores, np.concatenate(sizes))
+
+
+def cluster_group(
+    x: np.ndarray,
+    num_clusters: int,
+    num_resamplings: int,
+    samples_per_cluster: int,
+    num_iterations: int,
+    seed: int,
+    metric: Metric,
+    init: Init,
+    ids: np.ndarray,
+    most_rows: int | None = None,
+    num_threads: int | None = None,
+    device: str | None = None,
+) -> Level:
+    """One group of a level that is split: up to num_clusters, as many as there are rows and none that is empty.
+
+    Args:
+        most_rows: rows to learn from, a hash sample; all are assigned.
+    """
+    chosen = np.arange(len(x))
+    if most_rows is not None and most_rows < len(x):
+        chosen = np.flatnonzero(np.isin(ids, hash_sample(seed, ids, most_rows)))
+    num_clusters = min(num_clusters, len(chosen))
+    per_cluster = samples_per_cluster or max(len(chosen) // (2 * num_clusters), 1)
+    centroids = resampled_kmeans(
+        x[chosen], num_clusters, num_resamplings, per_cluster, num_iterations, seed, metric, init, ids[chosen],
+        num_threads, device,
+    )  # fmt: skip
+    assignment, scores = assign(x, centroids, metric, num_threads, device)
+    sizes = np.bincount(assignment, minlength=num_clusters)
+    kept = np.cumsum(sizes > 0) - 1
+    return Level(centroids[sizes > 0], kept[assignment], scores, sizes[sizes > 0])
 
 
 def resampled_kmeans(
@@ -143,7 +196,7 @@ def resampled_kmeans(
         if len(sample) < num_clusters:
             break
         centroids = kmeans(
-            x[sample], num_clusters, num_iterations, _stream(seed, step), metric, init, ids[sample], num_threads, device
+            x[sample], num_clusters, num_iterations, stream(seed, step), metric, init, ids[sample], num_threads, device
         ).centroids
     return centroids
 
@@ -197,32 +250,6 @@ def clamp_levels(num_rows: int, levels: Sequence[int]) -> list[int]:
     return kept
 
 
-def _split_kmeans(
-    x: np.ndarray,
-    num_coarse: int,
-    split: int,
-    num_iterations: int,
-    seed: int,
-    metric: Metric,
-    init: Init,
-    ids: np.ndarray,
-    num_threads: int | None,
-    device: str | None,
-) -> np.ndarray:
-    coarse = kmeans(x, num_coarse, num_iterations, seed, metric, init, ids, num_threads, device).centroids
-    cell, _ = assign(x, coarse, metric, num_threads, device)
-    members = np.split(np.argsort(cell, kind="stable"), np.cumsum(np.bincount(cell, minlength=num_coarse))[:-1])
-    centroids = []
-    for number, rows in enumerate(members):
-        if len(rows) == 0:
-            continue
-        clusters = min(split, len(rows))
-        own_seed = _stream(seed, number)
-        fine = kmeans(x[rows], clusters, num_iterations, own_seed, metric, init, ids[rows], num_threads, device)
-        centroids.append(fine.centroids[fine.sizes > 0])
-    return np.concatenate(centroids)
-
-
 def _per_level(value: int | Sequence[int], num_levels: int, name: str) -> list[int]:
     values = [value] * num_levels if isinstance(value, int) else list(value)
     if len(values) < num_levels:
@@ -230,6 +257,6 @@ def _per_level(value: int | Sequence[int], num_levels: int, name: str) -> list[i
     return values
 
 
-def _stream(seed: int, number: int) -> int:
+def stream(seed: int, number: int) -> int:
     """A seed independent of the seed that it comes from."""
     return int(hash_uint64(seed, np.int64(number)))

@@ -185,8 +185,14 @@ def merge(parts: Iterable[PartialSums]) -> PartialSums:
         raise ValueError("merge needs the sums of at least one part, got none.")
     total = PartialSums(*(field.copy() for field in first))
     for part in parts:
-        for into, field in zip(total, part, strict=True):
-            into += field
+        add(total, part)
+    return total
+
+
+def add(total: PartialSums, part: PartialSums) -> PartialSums:
+    """Add a part's sums to a total, in place: the total."""
+    for into, field in zip(total, part, strict=True):
+        into += field
     return total
 
 
@@ -214,15 +220,28 @@ def update_centroids(total: PartialSums, previous: np.ndarray, metric: Metric, s
     Returns:
         centroids float32 [K, D], and the number of cells that were re-seeded.
     """
-    counts = total.counts
+    centroids = cell_means(total.sums, total.counts, previous, metric)
+    return reseed_empty(centroids, total.counts, total.scores, metric, seed)
+
+
+def cell_means(sums: np.ndarray, counts: np.ndarray, previous: np.ndarray, metric: Metric) -> np.ndarray:
+    """Means of some cells, of all or of a few of them: float32 [K, D]; an empty cell keeps its previous centroid."""
     occupied = counts > 0
     centroids = np.array(previous, dtype=np.float32)
-    means = total.sums[occupied] / counts[occupied, None]
+    means = sums[occupied] / counts[occupied, None]
     if metric == "cosine":
         norms = np.linalg.norm(means, axis=1, keepdims=True)
         means = np.where(norms > 1e-9, means / np.maximum(norms, 1e-9), centroids[occupied])  # opposite rows cancel
     centroids[occupied] = means
-    error = np.maximum(counts - total.scores if metric == "cosine" else total.scores, 0.0)
+    return centroids
+
+
+def reseed_empty(
+    centroids: np.ndarray, counts: np.ndarray, scores: np.ndarray, metric: Metric, seed: int
+) -> tuple[np.ndarray, int]:
+    """The second half of `update_centroids`: changes the centroids in place, and returns what that returns."""
+    occupied = counts > 0
+    error = np.maximum(counts - scores if metric == "cosine" else scores, 0.0)
     # Below this a cell's rows differ by float32 rounding only.
     resolution = 1e-6 if metric == "cosine" else 1e-12 * float(np.square(centroids, dtype=np.float64).sum(1).max())
     largest = [
@@ -264,13 +283,27 @@ def initial_centroids(
     Source: k-means++, Arthur and Vassilvitskii, SODA 2007; batches as in k-means||, Bahmani et al., arXiv:1203.6402,
     without its oversampling.
     """
-    order = _hash_order(seed, ids, len(x))
     if init == "random":
-        chosen = _distinct_rows(x, order, num_clusters)
-    elif init == "kmeans++":
-        chosen = _spread_rows(x, order[: 32 * num_clusters], num_clusters, seed, num_threads, device)
-    else:
+        return distinct_start(x, num_clusters, seed, ids)[0]
+    if init != "kmeans++":
         raise ValueError(f"init={init!r} is unknown; choose 'random' or 'kmeans++'.")
+    order = _hash_order(seed, ids, len(x))
+    chosen = _spread_rows(x, order[: 32 * num_clusters], num_clusters, seed, num_threads, device)
+    return _padded(x, chosen, num_clusters)
+
+
+def distinct_start(
+    x: np.ndarray, num_clusters: int, seed: int, ids: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
+    """The random start of `initial_centroids`, and how many of its rows are distinct.
+
+    It depends on the rows of smallest hash alone: those of a sample's, where they are distinct, are the sample's own.
+    """
+    chosen = _distinct_rows(x, _hash_order(seed, ids, len(x)), num_clusters)
+    return _padded(x, chosen, num_clusters), len(chosen)
+
+
+def _padded(x: np.ndarray, chosen: np.ndarray, num_clusters: int) -> np.ndarray:
     repeats = np.full(num_clusters - len(chosen), chosen[0])
     return np.ascontiguousarray(x[np.concatenate([chosen, repeats])], dtype=np.float32)
 

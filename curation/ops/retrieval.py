@@ -1,10 +1,84 @@
-"""Which clusters a seed image looks into, and what of its top-k counts where several seed images want one image."""
+"""How far a seed image must look for its nearest pool images, and which of those count where several want one."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-_EXACT_ROWS = 2**17  # up to this many survivors are all compared with each seed image
-_PROBED_ROWS = 2**16  # beyond, those of its nearest clusters, as many clusters as hold about this many images
-_LEAST_PROBES = 64
+from curation.ops.hierarchy import rank_in_segment
+from curation.ops.recall import effective_size, lower_bound
+
+SAMPLED_QUERIES = 1024
+"""Seed images that are compared with all the pool: a set of no more is answered exactly."""
+
+SPARE, SPARE_SHARE = 8, 2
+"""Neighbours that are looked for beyond those that can be drawn, which leaks may turn out to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalCertificate:
+    """How many clusters seed images look into, and the evidence for it."""
+
+    nprobe: int
+    num_queries: int
+    """seed images sampled"""
+    num_pairs: int
+    """their true neighbours"""
+    recall: float
+    """share of those in the clusters that are looked into"""
+    lower_bound: float
+    """of the recall, one-sided, 95%"""
+    basis: str
+    """sample: measured; exact: every seed image was compared with the whole pool, or none can be drawn"""
+
+
+def certify_probes(
+    query: np.ndarray, rank: np.ndarray, num_clusters: int, target_recall: float, num_queries: int
+) -> RetrievalCertificate:
+    """The fewest clusters that hold the true neighbours of a sample of queries with the recall that is asked for.
+
+    Descends from all clusters, by a sixth each time, to the last number whose lower bound meets the target; a fixed
+    order needs no correction for testing many values. Where none meets it, all clusters are looked into.
+
+    Args:
+        query: int64 [P], the query of each true neighbour.
+        rank: int [P], how many clusters are nearer to the query than the neighbour's own.
+
+    Source: Maurer, Hothorn and Lehmacher 1995, and the bounds of curation.ops.recall.
+    """
+    size, best = effective_size(query), (num_clusters, 1.0, 1.0)
+    for nprobe in np.unique(np.rint(num_clusters * 0.85 ** np.arange(1, 200)).astype(int))[::-1].tolist():
+        recall = float((rank < nprobe).mean()) if len(rank) else 0.0
+        bound = lower_bound(recall * size, size)
+        if nprobe < 1 or bound < target_recall:
+            break
+        best = (nprobe, recall, bound)
+    nprobe, recall, bound = best
+    return RetrievalCertificate(
+        nprobe=nprobe, num_queries=num_queries, num_pairs=len(query), recall=recall, lower_bound=bound,
+        basis="exact" if nprobe == num_clusters else "sample",
+    )  # fmt: skip
+
+
+def first_neighbours(
+    query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `depth` most similar gids of each query, nearest first, equal ones by smaller gid; sorted by query."""
+    order = np.lexsort((gid, -similarity.astype(np.float64), query))
+    order = order[rank_in_segment(query[order]) < depth]
+    return query[order], gid[order], similarity[order]
+
+
+def neighbour_lists(
+    query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, num_queries: int, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `first_neighbours` gives, as arrays [num_queries, depth]: gids, -1 where there is none; similarities."""
+    gids = np.full((num_queries, depth), -1, np.int64)
+    similarities = np.full((num_queries, depth), -np.inf, np.float32)
+    rank = rank_in_segment(query)
+    near = rank < depth
+    gids[query[near], rank[near]] = gid[near]
+    similarities[query[near], rank[near]] = similarity[near]
+    return gids, similarities
 
 
 def resolve_collisions(
@@ -47,10 +121,3 @@ def resolve_collisions(
             kept_list.append(position)
     kept = np.sort(np.array(kept_list, np.int64))
     return query[kept], rank[kept]
-
-
-def num_probes(num_rows: int, num_clusters: int) -> int:
-    """How many clusters a seed image looks into: all of a small pool, else enough for the nearest to be among them."""
-    if num_rows <= _EXACT_ROWS:
-        return num_clusters
-    return min(num_clusters, max(_LEAST_PROBES, -(-_PROBED_ROWS * num_clusters // num_rows)))

@@ -145,14 +145,24 @@ def sample_per_cluster(
     ids = np.arange(len(cluster_of_row)) if ids is None else np.asarray(ids, dtype=np.int64)
     hot_clusters = np.asarray(hot_clusters, dtype=np.int64)
     rows = np.flatnonzero(np.isin(cluster_of_row, hot_clusters))
-    cluster, candidates = cluster_of_row[rows], ids[rows]
-    order = np.lexsort((candidates, hash_uint64(seed, candidates), cluster))
-    drawn = candidates[order][rank_in_segment(cluster[order]) < per_cluster]
-    sizes = np.bincount(cluster, minlength=int(hot_clusters.max(initial=-1)) + 1)
+    drawn = first_of_each(ids[rows], cluster_of_row[rows], per_cluster, seed)
+    sizes = np.bincount(cluster_of_row[rows], minlength=int(hot_clusters.max(initial=-1)) + 1)
     shortfall = np.maximum(per_cluster - sizes[hot_clusters], 0)
-    # The cap orders by another hash: the first one is small among the images of large clusters, being the best of many.
-    union_order = np.lexsort((drawn, hash_uint64(int(hash_uint64(seed, np.int64(0))), drawn)))
-    return ClusterDraw(np.sort(drawn[union_order[:cap]]), len(drawn), shortfall)
+    return ClusterDraw(np.sort(capped(drawn, cap, seed)), len(drawn), shortfall)
+
+
+def first_of_each(ids: np.ndarray, cluster: np.ndarray, per_cluster: int, seed: int) -> np.ndarray:
+    """Up to per_cluster ids of each cluster, those of smallest hash, by cluster."""
+    order = np.lexsort((ids, hash_uint64(seed, ids), cluster))
+    return ids[order][rank_in_segment(cluster[order]) < per_cluster]
+
+
+def capped(ids: np.ndarray, cap: int | None, seed: int) -> np.ndarray:
+    """Up to cap of what `first_of_each` drew.
+
+    By another hash: the first is small among the images of large clusters, being the best of many.
+    """
+    return ids[np.lexsort((ids, hash_uint64(int(hash_uint64(seed, np.int64(0))), ids)))[:cap]]
 
 
 def _sum_by(keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -17,13 +17,13 @@ from curation.encoders.load import View, encoder_view, parse_spec
 from curation.engine.folder import Folder
 from curation.engine.manifest import MANIFEST_NAME
 from curation.engine.progress import duration
-from curation.ops.hierarchy import clamp_levels
 from curation.ops.neighbours import PIECE_ROWS
 from curation.pipeline import finished
 from curation.planning import costs
 from curation.planning.costs import EncoderCost, Work
 from curation.planning.estimates import SetEstimate, estimate_set
 from curation.reading.seeds import RetrievalRule
+from curation.stages.cluster import LevelShape
 from curation.state import Run, set_label
 from curation.steps import Step, plan_steps
 
@@ -83,17 +83,9 @@ class Plan:
         return {spec: costs.encoder_cost(spec, view) for spec, view in self.views.items()}
 
     @cached_property
-    def levels(self) -> list[int]:
-        """Clusters of each level, finest first, as the cluster stage will have them."""
-        levels = self.config.cluster.levels_for(self.pool.images)
-        return levels if len(levels) == 1 else clamp_levels(self.num_training, levels)
-
-    @property
-    def num_training(self) -> int:
-        """Rows that the finest level is trained on."""
-        k, levels = self.config.cluster.kmeans, self.config.cluster.levels_for(self.pool.images)
-        wanted = min(self.pool.images, k.points_per_cluster * levels[0])
-        return wanted if len(levels) == 1 else min(wanted, k.max_points_in_memory)
+    def levels(self) -> list[LevelShape]:
+        """The levels, finest first, as the cluster stage will make them."""
+        return self.config.cluster.shapes_for(self.pool.images)
 
     @property
     def num_kept(self) -> int:
@@ -101,6 +93,12 @@ class Plan:
         rules = ((seed.rule, self.seeds[name].images) for name, (seed, _) in self.run.inputs.seeds.items())
         drawn = sum(_most_drawn(rule, images) for rule, images in rules)
         return min(self.pool.images, drawn + self.config.balance.target(self.pool.images))
+
+    @property
+    def _retrieval_cells(self) -> int:
+        """What seed images look into: the finest clusters, or the groups that those are made in."""
+        finest = self.levels[0]
+        return finest.num_clusters if finest.num_groups == 1 else finest.num_groups
 
     def steps(self) -> list[PlannedStep]:
         c, n = self.config, self.pool.images
@@ -128,7 +126,7 @@ class Plan:
             PlannedStep(
                 "join",
                 f"pairs of cosine >= {c.dedup.join().floor:g} at recall >= {c.dedup.target_recall:g}",
-                f"{3 * -(-n // PIECE_ROWS) + 2:,} tables",
+                f"{2 * -(-n // PIECE_ROWS) + 2:,} tables",
                 n * costs.EDGE_BYTES,
                 costs.join_work(n, n, cells, copy_width, both_ways) + costs.certify_work(n, copy_width),
                 n,
@@ -143,16 +141,16 @@ class Plan:
                 Work(),
                 n,
             ),
-            self._decontamination(cells, copy_width, both_ways),
+            *self._decontamination(cells, copy_width, both_ways),
             self._clustering(width),
         ]
         for name, (seed, _) in self.run.inputs.seeds.items():
             drawn = min(n, _most_drawn(seed.rule, seeds[name].images))
             work = Work()
             if seed.rule.mode == "sample":
-                work = costs.retrieve_work(seeds[name].images, n, self.levels[0], width)
+                work = costs.retrieve_work(seeds[name].images, n, self._retrieval_cells, width)
             elif seed.rule.mode == "cluster":
-                work = costs.product_work(seeds[name].images, self.levels[0], width)
+                work = costs.product_work(seeds[name].images, self.levels[0].num_clusters, width)
             steps.append(
                 PlannedStep(
                     f"retrieve/{name}", _rule(seed.rule, drawn), "1 table", 36.0 * drawn, work, seeds[name].images
@@ -160,8 +158,11 @@ class Plan:
             )
         if c.balance.is_wanted():
             drawn = c.balance.target(n)
-            what = f"{drawn:,} images, evenly over {self.levels[-1]:,} concepts and all below them"
+            what = f"{drawn:,} images, evenly over {self.levels[-1].num_clusters:,} concepts and all below them"
             steps.append(PlannedStep("balance", what, "1 table", 16.0 * drawn, Work(), n))
+        ranges = -(-n // c.range_rows)
+        what = f"one row for each image, in {ranges:,} {'range' if ranges == 1 else 'ranges'}"
+        steps.append(PlannedStep("decide", what, f"{ranges:,} tables", n * costs.DECISION_BYTES, Work(), n))
         steps.append(self._shards())
         report = "report.html, report.json, decisions.parquet"
         steps.append(PlannedStep("report", report, "3 files", n * costs.DECISION_BYTES, Work(), n))
@@ -170,14 +171,11 @@ class Plan:
     def notes(self) -> list[str]:
         """What differs from what was asked for."""
         asked = [max(1, round(level * self.config.cluster.scale)) for level in self.config.cluster.levels]
-        if asked == self.levels:
+        made = [shape.num_clusters for shape in self.levels]
+        if len(asked) == len(made) and all(abs(a - b) <= 0.01 * a for a, b in zip(asked, made, strict=True)):
             return []
         cause = f"the pool has {self.pool.images:,} images"
-        if self.levels != self.config.cluster.levels_for(self.pool.images):
-            cause += (
-                f" and a hierarchy is trained on {self.num_training:,} of them (cluster.kmeans.max_points_in_memory)"
-            )
-        return [f"cluster: {_numbers(asked)} clusters were asked for, {_numbers(self.levels)} will be made: {cause}."]
+        return [f"cluster: {_numbers(asked)} clusters were asked for, {_numbers(made)} will be made: {cause}."]
 
     def _embedding(self, name: str, images: SetEstimate, specs: Sequence[str]) -> PlannedStep:
         work = costs.decode_work(images.images, images.megapixels, [self.views[spec] for spec in specs])
@@ -188,32 +186,40 @@ class Plan:
         size = images.images * (costs.INDEX_BYTES + vectors)
         return PlannedStep(name, what, f"{len(images.parts) * (2 + len(specs)):,} files", size, work, images.images)
 
-    def _decontamination(self, cells: int, dim: int, both_ways: bool) -> PlannedStep:
+    def _decontamination(self, cells: int, dim: int, both_ways: bool) -> list[PlannedStep]:
         c, n = self.config.decontaminate, self.pool.images
-        if not self.evaluations:
-            return PlannedStep("decontaminate", "nothing: no --evaluation is given", "2 tables", 8.0 * n, Work(), 0)
-        queries = sum(s.images for s in self.evaluations.values())
-        dropped = "whole components" if c.mode == "component" else "the matches alone"
-        what = (
-            f"against {queries:,} images of {', '.join(self.evaluations)}: PDQ within {c.perceptual_distance} bits; "
-            f"cosine >= {c.similarity_threshold:g}; drops {dropped}"
-        )
-        # Few queries: every cell is probed, so a cell is as good as all of them.
-        work = costs.join_work(queries, n, 1, dim, both_ways)
-        return PlannedStep("decontaminate", what, "2 tables", 8.0 * n, work, queries)
+        steps = []
+        for name, images in self.evaluations.items():
+            what = (
+                f"against {images.images:,} images: PDQ within {c.perceptual_distance} bits; cosine >= "
+                f"{c.similarity_threshold:g}"
+            )
+            # Few queries: every cell is probed, so a cell is as good as all of them.
+            work = costs.join_work(images.images, n, 1, dim, both_ways)
+            steps.append(PlannedStep(f"decontaminate/{name}", what, "tables", 8.0 * n / 100, work, images.images))
+        what = "nothing: no --evaluation is given"
+        if self.evaluations:
+            what = f"drops {'whole components' if c.mode == 'component' else 'the matches alone'}"
+        return [*steps, PlannedStep("survivors", what, "3 tables", 8.0 * n, Work(), n)]
 
     def _clustering(self, dim: int) -> PlannedStep:
-        c, n, levels = self.config.cluster, self.pool.images, self.levels
-        k = c.kmeans
-        work = costs.product_work(n, levels[0], dim)
-        if len(levels) == 1:
-            work += costs.kmeans_work(self.num_training, levels[0], dim, k.num_iterations)
-        else:
-            rounds = (list(c.num_resamplings) + [c.num_resamplings[-1]] * len(levels))[: len(levels)]
-            work += costs.hierarchy_work(self.num_training, levels, rounds, dim, k.num_iterations)
-        size = n * (4 + 20 + 2 * dim + costs.SKETCH_AND_GID_BYTES) + 4.0 * dim * sum(levels)
-        what = f"{_numbers(levels)} clusters of the survivors; {k.num_iterations} iterations over {self.num_training:,}"
-        return PlannedStep("cluster", what, f"{4 * len(levels) + 1} arrays, vectors", size, work, n)
+        n, k = self.pool.images, self.config.cluster.kmeans
+        work, items = Work(), n
+        for shape in self.levels:
+            work += costs.level_work(
+                shape.num_rows, items, shape.num_clusters, shape.num_groups, shape.num_resamplings, dim,
+                k.num_iterations,
+            )  # fmt: skip
+            items = shape.num_clusters
+        levels = " / ".join(
+            f"{shape.num_clusters:,}" + (f" (in {shape.num_groups:,} groups)" if shape.num_groups > 1 else "")
+            for shape in self.levels
+        )
+        size = n * (4 + 2 * dim + costs.SKETCH_AND_GID_BYTES)
+        size += 4.0 * dim * sum(shape.num_clusters for shape in self.levels)
+        first = self.levels[0].num_rows
+        what = f"{levels} clusters of the distinct images; {k.num_iterations} iterations over {first:,}"
+        return PlannedStep("cluster", what, f"{3 * len(self.levels)} arrays, vectors", size, work, n)
 
     def _shards(self) -> PlannedStep:
         c = self.config.shard
@@ -242,7 +248,8 @@ def _states(run: Run, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         return {name: "done or to do" if name in at_hand else "to do" for name in names}, notes
     states, manifests = {}, {}
     for step in plan_steps(run):
-        manifest = finished(run, step, manifests) if all(name in manifests for name in step.inputs) else None
+        before = {name.partition(":")[0] for name in (*step.inputs, *step.finishing)}
+        manifest = finished(run, step, manifests) if before <= manifests.keys() else None
         if manifest is not None:
             manifests[step.name] = manifest
         states[step.name] = "done" if manifest is not None else _progress(run.folder / step.name, step)
@@ -336,7 +343,9 @@ def _totals(run: Run, plan: Plan, todo: Sequence[PlannedStep]) -> list[str]:
         lines.append(f"disk: {_size(local)} of that in {run.local('')}, which every worker must see")
     weights = 4 * sum(cost.parameters for cost in plan.encoder_costs.values())
     per_part = plan.pool.images / len(plan.pool.parts) * sum(2 * cost.dim for cost in plan.encoder_costs.values())
-    training = plan.num_training * plan.encoder_costs[c.embed.encoders()[0]].dim * 6
+    # One process clusters the levels that are not split; tasks do the others.
+    whole = [shape.num_rows for shape in plan.levels if shape.num_groups == 1 and len(plan.levels) > 1]
+    training = max(whole, default=0) * plan.encoder_costs[c.embed.encoders()[0]].dim * 6
     driver = plan.pool.images * costs.DRIVER_BYTES + training
     lines.append(
         f"memory: {c.execution.memory_gb:g} GB a worker at most (execution.memory_gb), {_size(weights + per_part)} "

@@ -32,14 +32,17 @@ class UnsupportedCompression(ValueError):
 
 
 @contextlib.contextmanager
-def open_tar(url: str) -> Iterator["IO[bytes] | Unpacked"]:
+def open_tar(url: str, opened: IO[bytes] | None = None) -> Iterator["IO[bytes] | Unpacked"]:
     """A tar's bytes, decompressed where its content says so.
+
+    Args:
+        opened: the file, where it was opened otherwise than for reading it through.
 
     Raises:
         UnsupportedCompression: it is compressed in a way that is not read here.
         OSError: it cannot be opened.
     """
-    with open_file(url) as file:
+    with opened or open_file(url) as file:
         compression = sniff_compression(file.read(BLOCK))
         file.seek(0)
         if compression is None:

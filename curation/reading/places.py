@@ -4,9 +4,13 @@ A name of this machine is bytes. Inside `Part`, `Member` and everything written 
 hold: bytes that are no UTF-8 stand there as `\\xe9`, and `raw` gives the name back that the system knows.
 """
 
+import errno
+import io
 import os
 import re
 import stat
+import threading
+from dataclasses import dataclass, field
 from typing import IO
 
 import fsspec
@@ -93,6 +97,72 @@ def read_head(url: str, num_bytes: int) -> bytes:
             return file.read(num_bytes)
     fs, path = file_system(raw(url))
     return bytes(fs.cat_file(path, start=0, end=min(num_bytes, file_size(url))))  # type: ignore[arg-type]
+
+
+@dataclass
+class Fetched:
+    """What remote reads cost; any number of threads may add to it."""
+
+    requests: int = 0
+    bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.requests += 1
+            self.bytes += num_bytes
+
+
+def read_range(url: str, start: int, stop: int, fetched: Fetched | None = None) -> bytes:
+    """Bytes [start, stop) of a remote file by one request and no more than these; fewer where it ends before.
+
+    Raises:
+        OSError: it is not there, or does not give ranges; each store has errors of its own beside.
+    """
+    if stop <= start:
+        return b""
+    fs, path = file_system(raw(url))
+    try:
+        content = bytes(fs.cat_file(path, start=start, end=stop))  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise
+    except Exception:
+        if (fs.size(path) or 0) <= start:  # a range behind the end is an error in most stores
+            return b""
+        raise
+    if fetched is not None:
+        fetched.add(len(content))
+    if len(content) > stop - start:
+        raise OSError(errno.ENOTSUP, f"{url} gives no ranges: asked for {stop - start} bytes, got {len(content)}")
+    return content
+
+
+class RangeFile(io.RawIOBase):
+    """A remote file in which each read is one request for just these bytes."""
+
+    def __init__(self, url: str, fetched: Fetched | None = None) -> None:
+        self.url = url
+        self._fetched = fetched
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (self._position if whence == 1 else file_size(self.url) if whence == 2 else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        content = read_range(self.url, self._position, self._position + len(buffer), self._fetched)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -26,6 +26,9 @@ class RetrievalRule:
     collisions: str = "keep"
     """sample: when two seed images want one pool image: keep (each counts it, so fewer distinct images), drop (the
     nearer seed image has it), next_neighbor (the other goes deeper in its list until it has k)"""
+    target_recall: float = 0.99
+    """sample: of the nearest pool images, against brute force, to be certified with 95% confidence; sets of up to 1,024
+    images are compared with the whole pool anyway"""
     min_similarity: float = -1.0
     """sample: least cosine between a seed image and what it draws"""
     min_hits: int = 4
@@ -41,7 +44,7 @@ class RetrievalRule:
         if self.collisions not in COLLISIONS:
             raise ValueError(f"retrieve collisions {self.collisions!r} is unknown; choose {', '.join(COLLISIONS)}.")
         counts = dict.fromkeys(("k", "min_hits", "images_per_cluster", "max_images"), "[1, inf)")
-        check_ranges("retrieve", self, **counts, min_similarity="[-1, 1]")
+        check_ranges("retrieve", self, **counts, target_recall="(0, 1)", min_similarity="[-1, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

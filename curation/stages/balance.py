@@ -1,6 +1,7 @@
 """balance: a sample of everything that survived, even over the hierarchy's concepts."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,15 @@ import pyarrow as pa
 from configs.ranges import SEEDS, check_ranges
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
+from curation.engine.workers import ExecutionConfig
 from curation.ops.kmeans import balance
-from curation.ops.sampling import hierarchical_sample
+from curation.ops.sampling import draw_from_leaves, leaf_quotas
+from curation.stages.asking import pieces
 from curation.stages.cluster import Clustering
+from curation.stages.draws import draw_by_cluster, sizes_of_survivors, to_ranges
+from curation.stages.survivors import Survivors
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +44,30 @@ class BalanceConfig:
 
 
 def balance_survivors(
-    folder: Folder, clustering: Clustering, gids: np.ndarray, config: BalanceConfig
+    folder: Folder, clustering: Clustering, survivors: Survivors, config: BalanceConfig, execution: ExecutionConfig
 ) -> tuple[list[File], dict[str, Any]]:
-    """Draw from the surviving images `gids` (int64, ascending); write balanced.parquet: gid, cluster."""
-    if not config.target(len(gids)):
+    """Draw from the survivors; write balanced-RRRRR.parquet, gid and cluster, one file a range of gids."""
+    left = sum(survivors.counts())
+    if not config.target(left):
         raise ValueError(
-            f"balance.fraction={config.fraction} of the {len(gids):,} images that are left is less than one image: "
+            f"balance.fraction={config.fraction} of the {left:,} images that are left is less than one image: "
             "raise it, or set balance.num_images."
         )
-    levels = clustering.levels()
-    drawn = np.sort(hierarchical_sample(levels, config.target(len(gids)), config.seed, ids=gids))
-    cluster = clustering.assignment()[drawn]
-    figures = {
-        "balance": {
-            name: float(value)
-            for name, value in balance(np.bincount(cluster, minlength=len(levels[0].centroids)))._asdict().items()
-        }
-    }
-    table = pa.table({"gid": drawn, "cluster": cluster.astype(np.int64)})
-    return [folder.write_table("balanced.parquet", table)], figures
+    sizes = sizes_of_survivors(survivors, clustering)
+    quotas = leaf_quotas(sizes, clustering.parents(), config.target(left), config.seed)
+    drawing = partial(_drawn, config.seed)
+    names = draw_by_cluster(folder, survivors, clustering, quotas, drawing, execution, "balance")
+    to_ranges(folder, names, survivors, "balanced", execution, "balance")
+    for name in names:
+        folder.delete(name)
+    figures = {"balance": {name: float(value) for name, value in balance(quotas)._asdict().items()}}
+    return pieces(folder, "balanced-"), figures
+
+
+def read_balanced(folder: Folder) -> pa.Table:
+    """Everything that was drawn: gid, cluster, in the order of gids."""
+    return pa.concat_tables(folder.read_table(name) for name in folder.names() if name.startswith("balanced-"))
+
+
+def _drawn(seed: int, gids: np.ndarray, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    return draw_from_leaves(cluster, quotas, seed, gids)

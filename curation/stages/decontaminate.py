@@ -1,37 +1,45 @@
-"""decontaminate: drop what copies an evaluation image, by the same cascade and the same join."""
+"""decontaminate/NAME: what of the pool copies an image of one evaluation set, by the same cascade and the same join.
 
+Every set is a step of its own, so that a new one costs its own comparisons; sets that are not done yet share one pass
+over the pool's hashes and one over its vectors. What is dropped for the matches is the next step (stages/survivors.py).
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from configs.ranges import check_ranges
 from curation.engine.devices import run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig
+from curation.engine.ranges import Ranges, range_file
+from curation.engine.store import column_values
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.hashes import hash_matches
 from curation.ops.join import pairs_above
 from curation.ops.recall import sketch_radius
-from curation.stages.dedup import Duplicates, heads
-from curation.stages.kmeans import unit_rows
+from curation.stages.asking import Asked, blocks, pieces
+from curation.stages.filter import read_batches
 
-VERSION = 1
-_QUERIES_PER_TASK = 2048
+VERSION = 2
 _SKETCH_LOSS = 1e-4  # evaluation sets are small: all cells are probed, sketches may lose this share at the threshold
 _EXACT_ROWS = 2**14
+_MOST_SLICES = 1024  # of the pool's vectors: a piece of work, and what an interruption repeats
+_SLICE_ROWS = 2**16
+_PAIR_BYTES = 64  # of a match while it is sorted; a slice's rows may all be near every query
 MODES = ("component", "direct")
-_SCHEMA = pa.schema(
+STEPS = ("exact", "perceptual", "embedding")
+
+MATCHES = pa.schema(
     [
         ("gid", pa.int64()),  # the pool image
-        ("evaluation", pa.string()),
         ("evaluation_gid", pa.int64()),  # its row in the evaluation set
-        ("similarity", pa.float32()),  # cosine of the copy encoder
-        ("step", pa.string()),  # exact, perceptual, embedding; component: through another member of its component
-        ("via", pa.int64()),  # the pool image that matched; gid itself unless step is component
+        ("similarity", pa.float32()),  # cosine of the copy encoder; of hashes, 1 less the share of bits that differ
+        ("step", pa.string()),  # one of STEPS
     ]
 )
 
@@ -53,171 +61,188 @@ class DecontaminateConfig:
         check_ranges("decontaminate", self, perceptual_distance="[0, 31]", similarity_threshold="(-1, 1]")
 
 
-def decontaminate(
-    folder: Folder,
-    pool: ImageSet,
-    evaluations: dict[str, ImageSet],
-    dedup_folder: Folder,
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation set, and the folder of its step."""
+
+    folder: Folder
+    asked: Asked
+
+
+def match_sets(
+    sets: Sequence[Evaluation],
+    filtered: Folder,
+    ranges: Ranges,
     cells: Cells,
-    encoder: str,
     mirror: np.ndarray | None,
     config: DecontaminateConfig,
     execution: ExecutionConfig,
-) -> tuple[list[File], dict[str, int], dict[str, Any]]:
-    """Write leaks.parquet (see _SCHEMA; one row an image, its strongest match) and representative.npy.
+) -> None:
+    """Compare evaluation sets with the images that passed the filters, each slice of the pool with all of them.
 
-    Leaked images have representative -1. In direct mode, a group that lost its representative gets a new one, the
-    member most similar to the old.
+    Each set's folder gets looks-*.parquet, one for each range of gids, and vectors-*.parquet, one for each slice of the
+    cells (MATCHES, of each of them and step the strongest match of an image). What is there is not done again.
+
+    Args:
+        filtered: the folder of the filter stage.
     """
-    duplicates = Duplicates(dedup_folder)
-    representative, component = duplicates.representative(), duplicates.component()
-    matches = [_SCHEMA.empty_table()]
-    for name, images in evaluations.items():
-        matches += _matches(name, images, pool, component >= 0, cells, encoder, mirror, config, execution)
-    direct = _strongest(pa.concat_tables(matches))
-    if config.mode == "component":
-        leaked = _with_components(direct, component)
-    else:  # the join knows the heads; images that look the same share their head's fate
-        passed = np.flatnonzero(component >= 0)
-        looks = np.full(pool.num_images, -1, np.int64)
-        looks[passed] = heads(pool, passed)
-        leaked = _with_components(direct, looks)
-    gids = leaked["gid"].to_numpy()
-    representative[gids] = -1
-    if config.mode == "direct":
-        _reelect(representative, component, duplicates.similarity(), gids)
-    files = [folder.write_table("leaks.parquet", leaked), folder.write_array("representative.npy", representative)]
-    counts = {
-        "images in": int((duplicates.representative() == np.arange(pool.num_images)).sum()),
-        "images out": int((representative == np.arange(pool.num_images)).sum()),
-        "leaks, direct": direct.num_rows,
-        "leaks, whole components": _with_components(direct, component).num_rows,
-    }
-    for name in evaluations:
-        counts[f"leaks of {name}"] = leaked["evaluation"].to_pylist().count(name)
-    return files, counts, {}
+    there = [set(one.folder.names()) for one in sets]
 
+    def lacking(name: str) -> list[int]:
+        return [number for number, names in enumerate(there) if name not in names]
 
-def read_survivors(folder: Folder) -> np.ndarray:
-    """bool [num_images]: kept representatives."""
-    representative = folder.read_array("representative.npy")
-    return representative == np.arange(len(representative))
-
-
-def _matches(
-    name: str,
-    images: ImageSet,
-    pool: ImageSet,
-    passed: np.ndarray,
-    cells: Cells,
-    encoder: str,
-    mirror: np.ndarray | None,
-    config: DecontaminateConfig,
-    execution: ExecutionConfig,
-) -> list[pa.Table]:
-    """Every match of one evaluation set, by each step of the cascade; an image may appear several times."""
-    status = np.concatenate([images.index(p, ["status"])["status"].to_numpy() for p in range(images.num_parts)])
-    good = np.flatnonzero(status == "ok").astype(np.int64)
-    pool_gids = np.flatnonzero(passed).astype(np.int64)
-
-    def table(gids: np.ndarray, rows: np.ndarray, similarity: np.ndarray, step: str) -> pa.Table:
-        columns = [gids, [name] * len(gids), rows, similarity.astype(np.float32), [step] * len(gids), gids]
-        return pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-
-    hashed = np.concatenate([images.column("sha256"), pool.column("sha256")[pool_gids]])
-    digests = np.ascontiguousarray(hashed).view("S32").ravel()
-    wanted = {digest: row for row, digest in reversed(list(enumerate(digests[: images.num_images]))) if digest}
-    exact = np.array([wanted.get(digest, -1) for digest in digests[images.num_images :]], np.int64)
-    found = [table(pool_gids[exact >= 0], exact[exact >= 0], np.ones((exact >= 0).sum()), "exact")]
-
-    query, row, distance = hash_matches(
-        images.column("pdq")[good],
-        images.column("pdq_quality")[good],
-        pool.column("pdq")[pool_gids],
-        pool.column("pdq_quality")[pool_gids],
+    numbers = [(range_file("looks", number), number) for number in range(len(ranges))]
+    todo = [(name, number, wanted) for name, number in numbers if (wanted := lacking(name))]
+    run_tasks(
+        _match_looks,
+        todo,
+        [_Looks.of(one) for one in sets] if todo else [],
+        filtered,
+        ranges,
         config.perceptual_distance,
-        images.column("pdq_mirrored")[good],
+        execution=execution,
+        label="decontaminate: hashes",
+        unit="images",
+        weights=[ranges.weights()[number] for _, number, _ in todo],
     )
-    found.append(table(pool_gids[row], good[query], 1 - distance / 256, "perceptual"))
-
+    slices = list(enumerate(cells.slices(_MOST_SLICES, _SLICE_ROWS)))
+    jobs = [
+        (name, first, stop, wanted)
+        for number, (first, stop) in slices
+        if (wanted := lacking(name := f"vectors-{number:05d}.parquet"))
+    ]
     at_threshold = np.array([config.similarity_threshold])
-    radius = None if cells.num_rows <= _EXACT_ROWS else sketch_radius(at_threshold, _SKETCH_LOSS)
     device = task_device(execution)
-    chunks = [good[i : i + _QUERIES_PER_TASK] for i in range(0, len(good), _QUERIES_PER_TASK)]
-    for chunk, (query, gids, similarity) in zip(
-        chunks,
-        run_on(
-            device,
-            _matches_of,
-            chunks,
-            images,
-            encoder,
-            cells,
-            config.similarity_threshold,
-            radius,
-            mirror,
-            device,
-            execution=execution,
-            label=f"decontaminate {name}",
-            unit="evaluation images",
-            weights=[len(chunk) for chunk in chunks],
-        ),
-        strict=True,
-    ):
-        found.append(table(gids, chunk[query], similarity, "embedding"))
-    return found
+    run_on(
+        device,
+        _match_vectors,
+        jobs,
+        sets,
+        cells,
+        config.similarity_threshold,
+        None if cells.num_rows <= _EXACT_ROWS else sketch_radius(at_threshold, _SKETCH_LOSS),
+        mirror,
+        int(execution.memory_gb * 0.5e9),
+        device,
+        execution=execution,
+        label="decontaminate: vectors",
+        unit="images",
+        weights=[int(cells.offsets[stop] - cells.offsets[first]) for _, first, stop, _ in jobs],
+    )
 
 
-def _matches_of(
-    chunk: np.ndarray,
-    images: ImageSet,
-    encoder: str,
+def written(one: Evaluation) -> tuple[list[File], dict[str, int]]:
+    """What `match_sets` wrote for a set, and what it counted: (file, count by step of the cascade)."""
+    files = pieces(one.folder, "looks-") + pieces(one.folder, "vectors-")
+    counts = {"images": len(one.asked.gids)}
+    counts |= {f"matches, {step}": 0 for step in STEPS}
+    for file in files:
+        for entry in one.folder.read_table(file.path, ["step"])["step"].value_counts().to_pylist():
+            counts[f"matches, {entry['values']}"] += entry["counts"]
+    return files, counts
+
+
+def strongest(matches: pa.Table) -> pa.Table:
+    """One row a pool image: exact before perceptual before embedding, then the larger similarity.
+
+    Equal ones: the set and then the row that come first.
+    """
+    rank = pc.index_in(matches["step"], value_set=pa.array(STEPS)).to_numpy()  # type: ignore[attr-defined]
+    keys = [matches["evaluation_gid"].to_numpy()]
+    if "evaluation" in matches.column_names:
+        keys.append(np.array(matches["evaluation"].to_pylist(), str))
+    keys += [-matches["similarity"].to_numpy().astype(np.float64), rank, matches["gid"].to_numpy()]
+    order = np.lexsort(keys)
+    _, first = np.unique(keys[-1][order], return_index=True)
+    return matches.take(pa.array(order[first]))
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """Digests and perceptual hashes of an evaluation set."""
+
+    folder: Folder
+    digests: np.ndarray  # S32, ascending, distinct, of the rows that follow
+    rows: np.ndarray
+    good: np.ndarray
+    hashes: np.ndarray
+    mirrored: np.ndarray
+    quality: np.ndarray
+
+    @staticmethod
+    def of(one: Evaluation) -> "_Looks":
+        images, good = one.asked.images, one.asked.gids
+        digests, rows = np.unique(_digests(images.column("sha256")), return_index=True)
+        known = digests != b""
+        columns = (images.column(name)[good] for name in ("pdq", "pdq_mirrored", "pdq_quality"))
+        return _Looks(one.folder, digests[known], rows[known], good, *columns)
+
+
+def _digests(sha256: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(sha256).view("S32").ravel()
+
+
+def _match_looks(
+    job: tuple[str, int, list[int]], sets: list[_Looks], filtered: Folder, ranges: Ranges, perceptual_distance: int
+) -> None:
+    name, number, wanted = job
+    found = {which: [MATCHES.empty_table()] for which in wanted}
+    start, _ = ranges.bounds(number)
+    for table in read_batches(filtered, number, ["reason", "sha256", "pdq", "pdq_quality"]):
+        gids = np.flatnonzero(table["reason"].is_null().to_numpy()) + start
+        start += table.num_rows
+        table = table.filter(table["reason"].is_null())
+        digests, hashes = _digests(column_values(table["sha256"])), column_values(table["pdq"])
+        quality = column_values(table["pdq_quality"])
+        for which in wanted:
+            one = sets[which]
+            if len(one.digests) and len(gids):
+                place = np.minimum(np.searchsorted(one.digests, digests), len(one.digests) - 1)
+                same = np.flatnonzero(one.digests[place] == digests)
+                found[which].append(_table(gids[same], one.rows[place[same]], np.ones(len(same)), "exact"))
+            query, row, distance = hash_matches(
+                one.hashes, one.quality, hashes, quality, perceptual_distance, one.mirrored
+            )
+            found[which].append(strongest(_table(gids[row], one.good[query], 1 - distance / 256, "perceptual")))
+    for which in wanted:
+        sets[which].folder.write_table(name, strongest(pa.concat_tables(found[which])))
+
+
+def _match_vectors(
+    job: tuple[str, int, int, list[int]],
+    sets: Sequence[Evaluation],
     cells: Cells,
     threshold: float,
     radius: int | None,
     mirror: np.ndarray | None,
+    memory_bytes: int,
     device: str | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows = unit_rows(images.take_embeddings(encoder, chunk))
-    found = pairs_above(rows, cells, threshold, cells.num_cells, radius, mirror=mirror, num_threads=1, device=device)
-    return found.query, found.gid, found.similarity
+) -> None:
+    name, first, stop, wanted = job
+    slice_ = cells.between(first, stop)
+    # Few rows at a time, and so few queries that every pair of them may match.
+    queries_at_once = max(memory_bytes // 2 // (_PAIR_BYTES * _SLICE_ROWS), 64)
+    found: dict[int, list[pa.Table]] = {number: [MATCHES.empty_table()] for number in wanted}
+    for block in blocks([sets[number].asked for number in wanted], queries_at_once):
+        vectors = np.concatenate([piece.vectors() for _, piece in block])
+        sets_of = np.concatenate([np.full(len(piece.gids), position) for position, piece in block])
+        rows_of = np.concatenate([piece.gids for _, piece in block])
+        for low, high in slice_.slices(slice_.num_cells, _SLICE_ROWS):
+            run = slice_.between(low, high)
+            pairs = pairs_above(
+                vectors, run, threshold, run.num_cells, radius, mirror=mirror, max_memory_bytes=memory_bytes // 2,
+                num_threads=1, device=device,
+            )  # fmt: skip
+            for position in np.unique(sets_of[pairs.query]).tolist():
+                own = np.flatnonzero(sets_of[pairs.query] == position)
+                query = pairs.query[own]
+                matches = _table(pairs.gid[own], rows_of[query], pairs.similarity[own], "embedding")
+                found[wanted[position]].append(strongest(matches))
+    for number in wanted:
+        sets[number].folder.write_table(name, strongest(pa.concat_tables(found[number])))
 
 
-def _strongest(matches: pa.Table) -> pa.Table:
-    """One row a pool image: exact before perceptual before embedding, then the larger similarity."""
-    gid, step = matches["gid"].to_numpy(), matches["step"].to_pylist()
-    rank = np.array([("exact", "perceptual", "embedding").index(s) for s in step], np.int64)
-    order = np.lexsort(
-        (
-            matches["evaluation_gid"].to_numpy(),
-            np.array(matches["evaluation"].to_pylist(), str),
-            -matches["similarity"].to_numpy().astype(np.float64),
-            rank,
-            gid,
-        )
-    )
-    _, first = np.unique(gid[order], return_index=True)
-    return matches.take(pa.array(order[first]))
-
-
-def _with_components(direct: pa.Table, component: np.ndarray) -> pa.Table:
-    """The direct matches, and every other member of their components, condemned by the strongest of them."""
-    gids = direct["gid"].to_numpy()
-    labels, first = np.unique(component[gids], return_index=True)
-    members = np.flatnonzero(np.isin(component, labels) & (component >= 0))
-    others = np.setdiff1d(members, gids)
-    source = direct.take(pa.array(first[np.searchsorted(labels, component[others])]))
-    columns = source.to_pydict() | {"gid": others, "step": ["component"] * len(others)}
-    indirect = pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA)
-    result = pa.concat_tables([direct, indirect])
-    return result.take(pa.array(np.argsort(result["gid"].to_numpy(), kind="stable")))
-
-
-def _reelect(representative: np.ndarray, component: np.ndarray, similarity: np.ndarray, leaked: np.ndarray) -> None:
-    """Give each group whose representative leaked the remaining member that was most similar to it, in place."""
-    lost = np.isin(representative, leaked) & (representative >= 0)
-    members = np.flatnonzero(lost)
-    order = np.lexsort((members, -np.nan_to_num(similarity[members], nan=-2.0), component[members]))
-    labels, first = np.unique(component[members][order], return_index=True)
-    chosen = members[order][first]
-    representative[members] = chosen[np.searchsorted(labels, component[members])]
+def _table(gids: np.ndarray, rows: np.ndarray, similarity: np.ndarray, step: str) -> pa.Table:
+    steps = pa.DictionaryArray.from_arrays(np.zeros(len(gids), np.int32), [step]).cast(pa.string())
+    columns = [gids, rows, similarity.astype(np.float32), steps]
+    return pa.table(dict(zip(MATCHES.names, columns, strict=True)), schema=MATCHES)

@@ -4,13 +4,14 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from configs.ranges import check_ranges
@@ -19,8 +20,16 @@ from curation.encoders.weights import DESCRIPTOR_NAMES
 from curation.engine.actors import run_actors
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import INDEX_SCHEMA, ImageSet, encoder_folder
-from curation.engine.workers import ExecutionConfig, Losses, WorkerLost, num_gpus, num_workers, unwrapped
+from curation.engine.store import INDEX_SCHEMA, encoder_folder, register, registered
+from curation.engine.workers import (
+    ExecutionConfig,
+    Losses,
+    WorkerLost,
+    finished_pieces,
+    num_gpus,
+    num_workers,
+    unwrapped,
+)
 from curation.reading.filters import Filter, Pixels, first_refusals
 from curation.reading.pictures.images import ImageLimits
 from curation.reading.samples import Part
@@ -29,7 +38,8 @@ from curation.stages.decode import DecodeJob, decode_part, unreadable_part
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
+_REQUESTS_AT_ONCE = 16  # when the records of all parts are read from an object store
 _DECODE_AHEAD = 2  # batches that a decoder may be ahead of its encoder
 # A part whose decode worker dies is decoded again, then each of its images in a process of its own, then it is a row.
 _PLAIN_TRIES, _ISOLATED_TRIES = 2, 4
@@ -66,6 +76,19 @@ class EmbedConfig:
         return list(dict.fromkeys([self.encoder, self.copy_encoder or self.encoder]))
 
 
+@dataclass(frozen=True)
+class PartTally:
+    """What a part holds, for the figures of its set."""
+
+    rows: int
+    reasons: dict[str, int]
+    """rejected images, by reason"""
+    unread: dict[str, int]
+    """those of them that could not be read: a filter rejects what was read, and a missing end marker is no loss"""
+    damage: list[tuple[int, int | None]]
+    """(unread bytes, unread images) of each row that stands for damage"""
+
+
 def embed_set(
     folder: Folder,
     parts: Sequence[Part],
@@ -74,20 +97,41 @@ def embed_set(
     filters: Sequence[Filter],
     execution: ExecutionConfig,
     label: str,
-) -> list[File]:
+) -> tuple[list[File], list[PartTally], list[int]]:
     """Index and embed the parts of one set into `folder`; parts that a former run finished are kept.
 
     Returns:
-        the files: index/part-<id>.parquet and <encoder>/part-<id>.npy for every part, in the order of parts.
+        files: index/part-<id>.parquet and <encoder>/part-<id>.npy of every part that the set has or had, in the order
+            of the parts' numbers.
+        tallies: what each of `parts` holds.
+        gone: numbers of the parts that are not among `parts` any more.
+
+    Raises:
+        ValueError: files of a part that has gone are gone too, and cannot be made again.
     """
-    done = dict.fromkeys(folder.names())
-    todo = [part for part in parts if f"done/part-{part.id}.json" not in done]
+    done = finished_pieces(folder, [_record_name(part) for part in parts])
+    todo = [part for part in parts if _record_name(part) not in done]
     if todo:
         _embed_parts(folder, todo, encoder_specs, config, filters, execution, label)
-    files = []
-    for part in parts:
-        files += _read_record(folder, part)
-    return [f for f in files if f.path.startswith("index/")] + [f for f in files if not f.path.startswith("index/")]
+    records = _read_records(folder, parts)
+    register(folder, {part.id: files for part, (files, _) in zip(parts, records, strict=True)})
+    known, listed = registered(folder), {part.id for part in parts}
+    gone = [number for number, id_ in enumerate(known) if id_ not in listed]
+    of_gone = [file.path for id_ in known.keys() - listed for file in known[id_]]
+    if lacking := sorted(set(of_gone) - finished_pieces(folder, of_gone)):
+        raise ValueError(
+            f"{folder.url}/{lacking[0]} is gone, and so is the shard or folder that it was made from: bring one of "
+            "them back, or give another --out."
+        )
+    files = [file for of_part in known.values() for file in of_part]
+    index = [file for file in files if file.path.startswith("index/")]
+    rest = [file for file in files if not file.path.startswith("index/")]
+    return index + rest, [tally for _, tally in records], gone
+
+
+def _record_name(part: Part) -> str:
+    """The file that says that all of a part is written."""
+    return f"done/part-{part.id}.json"
 
 
 def _embed_parts(
@@ -220,43 +264,56 @@ def write_part(folder: Folder, part: Part, rows: list[dict[str, Any]], vectors: 
     """The index and the vectors of one part, then the record that says both are whole."""
     files = [folder.write_table(f"index/part-{part.id}.parquet", pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))]
     files += [folder.write_array(f"{name}/part-{part.id}.npy", values) for name, values in vectors.items()]
-    folder.write_bytes(f"done/part-{part.id}.json", json.dumps([asdict(file) for file in files]).encode())
+    rejected = [row for row in rows if row["reason"] is not None]
+    unread = [row for row in rejected if row["pdq"] is None and row["reason"] != NO_END_MARKER]
+    tally = PartTally(
+        rows=len(rows),
+        reasons=dict(Counter(row["reason"] for row in rejected)),
+        unread=dict(Counter(row["reason"] for row in unread)),
+        damage=[(row["unread_bytes"], row["unread_images"]) for row in rows if row["unread_bytes"] is not None],
+    )
+    record = {"files": [asdict(file) for file in files], "tally": asdict(tally)}
+    folder.write_bytes(_record_name(part), json.dumps(record).encode())
 
 
-def count_losses(images: ImageSet, bytes_read: int) -> tuple[dict[str, int], int, int]:
+def count_losses(parts: Sequence[Part], tallies: Sequence[PartTally]) -> tuple[dict[str, int], int, int, str]:
     """What a set holds, for its manifest, and what of it cannot be read.
-
-    Args:
-        bytes_read: of all parts of the set.
 
     Returns:
         counts: images (rows); rejected, by reason; where there are any: damaged shards, unread bytes, unread images.
         lost, total: images that cannot be read, and all, those counted in that a shard's unread bytes would hold. A
-            missing end marker is no loss.
+            missing end marker is no loss, nor is what a filter rejects.
+        worst: the most frequent reason of those; empty where there are none.
     """
-    columns = ["reason", "source", "unread_bytes", "unread_images"]
-    table = pa.concat_tables([images.index(part, columns) for part in range(images.num_parts)])
-    counts = {"images": images.num_images}
-    for entry in table["reason"].drop_null().value_counts().to_pylist():
-        counts[f"rejected: {entry['values']}"] = entry["counts"]
-    lost = len(table["reason"].drop_null()) - counts.get(f"rejected: {NO_END_MARKER}", 0)
-    damage = table.filter(pc.is_valid(table["unread_bytes"])).to_pylist()
-    unread_bytes = sum(row["unread_bytes"] for row in damage)
-    good = max(images.num_images - len(table["reason"].drop_null()), 1)
-    mean = max((bytes_read - unread_bytes) / good, 1)
-    unread = []
-    for row in damage:
-        known = row["unread_images"]  # else the shard has no whole sample: at the mean of the set
-        unread.append(known if known is not None else max(1, round(row["unread_bytes"] / mean)))
+    images = sum(tally.rows for tally in tallies)
+    reasons: Counter[str] = Counter()
+    lost_by: Counter[str] = Counter()
+    for tally in tallies:
+        reasons.update(tally.reasons)
+        lost_by.update(tally.unread)
+    lost = lost_by.total()
+    damage = [entry for tally in tallies for entry in tally.damage]
+    unread_bytes = sum(num_bytes for num_bytes, _ in damage)
+    good = max(images - lost - reasons[NO_END_MARKER], 1)
+    mean = max((sum(part.size for part in parts) - unread_bytes) / good, 1)
+    # Where a shard has no whole sample, so that its own mean is not known: at the mean of the set.
+    unread = [known if known is not None else max(1, round(num_bytes / mean)) for num_bytes, known in damage]
     beyond_rows = sum(max(number - 1, 0) for number in unread)
     figures = {
-        "damaged shards": len({row["source"] for row in damage}),
+        "damaged shards": len({part.url for part, tally in zip(parts, tallies, strict=True) if tally.damage}),
         "unread bytes": unread_bytes,
         "unread images": sum(unread),
     }
+    counts = {"images": images, **{f"rejected: {reason}": number for reason, number in reasons.items() if number}}
     counts |= {name: number for name, number in figures.items() if number}
-    return counts, lost + beyond_rows, images.num_images + beyond_rows
+    worst = max(lost_by, key=lambda reason: lost_by[reason], default="")
+    return counts, lost + beyond_rows, images + beyond_rows, worst
 
 
-def _read_record(folder: Folder, part: Part) -> list[File]:
-    return [File(**entry) for entry in json.loads(folder.read_bytes(f"done/part-{part.id}.json"))]
+def _read_records(folder: Folder, parts: Sequence[Part]) -> list[tuple[list[File], PartTally]]:
+    def read(part: Part) -> tuple[list[File], PartTally]:
+        record = json.loads(folder.read_bytes(_record_name(part)))
+        return [File(**entry) for entry in record["files"]], PartTally(**record["tally"])
+
+    with ThreadPoolExecutor(1 if folder.is_local else _REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(read, parts))

@@ -1,48 +1,129 @@
-"""Rules on the index: which decodable images are not worth having, and the first reason for each."""
+"""filter: rules on the index, and what the steps after it ask of every image, in files of a range of gids.
 
-from collections.abc import Sequence
+The index has twenty columns and lies in as many files as the pool has shards. Here the few that are read again (hashes,
+sizes) are written once, beside the reason why an image is left out, in the order of gids.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.ranges import Ranges, range_file
+from curation.engine.store import ImageSet, PartRows, read_rows
+from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.reading.filters import Filter, first_reasons
 
-VERSION = 1
-_FILE = "reasons.parquet"
-_COLUMNS = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
+VERSION = 3
+_INDEX = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
+_COLUMNS = [*_INDEX, "image", "pdq", "pdq_mirrored", "pdq_quality"]
+_ROW_GROUP = 1 << 20
+SCHEMA = pa.schema(
+    [
+        ("reason", pa.string()),  # null for the images that go on
+        ("sha256", pa.binary(32)),
+        ("pdq", pa.binary(32)),
+        ("pdq_mirrored", pa.binary(32)),
+        ("pdq_quality", pa.int32()),
+        ("pixels", pa.int64()),  # width x height; 0 where unknown
+        ("bytes", pa.int64()),  # of the image's file; 0 where there is none
+        ("standing", pa.uint8()),  # in an earlier release: 2 kept, 1 it stood for its group; else 0
+    ]
+)
 
 
-def filter_pool(folder: Folder, pool: ImageSet, filters: Sequence[Filter], execution: ExecutionConfig) -> list[File]:
-    """Write reasons.parquet: one row a gid, `reason` null for the images that go on."""
-    reasons = run_tasks(
-        _part_reasons,
-        range(pool.num_parts),
-        pool,
+def filter_pool(
+    folder: Folder,
+    pool: ImageSet,
+    filters: Sequence[Filter],
+    ranges: Ranges,
+    execution: ExecutionConfig,
+    earlier: Earlier | None = None,
+) -> tuple[list[File], dict[str, int]]:
+    """Write range-*.parquet (SCHEMA, one row a gid); ranges that a former run finished are kept.
+
+    Returns:
+        the files, and the counts: images that go on, and images by reason.
+    """
+    names = [range_file("range", number) for number in range(len(ranges))]
+    run_pieces(
+        _filter_range,
+        [(ranges.bounds(number)[0], pool.rows_between(*ranges.bounds(number))) for number in range(len(ranges))],
+        names,
+        folder,
+        pool.folder,
         list(filters),
+        earlier.decided() if earlier is not None else None,
         execution=execution,
         label="filter",
         unit="images",
-        weights=np.diff(pool.part_base).tolist(),
+        weights=ranges.weights(),
     )
-    column = (
-        pa.chunked_array(reasons, pa.string()).dictionary_encode() if reasons else pa.chunked_array([], pa.string())
-    )
-    return [folder.write_table(_FILE, pa.table({"reason": column}))]
+    told = run_tasks(_describe, names, folder, execution=execution, label="filter: count", unit="files")
+    counts: dict[str, int] = {}
+    for _, of_range in told:
+        for reason, number in of_range.items():
+            counts[reason] = counts.get(reason, 0) + number
+    return [file for file, _ in told], dict(sorted(counts.items()))
 
 
-def read_reasons(folder: Folder) -> pa.ChunkedArray:
-    """string [num_images], null for the images that go on."""
-    return folder.read_table(_FILE)["reason"].cast(pa.string())
+def read_range(folder: Folder, number: int, columns: Sequence[str]) -> pa.Table:
+    """The rows of one range of gids."""
+    return folder.read_table(range_file("range", number), list(columns))
 
 
-def passed(folder: Folder) -> np.ndarray:
-    """int64, ascending: the gids that go on."""
-    return np.flatnonzero(read_reasons(folder).is_null().to_numpy()).astype(np.int64)
+def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of one range of gids, about a million at a time."""
+    yield from folder.table_batches(range_file("range", number), columns)
 
 
-def _part_reasons(part: int, pool: ImageSet, filters: list[Filter]) -> pa.Array:
-    return pa.array(first_reasons(pool.index(part, _COLUMNS), filters).tolist(), pa.string())
+def _filter_range(
+    item: tuple[int, list[PartRows]],
+    folder: Folder,
+    name: str,
+    index: Folder,
+    filters: list[Filter],
+    earlier: Earlier | None,
+) -> None:
+    at, parts = item
+    with (
+        folder.writing(name) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", compression_level=1) as writer,
+    ):
+        held: list[pa.Table] = []
+        for rows in parts:
+            table = _judged(read_rows(index, rows, _COLUMNS), filters)
+            standing = np.zeros(table.num_rows, np.uint8)
+            if earlier is not None:
+                standing = earlier.standing(at, at + table.num_rows)
+            held.append(table.append_column(SCHEMA.field("standing"), pa.array(standing)))
+            at += table.num_rows
+            if sum(table.num_rows for table in held) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
+
+
+def _judged(table: pa.Table, filters: list[Filter]) -> pa.Table:
+    pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
+    columns = {
+        "reason": pa.array(first_reasons(table.select(_INDEX), filters).tolist(), pa.string()),
+        "pixels": pc.fill_null(pixels, 0),
+        "bytes": pc.fill_null(pc.struct_field(table["image"], "size"), 0),
+    }
+    schema = SCHEMA.remove(SCHEMA.get_field_index("standing"))
+    arrays = [columns[name] if name in columns else table[name] for name in schema.names]
+    return pa.table(dict(zip(schema.names, arrays, strict=True)), schema=schema)
+
+
+def _describe(name: str, folder: Folder) -> tuple[File, dict[str, int]]:
+    reasons = folder.read_table(name, ["reason"])["reason"]
+    counts = {"images out": reasons.null_count}
+    counts |= {entry["values"]: entry["counts"] for entry in reasons.drop_null().value_counts().to_pylist()}
+    return folder.described(name, len(reasons)), counts

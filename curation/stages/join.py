@@ -4,6 +4,7 @@ Edges serve every threshold at or above the floor: another one is a filter (Join
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,13 +15,15 @@ import pyarrow.compute as pc
 
 from curation.engine.devices import num_at_once, run_on, task_device
 from curation.engine.folder import Folder
-from curation.engine.manifest import File
+from curation.engine.manifest import MANIFEST_NAME, File, Manifest
 from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells
 from curation.ops.components import spanning_forest
 from curation.ops.neighbours import PIECE_ROWS, near_rows, run_rows
 from curation.ops.recall import Certificate, are_among, certify, found_by
 from curation.ops.true_pairs import Hits, Question, TruePairs, hits_in_range
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 _MEMORY_SHARE = (
@@ -52,6 +55,10 @@ class Joined:
     def pieces(self) -> list[str]:
         return [name.removeprefix("edges/") for name in (self.folder / "edges").names()]
 
+    def counts(self) -> dict[str, int]:
+        """images (that were compared), edges, forest edges, and capped images: those that may have more pairs."""
+        return Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).counts
+
     def edges(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity, mirrored of the pairs at or above the threshold."""
         return _at_least(self.folder.read_table(f"edges/{piece}"), threshold)
@@ -59,11 +66,6 @@ class Joined:
     def forest(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity of edges that join what the piece's edges at or above the threshold join."""
         return _at_least(self.folder.read_table(f"forest/{piece}"), threshold)
-
-    def capped(self) -> np.ndarray:
-        """int64, ascending: the images that may have more pairs than edges (curation.ops.neighbours)."""
-        gids = [self.folder.read_table(f"capped/{piece}")["gid"].to_numpy() for piece in self.pieces()]
-        return np.sort(np.concatenate(gids))
 
     def certificate(self) -> Certificate:
         return Certificate(**json.loads(self.folder.read_bytes("certificate.json")))
@@ -106,7 +108,8 @@ def join_pool(
         (run[0] * PIECE_ROWS, min((run[-1] + 1) * PIECE_ROWS, cells.num_rows))
         for run in _consecutive(missing, rows // PIECE_ROWS)
     ]
-    for pieces in run_on(
+    bytes_read = 0
+    for pieces, run_bytes in run_on(
         device,
         _join_run,
         jobs,
@@ -124,6 +127,8 @@ def join_pool(
         weights=[float(stop - start) for start, stop in jobs],
     ):
         done += pieces
+        bytes_read += run_bytes
+    logger.info("join: %d runs of up to %d images read %.1f GB of cells", len(jobs), rows, bytes_read / 1e9)
     among, capped = (np.zeros(len(truth.gid), bool) for _ in range(2))
     for piece in done:
         among[piece["found"]] = capped[piece["capped_ends"]] = True
@@ -142,7 +147,6 @@ def _certify(
     memory = int(execution.memory_gb * 1e9 * _MEMORY_SHARE)
     starts = range(0, cells.num_rows, _CERTIFIED_TOGETHER)
     ranges = [(start, min(start + _CERTIFIED_TOGETHER, cells.num_rows)) for start in starts]
-
     device = task_device(execution)
 
     def compare(question: Question) -> list[Hits]:
@@ -183,8 +187,12 @@ def _join_run(
     truth: TruePairs,
     memory_bytes: int,
     device: str | None,
-) -> list[dict[str, Any]]:
-    """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know.
+
+    Returns:
+        the contents of done/, and the bytes read, which depend on the memory and so are no part of the result.
+    """
     run = near_rows(
         cells, *job, floor, certificate.nprobe, certificate.sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes,
         device=device,
@@ -194,7 +202,7 @@ def _join_run(
         name = f"part-{number:06d}"
         tree = spanning_forest(edges.a, edges.b, edges.similarity)
         forest = {column: getattr(edges, column)[tree] for column in ("a", "b", "similarity")}
-        tables = {"edges": pa.table(edges._asdict()), "forest": pa.table(forest), "capped": pa.table({"gid": capped})}
+        tables = {"edges": pa.table(edges._asdict()), "forest": pa.table(forest)}
         files = [folder.write_table(f"{kind}/{name}.parquet", table) for kind, table in tables.items()]
         ends = np.isin(truth.query, capped) | np.isin(truth.gid, capped)
         piece = {
@@ -208,7 +216,7 @@ def _join_run(
         }
         folder.write_bytes(f"done/{name}.json", json.dumps(piece).encode())
         done.append(piece)
-    return done
+    return done, run.bytes_read
 
 
 def _consecutive(numbers: list[int], most: int) -> Iterator[list[int]]:

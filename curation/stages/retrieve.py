@@ -1,25 +1,49 @@
-"""retrieve: what of the surviving pool resembles a seed set, image by image or cluster by cluster."""
+"""retrieve: what of the surviving pool resembles a seed set, image by image or cluster by cluster.
 
+Neighbours are found among all distinct images, leaks too, deeper than can be drawn; leaks are left out when draws are
+made. So the neighbours stay where an evaluation set comes or goes. Seed sets that are not done yet share two passes
+over the pool's vectors: one in which a sample of each is compared with all of them, which tells how many clusters the
+others must look into, and one for those others.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curation.engine.devices import run_on, task_device
+from curation.engine.exchange import BUCKET, exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig
-from curation.ops.cells import Cells
+from curation.engine.workers import ExecutionConfig, run_pieces
+from curation.ops.cells import Cells, cell_ranks, nearest_cells, rows_of_gids
 from curation.ops.join import nearest
-from curation.ops.kmeans import assign
-from curation.ops.retrieval import num_probes, resolve_collisions
-from curation.ops.sampling import sample_per_cluster
+from curation.ops.join_kernels import grouped_by_cell
+from curation.ops.randomness import hash_sample
+from curation.ops.retrieval import (
+    SAMPLED_QUERIES,
+    SPARE,
+    SPARE_SHARE,
+    RetrievalCertificate,
+    certify_probes,
+    first_neighbours,
+    neighbour_lists,
+    resolve_collisions,
+)
+from curation.ops.sampling import capped, first_of_each
 from curation.reading.seeds import RetrievalRule
-from curation.stages.kmeans import unit_rows
+from curation.stages.asking import Asked, pieces
+from curation.stages.cluster import Clustering
+from curation.stages.draws import draw_by_cluster
+from curation.stages.survivors import Survivors
 
-VERSION = 2
-_SCHEMA = pa.schema(
+VERSION = 3
+_MATCHES = pa.schema(
     [
         ("gid", pa.int64()),  # the pool image
         ("seed_gid", pa.int64()),  # row of the seed set; -1 when its cluster was hit
@@ -28,119 +52,337 @@ _SCHEMA = pa.schema(
         ("cluster", pa.int64()),
     ]
 )
-_QUERIES_PER_TASK = 4096
+_BLOCK = 2**16  # seed images whose neighbours are one file
+_MOST_SLICES = 1024
+_SLICE_ROWS = 2**16
+_FLUSH_ROWS = 2**22  # neighbours of a block that are held before they are cut to the nearest
 _DEPTH = 8  # next_neighbor looks this many times deeper than k
+_SAMPLE, _CERTIFICATE = "sample.parquet", "certificate.json"
+
+
+@dataclass(frozen=True)
+class SeedQueries:
+    """A seed set in sample mode, and the folder of its step."""
+
+    folder: Folder
+    asked: Asked
+    rule: RetrievalRule
+
+    @property
+    def num_drawable(self) -> int:
+        """Neighbours that may be drawn for one seed image."""
+        return self.rule.k * (_DEPTH if self.rule.collisions == "next_neighbor" else 1)
+
+    def depth(self, cells: Cells) -> int:
+        """Neighbours that are looked for."""
+        return min(cells.num_rows, SPARE_SHARE * self.num_drawable + SPARE)
+
+    def sample(self) -> np.ndarray:
+        """int64, ascending: the seed images that are compared with the whole pool."""
+        return hash_sample(0, self.asked.gids, SAMPLED_QUERIES)
+
+    def blocks(self) -> list[np.ndarray]:
+        """The other seed images, in blocks."""
+        others = np.setdiff1d(self.asked.gids, self.sample(), assume_unique=True)
+        return [others[start : start + _BLOCK] for start in range(0, len(others), _BLOCK)]
+
+    def taking(self, gids: np.ndarray) -> Asked:
+        return Asked(self.asked.images, gids, self.asked.encoder)
+
+
+def find_neighbours(sets: Sequence[SeedQueries], cells: Cells, execution: ExecutionConfig) -> None:
+    """Write the nearest pool images of several seed sets: sample.parquet, and neighbours-*.parquet for each block."""
+    if not sets:
+        return
+    named = sha256(" ".join(one.folder.url for one in sets).encode()).hexdigest()[:8]
+    device = task_device(execution)
+    slices = cells.slices(_MOST_SLICES, _SLICE_ROWS)
+    weights = [float(cells.offsets[stop] - cells.offsets[start]) for start, stop in slices]
+    root = Folder(sets[0].folder.url.rsplit("/", 1)[0])
+    own = [one.folder.url.rsplit("/", 1)[1] for one in sets]
+
+    def one_pass(what: str, queries: list["_Block"], names: list[str]) -> None:
+        if queries:
+            exchange(
+                slices, _nearest_in_slice, len(queries), _write_nearest, queries, cells, root, names, device,
+                scratch=sets[0].folder / f"pass-{named}-{what}", outputs=(root, names), sort_by=["query", "gid"],
+                execution=execution, label=f"retrieve: {what}", unit="images", weights=weights,
+                map_device=device,
+            )  # fmt: skip
+
+    samples = [_Block(one.taking(one.sample()), one.depth(cells), None, cells.num_cells) for one in sets]
+    one_pass("sample", samples, [f"{name}/{_SAMPLE}" for name in own])
+    queries, names = [], []
+    for one, name in zip(sets, own, strict=True):
+        blocks = one.blocks()
+        nprobe = certificate(one, cells).nprobe
+        probes = [f"probes-{number:05d}.bin" for number in range(len(blocks))]
+        outputs = [f"neighbours-{number:05d}.parquet" for number in range(len(blocks))]
+        if nprobe < cells.num_cells and not set(outputs) <= set(one.folder.names()):
+            run_pieces(
+                _write_probes, [one.taking(gids) for gids in blocks], probes, one.folder, cells, nprobe,
+                device, execution=execution, label=f"retrieve: clusters of {name}", unit="blocks",
+                run=partial(run_on, device),
+            )  # fmt: skip
+        for gids, file, output in zip(blocks, probes, outputs, strict=True):
+            asked = one.folder / file if nprobe < cells.num_cells else None
+            queries.append(_Block(one.taking(gids), one.depth(cells), asked, nprobe))
+            names.append(f"{name}/{output}")
+    one_pass("neighbours", queries, names)
+    for one in sets:
+        for file in one.folder.names():
+            if file.startswith(("probes-", "pass-")):  # of an interrupted pass of other sets as well
+                one.folder.delete(file)
+
+
+def certificate(one: SeedQueries, cells: Cells) -> RetrievalCertificate:
+    """What the sample of a seed set says: see `certify_probes`. Pairs that cannot be drawn do not count."""
+    if one.folder.exists(_CERTIFICATE):
+        return RetrievalCertificate(**json.loads(one.folder.read_bytes(_CERTIFICATE)))
+    found = _certified(one, cells)
+    one.folder.write_bytes(_CERTIFICATE, json.dumps(asdict(found)).encode())
+    return found
+
+
+def _certified(one: SeedQueries, cells: Cells) -> RetrievalCertificate:
+    sample = one.sample()
+    if len(sample) == len(one.asked.gids):
+        return RetrievalCertificate(
+            nprobe=cells.num_cells, num_queries=len(sample), num_pairs=0, recall=1.0, lower_bound=1.0, basis="exact"
+        )
+    found = one.folder.read_table(_SAMPLE)
+    seed, gid, similarity = (found[name].to_numpy() for name in ("seed_gid", "gid", "similarity"))
+    chosen = similarity >= one.rule.min_similarity
+    query, gid = np.searchsorted(sample, seed[chosen]), gid[chosen]
+    own_cell = cells.cell_of_rows(rows_of_gids(cells, gid))
+    rank = cell_ranks(one.taking(sample).vectors()[query], cells.centroids, own_cell)
+    return certify_probes(query, rank, cells.num_cells, one.rule.target_recall, len(sample))
 
 
 def retrieve_set(
     folder: Folder,
-    seeds: ImageSet,
-    encoder: str,
-    rule: RetrievalRule,
+    one: SeedQueries,
     cells: Cells,
-    assignment: np.ndarray,
-    survivors: np.ndarray,
+    clustering: Clustering,
+    survivors: Survivors,
     execution: ExecutionConfig,
     label: str,
 ) -> tuple[list[File], dict[str, Any]]:
-    """Draw for one seed set; write matches.parquet (see _SCHEMA), one row for each draw that counts."""
-    status = np.concatenate([seeds.index(p, ["status"])["status"].to_numpy() for p in range(seeds.num_parts)])
-    seed_gids = np.flatnonzero(status == "ok").astype(np.int64)
-    if not len(seed_gids):
-        raise ValueError(f"seed {label!r} has no readable image among its {seeds.num_images}.")
-    if rule.mode == "sample":
-        table, figures = _by_sample(seeds, encoder, seed_gids, rule, cells, assignment, execution, label)
-    elif rule.mode == "cluster":
-        table, figures = _by_cluster(seeds, encoder, seed_gids, rule, cells, assignment, survivors)
+    """Draw survivors for one seed set; write matches.parquet (see _MATCHES), one row for each draw that counts."""
+    if one.rule.mode == "sample":
+        table, figures = _by_sample(one, cells, survivors, execution, label)
+        gids = table["gid"].to_numpy()
+        table = table.append_column("cluster", pa.array(clustering.clusters_of(gids)))
+    elif one.rule.mode == "cluster":
+        table, figures = _by_cluster(one, clustering, survivors, execution, label)
     else:
-        table, figures = _SCHEMA.empty_table(), {}
-    figures |= {"mode": rule.mode, "num_seeds": len(seed_gids), "num_draws": table.num_rows}
+        table, figures = _MATCHES.empty_table(), {}
+    figures |= {"mode": one.rule.mode, "num_seeds": len(one.asked.gids), "num_draws": table.num_rows}
     figures["num_images"] = len(np.unique(table["gid"].to_numpy()))
-    return [folder.write_table("matches.parquet", table)], figures
+    files = [folder.write_table("matches.parquet", table.select(_MATCHES.names).cast(_MATCHES))]
+    return files + pieces(folder, _SAMPLE) + pieces(folder, "neighbours-"), figures
+
+
+# --- the passes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some seed images that are asked together."""
+
+    asked: Asked
+    depth: int
+    probes: Folder | None
+    """the file of the clusters that they look into; None: all"""
+    nprobe: int
+
+
+def _write_probes(asked: Asked, folder: Folder, name: str, cells: Cells, nprobe: int, device: str | None) -> None:
+    """Which queries look into each cluster: bounds int64 [K + 1], then query numbers int32, by cluster."""
+    probes = nearest_cells(asked.vectors(), cells.centroids, nprobe, 1, device)
+    order, bounds = grouped_by_cell(probes, cells.num_cells)
+    folder.write_bytes(name, bounds.astype(np.int64).tobytes() + order.astype(np.int32).tobytes())
+
+
+def _asking(block: _Block, first: int, stop: int, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of clusters first to stop, the queries that look into each: query numbers, and bounds among them."""
+    assert block.probes is not None
+    where, name = Folder(block.probes.url.rsplit("/", 1)[0]), block.probes.url.rsplit("/", 1)[1]
+    bounds = np.frombuffer(where.read_range(name, 8 * first, 8 * (stop + 1)), np.int64)
+    start = 8 * (num_cells + 1)
+    order = np.frombuffer(where.read_range(name, start + 4 * bounds[0], start + 4 * bounds[-1]), np.int32)
+    return order.astype(np.int64), bounds - bounds[0]
+
+
+def _nearest_in_slice(
+    slice_: tuple[int, int],
+    blocks: list[_Block],
+    cells: Cells,
+    root: Folder,
+    names: list[str],
+    device: str | None,
+) -> Iterator[pa.Table]:
+    own = cells.between(*slice_)
+    for number, block in enumerate(blocks):
+        found: list[tuple[np.ndarray, ...]] = []
+        if block.probes is None:
+            depth = min(block.depth, max(own.num_rows, 1))
+            lists = nearest(block.asked.vectors(), own, depth, own.num_cells, num_threads=1, device=device)
+            found.append(_flat(*lists))
+        else:
+            order, bounds = _asking(block, *slice_, cells.num_cells)
+            asking, back = np.unique(order, return_inverse=True)
+            if not len(asking):
+                continue
+            vectors = Asked(block.asked.images, block.asked.gids[asking], block.asked.encoder).vectors()
+            held = 0
+            for cell in np.flatnonzero((np.diff(bounds) > 0) & (np.diff(own.offsets) > 0)).tolist():
+                some, one_cell = back[bounds[cell] : bounds[cell + 1]], own.between(cell, cell + 1)
+                depth = min(block.depth, one_cell.num_rows)
+                lists = nearest(vectors[some], one_cell, depth, 1, num_threads=1, device=device)
+                query, gid, similarity = _flat(*lists)
+                found.append((asking[some[query]], gid, similarity))
+                held += len(query)
+                if held > _FLUSH_ROWS:
+                    found = [first_neighbours(*_joined(found), block.depth)]
+                    held = len(found[0][0])
+        query, gid, similarity = first_neighbours(*_joined(found), block.depth)
+        to = np.full(len(query), number, np.int32)
+        yield pa.table({"query": query, "gid": gid, "similarity": similarity, BUCKET: to})
+
+
+def _flat(gids: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    query, rank = np.nonzero(gids >= 0)
+    return query, gids[query, rank], similarities[query, rank]
+
+
+def _joined(found: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    query, gid, similarity = (np.concatenate(column) for column in zip(none, *found, strict=True))
+    return query, gid, similarity
+
+
+def _write_nearest(
+    number: int,
+    table: pa.Table,
+    blocks: list[_Block],
+    cells: Cells,
+    root: Folder,
+    names: list[str],
+    device: str | None,
+) -> None:
+    block = blocks[number]
+    columns = _joined([])
+    if table.num_rows:
+        columns = tuple(table[name].to_numpy() for name in ("query", "gid", "similarity"))
+    query, gid, similarity = first_neighbours(*columns, block.depth)
+    root.write_table(
+        names[number], pa.table({"seed_gid": block.asked.gids[query], "gid": gid, "similarity": similarity})
+    )
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
 
 
 def _by_sample(
-    seeds: ImageSet,
-    encoder: str,
-    seed_gids: np.ndarray,
-    rule: RetrievalRule,
-    cells: Cells,
-    assignment: np.ndarray,
-    execution: ExecutionConfig,
-    label: str,
+    one: SeedQueries, cells: Cells, survivors: Survivors, execution: ExecutionConfig, label: str
 ) -> tuple[pa.Table, dict[str, Any]]:
-    depth = min(cells.num_rows, rule.k * (_DEPTH if rule.collisions == "next_neighbor" else 1))
-    chunks = [seed_gids[i : i + _QUERIES_PER_TASK] for i in range(0, len(seed_gids), _QUERIES_PER_TASK)]
-    device = task_device(execution)
-    found = run_on(
-        device,
-        _nearest_of,
-        chunks,
-        seeds,
-        encoder,
-        cells,
-        depth,
-        device,
-        execution=execution,
-        label=f"retrieve {label}",
-        unit="seed images",
-        weights=[len(chunk) for chunk in chunks],
-    )
-    gids = np.concatenate([g for g, _ in found])
-    similarity = np.concatenate([s for _, s in found])
-    gids = np.where(similarity >= rule.min_similarity, gids, -1)
-    query, rank = resolve_collisions(gids, similarity, rule.k, rule.collisions)
-    chosen = gids[query, rank]
-    table = pa.table(
-        {
-            "gid": chosen,
-            "seed_gid": seed_gids[query],
-            "similarity": similarity[query, rank],
-            "rank": rank.astype(np.int32),
-            "cluster": assignment[chosen].astype(np.int64),
-        },
-        schema=_SCHEMA,
-    )
-    wanted = rule.k * len(seed_gids)
-    return table, {"num_wanted": wanted, "shortfall": wanted - table.num_rows}
+    told = certificate(one, cells)
+    names = [_SAMPLE, *(name for name in one.folder.names() if name.startswith("neighbours-"))]
+    found = pa.concat_tables(one.folder.read_table(name) for name in names)
+    seed, gid, similarity = (found[name].to_numpy() for name in ("seed_gid", "gid", "similarity"))
+    query = np.searchsorted(one.asked.gids, seed)
+    wanted = one.num_drawable
+    listed = np.bincount(query, minlength=len(one.asked.gids))
+    query, gid, similarity = _surviving(query, gid, similarity, survivors)
+    # Where leaks took too much of a list that was full, it is looked for deeper.
+    depth = one.depth(cells)
+    while True:
+        left = np.bincount(query, minlength=len(one.asked.gids))
+        again = np.flatnonzero((left < wanted) & (listed >= depth) & (depth < cells.num_rows))
+        if not len(again):
+            break
+        depth = min(4 * depth, cells.num_rows)
+        is_exact = np.isin(one.asked.gids[again], one.sample())
+        chunks = [
+            (chunk, cells.num_cells if exactly else told.nprobe)
+            for exactly, group in ((True, again[is_exact]), (False, again[~is_exact])) if len(group)
+            for chunk in np.array_split(group, -(-len(group) // SAMPLED_QUERIES))
+        ]  # fmt: skip
+        device = task_device(execution)
+        deeper = run_on(
+            device, _ask_again, chunks, one, cells, depth, device, execution=execution,
+            label=f"retrieve {label}: behind leaks", unit="seed images", weights=[len(chunk) for chunk, _ in chunks],
+        )  # fmt: skip
+        more = _joined(deeper)
+        listed[again] = 0
+        listed += np.bincount(more[0], minlength=len(listed))
+        kept = ~np.isin(query, again)
+        more = _surviving(*more, survivors)
+        query, gid, similarity = _joined([(query[kept], gid[kept], similarity[kept]), more])
+    near = similarity >= one.rule.min_similarity
+    query, gid, similarity = first_neighbours(query[near], gid[near], similarity[near], wanted)
+    gids, similarities = neighbour_lists(query, gid, similarity, len(one.asked.gids), wanted)
+    query, rank = resolve_collisions(gids, similarities, one.rule.k, one.rule.collisions)
+    columns = {
+        "gid": gids[query, rank],
+        "seed_gid": one.asked.gids[query],
+        "similarity": similarities[query, rank],
+        "rank": rank.astype(np.int32),
+    }
+    num_wanted = one.rule.k * len(one.asked.gids)
+    figures = {"num_wanted": num_wanted, "shortfall": num_wanted - len(query)}
+    return pa.table(columns), figures | {"target_recall": one.rule.target_recall, **asdict(told)}
 
 
-def _nearest_of(
-    chunk: np.ndarray, seeds: ImageSet, encoder: str, cells: Cells, depth: int, device: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    queries = unit_rows(seeds.take_embeddings(encoder, chunk))
-    return nearest(queries, cells, depth, num_probes(cells.num_rows, cells.num_cells), num_threads=1, device=device)
+def _surviving(
+    query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, survivors: Survivors
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kept = survivors.survive(gid)
+    return query[kept], gid[kept], similarity[kept]
+
+
+def _ask_again(
+    chunk: tuple[np.ndarray, int], one: SeedQueries, cells: Cells, depth: int, device: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    numbers, nprobe = chunk
+    vectors = one.taking(one.asked.gids[numbers]).vectors()
+    query, gid, similarity = _flat(*nearest(vectors, cells, depth, nprobe, num_threads=1, device=device))
+    return numbers[query], gid, similarity
 
 
 def _by_cluster(
-    seeds: ImageSet,
-    encoder: str,
-    seed_gids: np.ndarray,
-    rule: RetrievalRule,
-    cells: Cells,
-    assignment: np.ndarray,
-    survivors: np.ndarray,
+    one: SeedQueries, clustering: Clustering, survivors: Survivors, execution: ExecutionConfig, label: str
 ) -> tuple[pa.Table, dict[str, Any]]:
-    hits = np.zeros(cells.num_cells, np.int64)
-    for part in range(seeds.num_parts):
-        inside = seed_gids[(seed_gids >= seeds.part_base[part]) & (seed_gids < seeds.part_base[part + 1])]
-        if len(inside):
-            rows = unit_rows(seeds.embeddings(encoder, part)[inside - seeds.part_base[part]])
-            hits += np.bincount(assign(rows, cells.centroids)[0], minlength=cells.num_cells)
-    hot = np.flatnonzero(hits >= rule.min_hits)
-    draw = sample_per_cluster(
-        assignment[survivors].astype(np.int64), hot, rule.images_per_cluster, rule.max_images, seed=0, ids=survivors
-    )
-    gids = np.sort(draw.ids)
-    table = pa.table(
-        {
-            "gid": gids,
-            "seed_gid": np.full(len(gids), -1, np.int64),
-            "similarity": pa.nulls(len(gids), pa.float32()),
-            "rank": np.zeros(len(gids), np.int32),
-            "cluster": assignment[gids].astype(np.int64),
-        },
-        schema=_SCHEMA,
-    )
-    wanted = min(len(hot) * rule.images_per_cluster, rule.max_images)
-    return table, {"num_hit_clusters": len(hot), "num_wanted": wanted, "shortfall": max(0, wanted - len(gids))}
+    rule, hits = one.rule, np.zeros(len(clustering.sizes()), np.int64)
+    for start in range(0, len(one.asked.gids), _BLOCK):
+        rows = one.taking(one.asked.gids[start : start + _BLOCK]).vectors()
+        hits += np.bincount(clustering.finest_of(rows), minlength=len(hits))
+    quotas = np.where(hits >= rule.min_hits, rule.images_per_cluster, 0)
+    names = draw_by_cluster(
+        one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}"
+    )  # fmt: skip
+    gids, clusters = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for name in names:  # what is held is never more than one file and the cap
+        table = one.folder.read_table(name)
+        gids = np.concatenate([gids, table["gid"].to_numpy()])
+        clusters = np.concatenate([clusters, table["cluster"].to_numpy()])
+        chosen = np.isin(gids, capped(gids, rule.max_images, 0))
+        gids, clusters = gids[chosen], clusters[chosen]
+        one.folder.delete(name)
+    order = np.argsort(gids)
+    columns = {
+        "gid": gids[order],
+        "seed_gid": np.full(len(gids), -1, np.int64),
+        "similarity": pa.nulls(len(gids), pa.float32()),
+        "rank": np.zeros(len(gids), np.int32),
+        "cluster": clusters[order],
+    }
+    num_hot = int(np.count_nonzero(quotas))
+    wanted = min(num_hot * rule.images_per_cluster, rule.max_images)
+    figures = {"num_hit_clusters": num_hot, "num_wanted": wanted, "shortfall": max(0, wanted - len(gids))}
+    return pa.table(columns), figures
+
+
+def _first_by_hash(gids: np.ndarray, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    return first_of_each(gids, cluster, int(quotas.max()), 0)

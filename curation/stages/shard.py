@@ -2,42 +2,39 @@
 
 import hashlib
 import json
-import posixpath
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.ranges import SEEDS, check_ranges
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.store import ImageSet
-from curation.engine.workers import ExecutionConfig, run_tasks
-from curation.ops.randomness import hash_uint64
-from curation.reading.again import Lost, SecondReader
+from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
+from curation.reading.again import Lost, Wanted, read_again
 from curation.reading.filters import Edit
+from curation.reading.places import Fetched
 from curation.reading.samples import Member
 from curation.writing.card import shard_card
 from curation.writing.parquet import ParquetShardBuilder
+from curation.writing.placed import Outcome, index_name, outcome_of, place, record_name, write_lost
+from curation.writing.plan import KeptSet, PlannedShard, forget_plan, plan_shards, planned_rows
 from curation.writing.samples import (
     Layout,
+    Roles,
     ShardSample,
     assign_roles,
     complete,
-    find_layout,
     read_label,
     read_text,
-    sample_bytes,
     tar_members,
 )
-from curation.writing.tars import Entry, ShardBuilder, safe_key, split_shards
+from curation.writing.tars import Entry, ShardBuilder, safe_key
 
-VERSION = 2
-_ROWS_AT_ONCE = 500_000  # index rows of this many kept images are gathered for one batch of shards
-_COLUMNS = ["key", "source", "source_kind", "image", "others", "metadata", "sha256", "width", "height", "format"]
+VERSION = 3
 _ENTRY_SCHEMA = pa.schema(
     [
         ("gid", pa.int64()),
@@ -48,9 +45,9 @@ _ENTRY_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-_LOST_SCHEMA = pa.schema([("set", pa.string()), ("gid", pa.int64()), ("reason", pa.string())])
-_LOST_FILE = "not_written.parquet"
 _SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet"}
+DROPPED_FILE = "dropped.parquet"
+_FETCHED_FILE = "fetched.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,26 +70,6 @@ class ShardConfig:
             raise ValueError(f"shard.max_mb={self.max_mb:g} must be at most 2000 with shard.format=parquet.")
 
 
-@dataclass(frozen=True)
-class KeptSet:
-    """What to write from one image set: the pool, or a seed set that is included as it is."""
-
-    name: str
-    images: ImageSet
-    gids: np.ndarray
-    """int64, ascending"""
-    provenance: pa.Table
-    """one row a gid: why it was kept; each column is a field of the sample's .json"""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One shard to write: what its samples are, in its order."""
-
-    name: str
-    samples: pa.Table
-
-
 def write_shards(
     folder: Folder,
     kept: Sequence[KeptSet],
@@ -101,132 +78,101 @@ def write_shards(
     edits: Sequence[Edit],
     execution: ExecutionConfig,
     max_lost_fraction: float,
-) -> tuple[list[File], pa.Table]:
-    """Write the shards and index/shard-*.parquet; shards that a former run finished are kept.
+    first: int = 0,
+) -> tuple[list[File], dict[str, int]]:
+    """Write the shards, index/shard-*.parquet and placed/; shards that a former run finished are kept.
 
     Args:
+        kept: the pool first: `placed/` is of its gids.
         draw_names: what can have drawn an image: the fields of its `draws`.
         max_lost_fraction: of the images that were chosen; when more of them are not what they were, nothing is kept
             of the shards that lack them, and the run stops.
+        first: number of the first shard: those before it are an earlier release's (take_earlier).
 
     Returns:
-        the shards, and a row (set, gid, reason) for each image that was chosen and is not in them, because its bytes
-        are no longer those that were judged.
+        the shards; and how many images of each set were written, then how many were chosen and are in no shard, because
+        their bytes are no longer those that were judged, by reason.
 
     Raises:
         ValueError: too many images changed, or a source does not answer.
     """
-    which = np.concatenate([np.full(len(k.gids), i) for i, k in enumerate(kept)]).astype(np.int64)
-    gids = np.concatenate([k.gids for k in kept])
-    is_unique = _unique_keys(kept)
-    order = np.lexsort((gids, which, hash_uint64(config.seed, gids * len(kept) + which)))
     max_bytes = int(config.max_mb * 1e6)
-    sizes = np.concatenate([sample_bytes(table, max_bytes) for k in kept for table in _batches(k, ["image", "others"])])
-    layout = find_layout((table for k in kept for table in _batches(k, ["others", "metadata"])), draw_names, max_bytes)
-    which, gids, is_unique = which[order], gids[order], is_unique[order]
-    runs = split_shards(sizes[order], config.max_images, max_bytes)
-    done = set(folder.names())
-    names = [f"shard-{number:06d}" for number in range(len(runs))]
-    todo = [n for n in range(len(runs)) if f"index/{names[n]}.parquet" not in done]
-    batches = split_shards([runs[n][1] - runs[n][0] for n in todo], len(todo) or 1, _ROWS_AT_ONCE)
-    for start, stop in batches:
-        rows = np.concatenate([np.arange(*runs[n]) for n in todo[start:stop]])
-        samples = _samples(kept, which[rows], gids[rows], is_unique[rows])
-        ends = np.cumsum([runs[n][1] - runs[n][0] for n in todo[start:stop]])
-        jobs = [
-            _Job(names[n], samples.slice(end - (runs[n][1] - runs[n][0]), runs[n][1] - runs[n][0]).combine_chunks())
-            for n, end in zip(todo[start:stop], ends.tolist(), strict=True)
-        ]
-        run_tasks(
-            _write_shard,
-            jobs,
-            folder,
-            layout,
-            config.format,
-            list(edits),
-            execution=execution,
-            label="shard",
-            unit="images",
-            weights=[job.samples.num_rows for job in jobs],
-        )
-    records = [json.loads(folder.read_bytes(f"done/{name}.json")) for name in names]
-    lost = pa.Table.from_pylist([entry for record in records for entry in record["lost"]], _LOST_SCHEMA)
-    if lost.num_rows > max_lost_fraction * len(gids) or lost.num_rows == len(gids):
-        for name, record in zip(names, records, strict=True):
-            if record["lost"]:
-                folder.delete(f"index/{name}.parquet")
-        raise ValueError(_too_many_lost(lost, len(gids), max_lost_fraction))
-    files = [File(**record["file"]) for record in records if record["file"] is not None]
-    assert sum(file.rows for file in files) + lost.num_rows == len(gids)
-    folder.write_table(_LOST_FILE, lost)
+    plan = plan_shards(folder, kept, draw_names, config.seed, config.max_images, max_bytes, execution)
+    layout = Layout(plan.has_label, plan.has_others, tuple(draw_names), max_bytes)
+    names = [f"shard-{number:06d}" for number in range(first, first + len(plan.shards))]
+    run_pieces(
+        _write_shard,
+        plan.shards,
+        [index_name(name) for name in names],
+        folder,
+        layout,
+        config.format,
+        list(edits),
+        execution=execution,
+        label="shard",
+        unit="images",
+        weights=[shard.num_rows for shard in plan.shards],
+    )
+    buckets = [names[start:stop] for start, stop in plan.by_bucket()]
+    outcome = outcome_of(folder, buckets, execution)
+    total, num_lost = sum(plan.num_rows.values()), sum(outcome.lost.values())
+    if total and (num_lost > max_lost_fraction * total or num_lost == total):
+        for name in outcome.losers:
+            folder.delete(index_name(name))
+        raise ValueError(_too_many_lost(outcome, total, max_lost_fraction))
+    assert sum(file.rows for file in outcome.files) + num_lost == total
+    write_lost(folder, outcome.losers)
+    place(folder, buckets, kept[0].name, kept[0].ranges, execution)
+    folder.write_bytes(_FETCHED_FILE, json.dumps(dict(sorted(outcome.fetched.items()))).encode())
     folder.write_bytes("README.md", shard_card(layout, f"shard-*{_SUFFIXES[config.format]}").encode())
-    return files, lost
+    forget_plan(folder)
+    lost_of, reasons = Counter[str](), Counter[str]()
+    for (set_name, reason), count in sorted(outcome.lost.items()):
+        lost_of[set_name] += count
+        reasons[reason] += count
+    return outcome.files, {name: count - lost_of[name] for name, count in plan.num_rows.items()} | dict(reasons)
 
 
-def read_shard_of(folder: Folder, files: Sequence[File], set_name: str, num_images: int) -> np.ndarray:
-    """By gid of one image set: the shard (file name) that holds the image, None where none does."""
-    shard = np.full(num_images, None, object)
-    for file in files:
-        table = folder.read_table(index_name(file.path), ["gid", "set"])
-        shard[table["gid"].to_numpy()[table["set"].to_numpy(zero_copy_only=False) == set_name]] = file.path
-    return shard
+def take_earlier(folder: Folder, earlier: Folder, files: Sequence[File], execution: ExecutionConfig) -> None:
+    """Take over the shards of an earlier release as they are. Of their index, what DROPPED_FILE lists is left out, so
+    that who reads a shard by it, as training does, does not meet what this release drops."""
+    run_tasks(
+        _take_earlier,
+        [file.path for file in files],
+        folder,
+        earlier,
+        execution=execution,
+        label="earlier shards",
+        unit="images",
+        weights=[file.rows for file in files],
+    )
 
 
-def read_lost(folder: Folder, set_name: str) -> pa.Table:
-    """gid and reason of the images of one set that were chosen and not written."""
-    table = folder.read_table(_LOST_FILE)
-    return table.filter(pc.equal(table["set"], set_name)).select(["gid", "reason"])
+def _take_earlier(name: str, folder: Folder, earlier: Folder) -> None:
+    folder.take(name, earlier)
+    index = earlier.read_table(index_name(name))
+    dropped = folder.read_table(DROPPED_FILE, ["gid"])["gid"]
+    is_dropped = pc.and_(pc.equal(index["set"], "pool"), pc.is_in(index["gid"], dropped))
+    folder.write_table(index_name(name), index.filter(pc.invert(is_dropped)))
 
 
-def index_name(shard: str) -> str:
-    """The index of a shard, from its file name."""
-    return f"index/{posixpath.splitext(shard)[0]}.parquet"
-
-
-def _batches(kept: KeptSet, columns: list[str]) -> Iterator[pa.Table]:
-    """Index rows of a set's kept images, in the order of its gids, a bounded number at a time."""
-    for start in range(0, len(kept.gids), _ROWS_AT_ONCE):
-        yield kept.images.take(kept.gids[start : start + _ROWS_AT_ONCE], columns)
-
-
-def _samples(kept: Sequence[KeptSet], which: np.ndarray, gids: np.ndarray, is_unique: np.ndarray) -> pa.Table:
-    """Index and provenance of samples, in this order."""
-    tables, positions = [], []
-    for i, k in enumerate(kept):
-        where = np.flatnonzero(which == i)
-        if not len(where):
-            continue
-        rows = k.images.take(gids[where], _COLUMNS)
-        why = k.provenance.take(pa.array(np.searchsorted(k.gids, gids[where])))
-        rows = rows.append_column("gid", pa.array(gids[where]))
-        rows = rows.append_column("set", pa.array([k.name] * len(where)))
-        rows = rows.append_column("set_number", pa.array(np.full(len(where), i)))
-        rows = rows.append_column("is_unique", pa.array(is_unique[where]))
-        # As a struct of its own, so that no name can meet another.
-        provenance = pa.StructArray.from_arrays([c.combine_chunks() for c in why.columns], why.column_names)
-        tables.append(rows.append_column("provenance", provenance))
-        positions.append(where)
-    order = np.argsort(np.concatenate(positions))
-    return pa.concat_tables(tables, promote_options="permissive").take(pa.array(order))
-
-
-def _write_shard(job: _Job, folder: Folder, layout: Layout, format_: str, edits: list[Edit]) -> None:
-    rows = job.samples.to_pylist()
-    # Reads go source by source and forward within each; the shard's own order is the shuffle's.
-    samples: list[ShardSample | None] = [None] * len(rows)
-    lost: dict[int, str] = {}
-    with SecondReader() as reader:
-        for i in sorted(range(len(rows)), key=lambda i: (rows[i]["source"], rows[i]["image"]["offset"])):
-            try:
-                samples[i] = _read_sample(rows[i], reader, layout, edits)
-            except Lost as loss:
-                lost[i] = loss.reason
+def _write_shard(
+    shard: PlannedShard, folder: Folder, index: str, layout: Layout, format_: str, edits: list[Edit]
+) -> None:
+    name = index.removeprefix("index/").removesuffix(".parquet")
+    rows = planned_rows(folder, shard).to_pylist()
+    roles = [_roles(row, layout) for row in rows]
+    fetched = Fetched()
+    contents = read_again([_wanted(row, r) for row, r in zip(rows, roles, strict=True)], fetched)
     builder = ShardBuilder() if format_ == "webdataset" else ParquetShardBuilder(layout)
     row_of: list[int] = []
-    for i, sample in enumerate(samples):
-        samples[i] = None
-        if sample is None:
+    lost: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        content, contents[i] = contents[i], []
+        if isinstance(content, Lost):
+            lost[i] = content.reason
             continue
+        sample = _sample(row, content, roles[i], layout, edits)
         if isinstance(builder, ShardBuilder):
             members = tar_members(sample, layout)
             builder.add(sample.key, members)
@@ -236,16 +182,16 @@ def _write_shard(job: _Job, folder: Folder, layout: Layout, format_: str, edits:
             row_of.append(i)
     file = None
     if row_of:  # some readers cannot open a file of no samples
-        name = job.name + _SUFFIXES[format_]
-        file = folder.write_bytes(name, builder.finish(), rows=len(rows) - len(lost))
+        file = folder.write_bytes(name + _SUFFIXES[format_], builder.finish(), rows=len(rows) - len(lost))
     entries = builder.entries if row_of else []
     record = {
         "file": asdict(file) if file is not None else None,
         "lost": [{"set": rows[i]["set"], "gid": rows[i]["gid"], "reason": lost[i]} for i in sorted(lost)],
+        "fetched": {"requests": fetched.requests, "bytes": fetched.bytes},
     }
-    folder.write_bytes(f"done/{job.name}.json", json.dumps(record).encode())
+    folder.write_bytes(record_name(name), json.dumps(record).encode())
     gid_of, set_of = [rows[i]["gid"] for i in row_of], [rows[i]["set"] for i in row_of]
-    folder.write_table(f"index/{job.name}.parquet", _entry_table(entries, gid_of, set_of))
+    folder.write_table(index, _entry_table(entries, gid_of, set_of))
 
 
 def _entry_table(entries: list[Entry], gids: list[int], sets: list[str]) -> pa.Table:
@@ -255,24 +201,31 @@ def _entry_table(entries: list[Entry], gids: list[int], sets: list[str]) -> pa.T
     return pa.table({"gid": gids, **columns}, schema=_ENTRY_SCHEMA).append_column("set", pa.array(sets, pa.string()))
 
 
-def _read_sample(row: dict[str, Any], reader: SecondReader, layout: Layout, edits: list[Edit]) -> ShardSample:
-    """The image that was judged, what stands beside it, and why it is here.
+def _others(row: dict[str, Any]) -> list[Member]:
+    return [Member(**other) for other in row["others"]]
 
-    Raises:
-        Lost: the source does not hold it any more.
-    """
-    kind, url = row["source_kind"], row["source"]
-    content = reader.image(kind, url, Member(**row["image"]), row["sha256"])
-    digest = row["sha256"].hex()
-    others = [Member(**other) for other in row["others"]]
-    roles = assign_roles(
+
+def _roles(row: dict[str, Any], layout: Layout) -> Roles:
+    others = _others(row)
+    return assign_roles(
         [m.suffix for m in others], [m.size for m in others], row["metadata"] is not None, layout.max_member_bytes
     )
-    text, encoding, label = "", "", ""
-    if roles.text is not None:
-        text, encoding = read_text(reader.read(kind, url, others[roles.text]))
-    if roles.label is not None:
-        label = read_text(reader.read(kind, url, others[roles.label]))[0]
+
+
+def _wanted(row: dict[str, Any], roles: Roles) -> Wanted:
+    """The image that was judged, and what stands beside it: caption, label, the members that are carried."""
+    others = _others(row)
+    beside = [others[i] for i in (roles.text, roles.label, *roles.carried) if i is not None]
+    return Wanted(row["source_kind"], row["source"], Member(**row["image"]), row["sha256"], beside)
+
+
+def _sample(row: dict[str, Any], contents: list[bytes], roles: Roles, layout: Layout, edits: list[Edit]) -> ShardSample:
+    """One sample, from the contents of what `_wanted` names."""
+    content, *beside = contents
+    digest = row["sha256"].hex()
+    others = _others(row)
+    text, encoding = read_text(beside.pop(0)) if roles.text is not None else ("", "")
+    label = read_text(beside.pop(0))[0] if roles.label is not None else ""
     about = complete(
         {
             "gid": row["gid"],
@@ -283,7 +236,7 @@ def _read_sample(row: dict[str, Any], reader: SecondReader, layout: Layout, edit
             "height": row["height"],
             "sha256": digest,
             "sha256_original": digest,
-            "source": url,
+            "source": row["source"],
             "offset": row["image"]["offset"],
             "size": row["image"]["size"],
             "original": row["metadata"],
@@ -311,23 +264,18 @@ def _read_sample(row: dict[str, Any], reader: SecondReader, layout: Layout, edit
         about,
         text,
         read_label(label) if roles.label is not None else None,
-        [(others[i].suffix, reader.read(kind, url, others[i])) for i in roles.carried],
+        [(others[i].suffix, other) for i, other in zip(roles.carried, beside, strict=True)],
     )
 
 
-def _unique_keys(kept: Sequence[KeptSet]) -> np.ndarray:
-    """bool, for all kept images of all sets: no other has its key, so it goes by that key alone."""
-    chunks = [chunk for k in kept for table in _batches(k, ["key"]) for chunk in table["key"].chunks]
-    keys = pa.chunked_array([chunk.cast(pa.large_string()) for chunk in chunks], pa.large_string())
-    numbers = np.concatenate([chunk.indices.to_numpy() for chunk in keys.dictionary_encode().chunks])
-    return np.bincount(numbers)[numbers] == 1
-
-
-def _too_many_lost(lost: pa.Table, total: int, fraction: float) -> str:
-    counts = {entry["values"]: entry["counts"] for entry in lost["reason"].value_counts().to_pylist()}
+def _too_many_lost(outcome: Outcome, total: int, fraction: float) -> str:
+    counts: Counter[str] = Counter()
+    for (_, reason), count in outcome.lost.items():
+        counts[reason] += count
     worst = max(sorted(counts), key=lambda reason: counts[reason])
     return (
-        f"{lost.num_rows:,} of the {total:,} images to write are not what they were when they were indexed, most with "
-        f"{worst!r}; that is more than embed.max_rejected_fraction={fraction}. If a disk or a share is missing, bring "
-        "it back; if the pool changed, let it come to rest. Then run the same command: what changed is read anew."
+        f"{sum(counts.values()):,} of the {total:,} images to write are not what they were when they were indexed, "
+        f"most with {worst!r}; that is more than embed.max_rejected_fraction={fraction}. If a disk or a share is "
+        "missing, bring it back; if the pool changed, let it come to rest. Then run the same command: what changed is "
+        "read anew."
     )

@@ -68,7 +68,9 @@ OUT_OF_RANGE = {
     "cluster.num_resamplings": ["[-1]", "[1, -1]", "[]"],
     "cluster.kmeans.points_per_cluster": ["0"],
     "cluster.kmeans.max_points_in_memory": ["0"],
+    "cluster.clusters_per_group": ["0", "1"],
     "retrieve.k": ["0", "-1"],
+    "retrieve.target_recall": ["0", "1", "nan"],
     "retrieve.min_similarity": ["7", "-1.5", "nan", "inf"],
     "retrieve.min_hits": ["0"],
     "retrieve.images_per_cluster": ["0"],
@@ -76,6 +78,8 @@ OUT_OF_RANGE = {
     "balance.num_images": ["-1"],
     "balance.fraction": ["-0.1", "1.1", "nan"],
     "balance.seed": ["-1"],
+    "dedup.perceptual_rows": ["-1"],
+    "range_rows": ["0", "-1"],
     "shard.max_images": ["0"],
     "shard.max_mb": ["0", "-1", "nan", "inf"],
     "shard.seed": ["-1"],
@@ -213,7 +217,7 @@ def test_a_pool_of_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str], ra
     for _ in range(2):  # the same command again says the same
         assert run(blank_tar(tmp_path / "blank.tar"), out) == 1
         assert "none of the 6 images of the pool can be used: 6 blank" in sentence(capsys)
-    assert (out / "filter" / "reasons.parquet").exists()
+    assert (out / "filter" / "range-00000.parquet").exists()
     assert not [name for name in ("shards", "report.html", "decisions.parquet") if (out / name).exists()]
 
 

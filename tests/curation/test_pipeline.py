@@ -194,26 +194,6 @@ def test_seed_sets_draw_each_in_its_own_mode(finished, demo_pool, tmp_path, ray_
     assert set(json.loads(sample["json"])["draws"]) <= {"seed", "by_cluster", "balance"}
 
 
-def test_kmeans_over_ray_tasks_is_as_good_as_in_one_process(finished, ray_session):
-    from curation.engine.folder import Folder
-    from curation.engine.manifest import Manifest
-    from curation.engine.store import ImageSet
-    from curation.engine.workers import ExecutionConfig
-    from curation.ops.nearest import assign
-    from curation.stages.kmeans import KMeansConfig, train_centroids, unit_rows
-
-    folder = Folder(str(finished / "embed/pool"))
-    images = ImageSet(folder, Manifest.from_json(folder.read_bytes("manifest.json").decode()))
-    gids = np.flatnonzero(np.linalg.norm(images.embeddings("descriptors", 0), axis=1) > 0)
-    rows = unit_rows(images.take_embeddings("descriptors", gids))
-    similarity = []
-    for limit in (10_000, 50):  # the second starts from 50 images, then sees all of them part by part
-        config = KMeansConfig(num_iterations=8, max_points_in_memory=limit)
-        centroids = train_centroids(images, "descriptors", gids, 12, config, ExecutionConfig(workers=2), "k-means")
-        similarity.append(assign(rows, centroids)[1].mean())
-    assert similarity[1] > 0.95 * similarity[0]
-
-
 KILL_POINTS = (
     "embed/pool/index/*.parquet",
     "embed/evaluation-*/started.json",

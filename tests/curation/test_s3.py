@@ -1,42 +1,32 @@
 """Reading from and writing to a real S3 server (moto, on loopback)."""
 
+import contextlib
+import gzip
 import hashlib
+import io
 import json
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curation.engine.folder import Folder
-from curation.reading.again import Lost, SecondReader
+from curation.reading.again import Lost, SecondReader, Wanted, read_again
 from curation.reading.listing import find_parts
+from curation.reading.places import Fetched
+from curation.reading.samples import Member, Sample
 from curation.reading.sources import MemberReader, read_samples
 from tests.conftest import REPOSITORY, encoded, picture, picture_tar
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """The bucket `bucket` behind a server of our own; credentials and endpoint come from the environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    patch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://{host}:{port}")
-    fsspec.config.set_conf_env(fsspec.config.conf)
-    fs = fsspec.filesystem("s3")
-    fs.mkdir("bucket")
-    yield fs
-    patch.undo()
-    fsspec.config.conf.pop("s3", None)
-    server.stop()
 
 
 def test_tars_are_listed_read_and_range_read(s3, tmp_path):
@@ -130,3 +120,111 @@ def test_an_object_that_is_gone_is_told_from_a_store_that_does_not_answer(s3, tm
         for gone in ("s3://bucket/raw/b.tar", "s3://no-such-bucket/a.tar"):
             with pytest.raises(Lost, match="gone_since_indexing"):
                 reader.image("tar", gone, sample.image, digest)
+
+
+# --- what a kept picture costs ----------------------------------------------------------------------------------------
+
+NUM_PICTURES = 64
+
+
+class Wire:
+    """A proxy before the server that counts what the server sends, and how many connections it had."""
+
+    def __init__(self, port: int) -> None:
+        self.bytes_down = 0
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                threading.Thread(target=self._pass, args=(near, far, False), daemon=True).start()
+                threading.Thread(target=self._pass, args=(far, near, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, is_down: bool) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(1 << 16):
+                self.bytes_down += len(content) if is_down else 0
+                target.sendall(content)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def wire(s3) -> Iterator[Wire]:
+    """The server of `s3`, reached through a wire that counts."""
+    former = fsspec.config.conf["s3"]["endpoint_url"]
+    wire = Wire(int(former.rpartition(":")[2]))
+    fsspec.config.conf["s3"]["endpoint_url"] = f"http://127.0.0.1:{wire.port}"
+    yield wire
+    fsspec.config.conf["s3"]["endpoint_url"] = former
+    wire.close()
+
+
+def captions(sample: Sample) -> list[Member]:
+    return [member for member in sample.others if member.suffix == "txt"]
+
+
+@pytest.fixture(scope="module")
+def sources(s3) -> dict[str, list[Wanted]]:
+    """Pictures of the size of a web pool's (about 110 kB each) with caption and metadata, of every kind of source; one
+    in eight is wanted."""
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, int(size), np.uint8).tobytes() for size in noise.normal(11e4, 3e4, NUM_PICTURES)]
+    members = [
+        (f"{i:04d}.{suffix}", content)
+        for i, picture in enumerate(pictures)
+        for suffix, content in (("jpg", picture), ("json", b'{"url": "https://example.org"}'), ("txt", b"a caption"))
+    ]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    s3.pipe_file("bucket/cost/tar/a.tar", buffer.getvalue())
+    s3.pipe_file("bucket/cost/packed/a.tar", gzip.compress(buffer.getvalue(), 1))
+    s3.pipe({f"bucket/cost/folder/{name}": content for name, content in members[:48]})
+    buffer = io.BytesIO()
+    rows = [{"image": {"bytes": b, "path": f"{i:04d}.jpg"}, "caption": "a caption"} for i, b in enumerate(pictures)]
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=16, compression="none", use_dictionary=False)
+    s3.pipe_file("bucket/cost/parquet/a.parquet", buffer.getvalue())
+    found = {}
+    for name in ("tar", "packed", "folder", "parquet"):
+        found[name] = [
+            Wanted(part.kind, part.url, s.image, hashlib.sha256(s.content).digest(), captions(s))
+            for part in find_parts([f"s3://bucket/cost/{name}"])
+            for i, s in enumerate(read_samples(part, 1 << 20))
+            if i % 8 == 3
+        ]  # fmt: skip
+        assert len(found[name]) == (16 if name == "folder" else NUM_PICTURES) // 8
+    return found
+
+
+@pytest.mark.parametrize(("kind", "most"), [("tar", 1.1), ("folder", 1.1), ("parquet", 17), ("packed", 10)])
+def test_a_kept_picture_costs_its_own_bytes(wire, sources, kind, most):
+    """Of a tar and of a folder; of Parquet its row group up to the row; of a compressed tar what lies before it."""
+    wanted, fetched, before = sources[kind], Fetched(), wire.bytes_down
+    results = read_again(wanted, fetched)
+    for w, result in zip(wanted, results, strict=True):
+        assert isinstance(result, list)
+        assert hashlib.sha256(result[0]).digest() == w.sha256
+        assert result[1:] == [b"a caption"]
+    size = sum(w.image.size for w in wanted)
+    assert size < fetched.bytes < most * size
+    assert fetched.bytes < wire.bytes_down - before < fetched.bytes + 2000 * (fetched.requests + 10)
+    if kind in ("tar", "folder"):
+        assert fetched.requests == len(wanted) * (1 if kind == "tar" else 2)  # caption and picture lie side by side
+        before = wire.bytes_down  # and as the report reads a picture
+        with MemberReader(wanted[1].kind, wanted[1].url) as reader:
+            assert hashlib.sha256(reader.read(wanted[1].image)).digest() == wanted[1].sha256
+        assert wire.bytes_down - before < wanted[1].image.size + 8000

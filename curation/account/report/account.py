@@ -1,17 +1,17 @@
 """A finished run, read back from its folder alone: for those who ask it questions afterwards."""
 
-import io
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation.account.report.wording import visible
 from curation.engine.folder import Folder
 from curation.engine.manifest import MANIFEST_NAME, Manifest
+from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 
 
@@ -30,7 +30,7 @@ class Account:
         return self._manifests[step]
 
     def images(self, step: str) -> ImageSet:
-        return ImageSet(self.folder / step, self.manifest(step))
+        return ImageSet.of(self.folder / step, self.manifest(step))
 
     @cached_property
     def pool(self) -> ImageSet:
@@ -42,8 +42,26 @@ class Account:
 
     def rows(self, name: str, condition: pc.Expression, columns: list[str] | None = None) -> pa.Table:
         """The rows of one Parquet file that meet a condition; the others are not kept in memory."""
-        source = self.folder.path(name) if self.folder.is_local else io.BytesIO(self.folder.read_bytes(name))
-        return pq.read_table(source, columns=columns, filters=condition, partitioning=None)
+        return self.folder.table_where(name, condition, columns)
+
+    @cached_property
+    def decision_files(self) -> list[str]:
+        """The files of decisions.parquet, one a range of gids."""
+        return [file.path for file in self.manifest("report").files]
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """How per-image state is cut into files."""
+        return Ranges(self.pool.num_images, self.manifest("decide").settings["range_rows"])
+
+    def decision(self, gid: int) -> dict[str, Any]:
+        """The decision of one image."""
+        number, row = divmod(gid, self.ranges.size)
+        return self.folder.table_rows(self.decision_files[number], row, row + 1).to_pylist()[0]
+
+    def decisions(self, condition: pc.Expression, columns: list[str]) -> pa.Table:
+        """Columns of the decisions that meet a condition, in gid order."""
+        return pa.concat_tables(self.rows(name, condition, columns) for name in self.decision_files)
 
     def key(self, images: ImageSet, gid: int) -> str:
         return visible(images.take(np.array([gid]), ["key"])["key"][0].as_py())
@@ -55,7 +73,7 @@ def open_account(run: str) -> Account:
     try:
         manifest = Manifest.from_json((folder / "report").read_bytes(MANIFEST_NAME).decode())
         if folder.exists("decisions.parquet"):
-            return Account(folder, manifest.inputs)
+            return Account(folder, manifest.inputs, {"report": manifest})
         raise FileNotFoundError
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -67,7 +85,7 @@ def open_account(run: str) -> Account:
         raise ValueError(f"there is no folder {run}: give the run folder, the --out of curation.run.")
     done = [
         step
-        for step in ("embed/pool", "filter", "join", "dedup", "decontaminate", "cluster", "shards")
+        for step in ("embed/pool", "filter", "join", "dedup", "survivors", "cluster", "shards")
         if folder.exists(f"{step}/{MANIFEST_NAME}")
     ]
     if done:

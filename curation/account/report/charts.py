@@ -58,11 +58,16 @@ def stacked_bar(shares: Mapping[str, int]) -> str:
     return f'<div class="stack">{parts}</div><ul class="legend">{legend}</ul>'
 
 
-def rank_sizes(before: Sequence[int], after: Sequence[int]) -> str:
-    """Cluster sizes, largest first, on logarithmic axes: before selection and after. Empty clusters have no point."""
-    series = [("before", [s for s in before if s > 0]), ("after", [s for s in after if s > 0])]
-    span_x = math.log10(max(2, *(len(sizes) for _, sizes in series))) * 1.02
-    span_y = math.log10(max(2, *(max(sizes, default=1) for _, sizes in series))) * 1.06
+def rank_sizes(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> str:
+    """Cluster sizes, largest first, on logarithmic axes: before selection and after. Empty clusters have no point.
+
+    Args:
+        before, after: (size, how many clusters have it), the largest first.
+    """
+    series = [(name, [row for row in rows if row[0] > 0]) for name, rows in (("before", before), ("after", after))]
+    number = {name: sum(clusters for _, clusters in rows) for name, rows in series}
+    span_x = math.log10(max(2, *number.values())) * 1.02
+    span_y = math.log10(max(2, *(max((size for size, _ in rows), default=1) for _, rows in series))) * 1.06
     left, top, right, bottom = _PLOT
 
     def x(rank: float) -> float:
@@ -81,13 +86,14 @@ def rank_sizes(before: Sequence[int], after: Sequence[int]) -> str:
         for size in _ticks(span_y)
     ]
     lines = []
-    for name, sizes in series:
-        if sizes:
-            ranks = np.unique(np.geomspace(1, len(sizes), 240).round().astype(int))
-            steps = " ".join(f"{x(rank):.1f},{y(sizes[rank - 1]):.1f}" for rank in ranks)
+    for name, rows in series:
+        if rows:
+            ranks = np.unique(np.geomspace(1, number[name], 240).round().astype(int))
+            sizes = np.array(rows)[np.searchsorted(np.cumsum([clusters for _, clusters in rows]), ranks), 0]
+            steps = " ".join(f"{x(rank):.1f},{y(size):.1f}" for rank, size in zip(ranks, sizes, strict=True))
             lines.append(f'<polyline class="line {name}" points="{steps}"/>')
-            if len(sizes) == 1:
-                lines.append(f'<circle class="dot {name}" cx="{x(1):.1f}" cy="{y(sizes[0]):.1f}" r="4"/>')
+            if number[name] == 1:
+                lines.append(f'<circle class="dot {name}" cx="{x(1):.1f}" cy="{y(rows[0][0]):.1f}" r="4"/>')
     return (
         '<svg class="chart" viewBox="0 0 440 270" role="img" aria-label="Cluster sizes by rank, before and after">'
         f"{''.join(ticks)}{''.join(lines)}"

@@ -1,6 +1,6 @@
 """What the report shows of a run: a bounded number of examples, chosen by size or by hash, never by chance."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -9,23 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.account.fates import leaks_of
 from curation.account.report.map import neighbour_map
 from curation.account.report.pictures import Ref
-from curation.ops.kmeans import assign
+from curation.account.report.tally import SEED, Drawn, Members, Tally
+from curation.engine.folder import Folder
 from curation.ops.randomness import hash_sample, hash_shuffle
 from curation.stages.cluster import Clustering
-from curation.stages.dedup import STEPS, Duplicates
-from curation.stages.kmeans import unit_rows
+from curation.stages.groups import STEPS
+from curation.stages.members import unit_rows
 from curation.state import Run
 
-_SEED = 0
 _NUM_KEPT = 18
 _LARGEST_GROUPS, _OTHER_GROUPS = 6, 10
 _LARGEST_MEMBERS, _OTHER_MEMBERS = 8, 4  # shown, beside the representative
 _PAIRS_EACH_SIDE = 6
 _LEAKS_PER_STEP = 4
 _QUERIES, _ANSWERS = 12, 6
-_BALANCED_CLUSTERS = 6
 _REJECTED, _REJECTED_PER_REASON = 48, 6
 _MAP_POINTS, _MAP_SEEDS, _MAP_PICTURES = 2400, 240, (7, 4)
 _SEEDS_ASKED = 4096  # seed images whose clusters are looked up again to show which ones hit a cluster
@@ -130,61 +130,62 @@ class Choices:
             yield from rejection.examples
 
 
-def choose(run: Run, decisions: pa.Table) -> Choices:
-    """Choose the examples of a run from its decisions and its stages' files."""
-    status = decisions["status"].to_numpy(zero_copy_only=False)
+@dataclass(frozen=True)
+class Found:
+    """What was gathered from all ranges for the page."""
+
+    tally: Tally
+    largest: np.ndarray
+    """int64 [groups, 2]: component and size, the largest first"""
+    others: np.ndarray
+    """components of some other groups"""
+    sizes: dict[int, int]
+    """images of each of these groups"""
+    members: dict[int, Members]
+    drawn: dict[int, Drawn]
+    """clusters that the balanced branch drew from"""
+
+
+def choose(run: Run, found: Found, status_of: Callable[[int], str]) -> Choices:
+    """Choose the examples of a run from what its ranges gave and its stages' files.
+
+    Args:
+        status_of: of an image of the pool, by gid.
+    """
     above, below = choose_pairs(run)
+    kept = found.tally.of_kind("kept").get((), np.zeros(0, np.int64))
     return Choices(
-        kept=[_pool(gid) for gid in _hash_order(np.flatnonzero(status == "kept"), _NUM_KEPT)],
-        groups=choose_groups(run, status),
+        kept=[_pool(gid) for gid in _hash_order(kept, _NUM_KEPT)],
+        groups=choose_groups(found, status_of),
         above=above,
         below=below,
-        leaks=choose_leaks(run),
+        leaks=choose_leaks(run, found.tally),
         draws={name: choose_draws(run, name, max(1, _QUERIES // len(run.inputs.seeds))) for name in run.inputs.seeds},
-        balanced=choose_balanced(run),
-        rejections=choose_rejections(decisions),
-        map=choose_map(run, status),
+        balanced=choose_balanced(found),
+        rejections=choose_rejections(found.tally),
+        map=choose_map(run, found.tally),
     )
 
 
-def choose_groups(run: Run, status: np.ndarray) -> list[Group]:
+def choose_groups(found: Found, status_of: Callable[[int], str]) -> list[Group]:
     """The largest near-duplicate groups, then some of the others by hash, larger ones first."""
-    duplicates = Duplicates(run.folder / "dedup")
-    component = duplicates.component()
-    sizes = np.bincount(component[component >= 0], minlength=1)
-    labels = np.flatnonzero(sizes > 1)
-    labels = labels[np.lexsort((labels, -sizes[labels]))]
-    largest = labels[:_LARGEST_GROUPS].tolist()
-    others = hash_sample(_SEED, labels[_LARGEST_GROUPS:], _OTHER_GROUPS)
-    others = others[np.lexsort((others, -sizes[others]))].tolist()
-    wanted = np.flatnonzero(np.isin(component, np.array(largest + others, np.int64)))
-    representative, similarity, step = duplicates.representative(), duplicates.similarity(), duplicates.step()
-    return [
-        _group(wanted[component[wanted] == label], representative, similarity, step, status, label in largest)
-        for label in largest + others
-    ]
+    largest = found.largest[:_LARGEST_GROUPS, 0].tolist()
+    rest = np.union1d(found.largest[_LARGEST_GROUPS:, 0], found.others)
+    others = sorted(hash_sample(SEED, rest, _OTHER_GROUPS).tolist(), key=lambda label: (-found.sizes[label], label))
+    return [_group(found, label, status_of, label in largest) for label in largest + others]
 
 
-def _group(
-    gids: np.ndarray,
-    representative: np.ndarray,
-    similarity: np.ndarray,
-    step: np.ndarray,
-    status: np.ndarray,
-    is_largest: bool,
-) -> Group:
-    head, room = int(representative[gids[0]]), _LARGEST_MEMBERS if is_largest else _OTHER_MEMBERS
-    others = gids[gids != head]
-    others = others[np.lexsort((others, -np.nan_to_num(similarity[others], nan=-2)))]
+def _group(found: Found, label: int, status_of: Callable[[int], str], is_largest: bool) -> Group:
+    members, room = found.members[label], _LARGEST_MEMBERS if is_largest else _OTHER_MEMBERS
+    others = members.some[np.lexsort((members.some["gid"], -np.nan_to_num(members.some["similarity"], nan=-2)))]
     shown = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), room)).round().astype(int))]
-    names, counts = np.unique(step[others], return_counts=True)
     return Group(
-        size=len(gids),
-        representative=_pool(head),
-        members=[Member(_pool(gid), float(similarity[gid]), STEPS[step[gid]]) for gid in shown],
-        least_similarity=float(np.nanmin(np.append(similarity[others], np.inf))),
-        steps={STEPS[name]: int(count) for name, count in zip(names, counts, strict=True)},
-        status=str(status[head]),
+        size=found.sizes[label],
+        representative=_pool(members.representative),
+        members=[Member(_pool(gid), float(similarity), STEPS[step]) for gid, similarity, step in shown.tolist()],
+        least_similarity=members.least_similarity,
+        steps=dict(members.steps),
+        status=status_of(members.representative),
         is_largest=is_largest,
     )
 
@@ -206,18 +207,16 @@ def choose_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     return sides[0], sides[1]
 
 
-def choose_leaks(run: Run) -> list[Leak]:
+def choose_leaks(run: Run, found: Tally) -> list[Leak]:
     """Some leaks of every step of the cascade, by hash and from the evaluation sets in turn; the surest first."""
-    table = (run.folder / "decontaminate").read_table("leaks.parquet")
-    gid, step = table["gid"].to_numpy(), table["step"].to_numpy(zero_copy_only=False)
-    sets = table["evaluation"].to_numpy(zero_copy_only=False)
+    by_set = found.of_kind("leak")
     leaks = []
     for name in ("exact", "perceptual", "embedding", "component"):
-        of_sets = [gid[(sets == s) & (step == name)] for s in run.inputs.evaluations]
+        of_sets = [by_set.get((s, name), np.zeros(0, np.int64)) for s in run.inputs.evaluations]
         in_turn = zip_longest(*(_hash_order(gids, _LEAKS_PER_STEP) for gids in of_sets))
         chosen = [g for turn in in_turn for g in turn if g is not None][:_LEAKS_PER_STEP]
-        found = [_leak(row) for row in table.filter(pa.array(np.isin(gid, np.array(chosen, np.int64)))).to_pylist()]
-        leaks += sorted(found, key=lambda leak: (-leak.similarity, leak.image.gid))
+        rows = [leaks_of(run.folder, run.ranges, gid, gid + 1).to_pylist()[0] for gid in chosen]
+        leaks += sorted(map(_leak, rows), key=lambda leak: (-leak.similarity, leak.image.gid))
     return leaks
 
 
@@ -233,11 +232,13 @@ def _leak(row: dict[str, Any]) -> Leak:
 
 def choose_draws(run: Run, name: str, num_rows: int) -> list[Row]:
     """What some of a seed set's images drew, by hash; in cluster mode, some clusters that were hit."""
-    matches = (run.folder / f"retrieve/{name}").read_table("matches.parquet")
-    if run.inputs.seeds[name][0].rule.mode == "cluster":
-        return _draws_by_cluster(run, name, matches, num_rows)
+    folder, mode = run.folder / f"retrieve/{name}", run.inputs.seeds[name][0].rule.mode
+    asked = _asked(run, name)
+    if mode == "cluster":
+        return _draws_by_cluster(run, name, folder, asked, num_rows)
+    matches = folder.table_where("matches.parquet", pc.field("seed_gid").isin(pa.array(asked)))
     seed_gid = matches["seed_gid"].to_numpy()
-    chosen = hash_sample(_SEED, np.unique(seed_gid), num_rows)
+    chosen = hash_sample(SEED, np.unique(seed_gid), num_rows)
     rows = {gid: Row("", [Ref(f"seed-{name}", gid)], []) for gid in chosen.tolist()}
     for row in matches.filter(pa.array(np.isin(seed_gid, chosen))).sort_by([("rank", "ascending")]).to_pylist():
         if len(rows[row["seed_gid"]].drawn) < _ANSWERS:
@@ -245,16 +246,22 @@ def choose_draws(run: Run, name: str, num_rows: int) -> list[Row]:
     return list(rows.values())
 
 
-def _draws_by_cluster(run: Run, name: str, matches: pa.Table, num_rows: int) -> list[Row]:
+def _asked(run: Run, name: str) -> np.ndarray:
+    """Readable images of a seed set, by hash, ascending: among them the page looks for those that it shows."""
     seeds = run.images(f"embed/seed-{name}")
     good = np.concatenate([seeds.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(seeds.num_parts)])
-    asked = hash_sample(_SEED, np.flatnonzero(good).astype(np.int64), _SEEDS_ASKED)
-    centroids = Clustering(run.folder / "cluster").levels()[0].centroids
-    cell = assign(unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked)), centroids)[0]
+    return hash_sample(SEED, np.flatnonzero(good).astype(np.int64), _SEEDS_ASKED)
+
+
+def _draws_by_cluster(run: Run, name: str, folder: Folder, asked: np.ndarray, num_rows: int) -> list[Row]:
+    seeds = run.images(f"embed/seed-{name}")
+    cell = Clustering(run.folder / "cluster").finest_of(unit_rows(seeds.take_embeddings(run.retrieval_encoder, asked)))
+    hit = pc.field("cluster").isin(pa.array(np.unique(cell).astype(np.int64)))
+    matches = folder.table_where("matches.parquet", hit, ["gid", "cluster"])
     clusters, gids = matches["cluster"].to_numpy(), matches["gid"].to_numpy()
-    candidates = np.intersect1d(clusters, cell)
+    candidates = np.unique(clusters)
     rows = []
-    for cluster in hash_sample(_SEED, candidates, num_rows).tolist():
+    for cluster in hash_sample(SEED, candidates, num_rows).tolist():
         hits, drawn = asked[cell == cluster], gids[clusters == cluster]
         label = f"cluster {cluster}: {len(drawn):,} drawn"
         shown = [(_pool(gid), float("nan")) for gid in _hash_order(drawn, _ANSWERS)]
@@ -262,52 +269,44 @@ def _draws_by_cluster(run: Run, name: str, matches: pa.Table, num_rows: int) -> 
     return rows
 
 
-def choose_balanced(run: Run) -> list[Row]:
+def choose_balanced(found: Found) -> list[Row]:
     """What the balanced branch drew from some clusters, by hash."""
-    if not run.config.balance.is_wanted():
-        return []
-    table = (run.folder / "balance").read_table("balanced.parquet")
-    gid, cluster = table["gid"].to_numpy(), table["cluster"].to_numpy()
-    survivors = np.bincount(Clustering(run.folder / "cluster").levels()[0].assignment)
     rows = []
-    for label in hash_sample(_SEED, np.unique(cluster), _BALANCED_CLUSTERS).tolist():
-        drawn = gid[cluster == label]
-        text = f"cluster {label}: {len(drawn):,} of {survivors[label]:,} drawn"
-        rows.append(Row(text, [], [(_pool(g), float("nan")) for g in _hash_order(drawn, _ANSWERS + 1)]))
+    for label, of in sorted(found.drawn.items()):
+        text = f"cluster {label}: {of.drawn:,} of {of.survivors:,} drawn"
+        rows.append(Row(text, [], [(_pool(g), float("nan")) for g in _hash_order(of.some, _ANSWERS + 1)]))
     return rows
 
 
-def choose_rejections(decisions: pa.Table) -> list[Rejection]:
+def choose_rejections(found: Tally) -> list[Rejection]:
     """Every reason with its count, the most frequent first; examples while there is room for them."""
-    rejected = decisions.filter(pc.equal(decisions["status"], "rejected"))
-    gid, reason = (
-        rejected["gid"].to_numpy(),
-        rejected["reason"].fill_null("").to_numpy(zero_copy_only=False).astype(str),
-    )
-    names, counts = np.unique(reason, return_counts=True)
+    counts = {why: count for (state, why), count in found.counts.items() if state == "rejected"}
+    examples = found.of_kind("rejected")
     result, room = [], _REJECTED
-    per_reason = max(2, min(_REJECTED_PER_REASON, _REJECTED // max(1, len(names))))
-    for at in np.lexsort((names, -counts)):
-        examples = _hash_order(gid[reason == names[at]], min(per_reason, room))
-        room -= len(examples)
-        result.append(Rejection(str(names[at]), int(counts[at]), [_pool(g) for g in examples]))
+    per_reason = max(2, min(_REJECTED_PER_REASON, _REJECTED // max(1, len(counts))))
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        shown = _hash_order(examples[name,], min(per_reason, room))
+        room -= len(shown)
+        result.append(Rejection(name, counts[name], [_pool(g) for g in shown]))
     return result
 
 
-def choose_map(run: Run, status: np.ndarray) -> Map | None:
+def choose_map(run: Run, found: Tally) -> Map | None:
     """A hash sample of the readable pool, and of the seed sets, by neighbourhood; None where there is too little."""
-    readable = np.flatnonzero(status != "rejected").astype(np.int64)
-    if len(readable) < 3:
+    readable = found.of_kind("readable")
+    if sum(map(len, readable.values())) < 3:
         return None
-    gids = hash_sample(_SEED, readable, _MAP_POINTS)
-    rows, kinds = [unit_rows(run.pool.take_embeddings(run.retrieval_encoder, gids))], [status[gids]]
+    gids = hash_sample(SEED, np.concatenate(list(readable.values())), _MAP_POINTS)
+    status = np.full(len(gids), "", object)
+    for (state,), of_state in readable.items():
+        status[np.isin(gids, of_state)] = state
+    rows, kinds = [unit_rows(run.pool.take_embeddings(run.retrieval_encoder, gids))], [status]
     for name in run.inputs.seeds:
         seeds = run.images(f"embed/seed-{name}")
-        good = np.concatenate([seeds.index(p, ["status"])["status"].to_numpy() == "ok" for p in range(seeds.num_parts)])
-        chosen = hash_sample(_SEED, np.flatnonzero(good), _MAP_SEEDS // len(run.inputs.seeds))
+        chosen = hash_sample(SEED, _asked(run, name), _MAP_SEEDS // len(run.inputs.seeds))
         rows.append(unit_rows(seeds.take_embeddings(run.retrieval_encoder, chosen)))
         kinds.append(np.full(len(chosen), "seed", object))
-    points = neighbour_map(np.concatenate(rows), _SEED)
+    points = neighbour_map(np.concatenate(rows), SEED)
     points = _unit_square(points)
     return Map(points, np.concatenate(kinds), _map_pictures(points[: len(gids)], gids))
 
@@ -340,4 +339,4 @@ def _pool(gid: int) -> Ref:
 
 def _hash_order(gids: np.ndarray, size: int) -> list[int]:
     """Up to `size` of the gids, chosen and ordered by hash."""
-    return hash_shuffle(_SEED, hash_sample(_SEED, gids, size)).tolist() if size > 0 else []
+    return hash_shuffle(SEED, hash_sample(SEED, gids, size)).tolist() if size > 0 else []

@@ -1,16 +1,14 @@
 """report.html: one self-contained page of a run, for people. No script, and nothing fetched from anywhere."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-import pyarrow as pa
-
 from curation.account.report import sections
 from curation.account.report.charts import clean, percent
-from curation.account.report.choices import choose
+from curation.account.report.choices import Found, choose
 from curation.account.report.pictures import read_pictures
 from curation.config import CurationConfig
 from curation.reading.pictures.images import ImageLimits
@@ -21,14 +19,15 @@ _TILE_PX, _MAP_PX = 128, 96
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def report_page(run: Run, decisions: pa.Table, figures: Mapping[str, Any]) -> str:
+def report_page(run: Run, found: Found, status_of: Callable[[int], str], figures: Mapping[str, Any]) -> str:
     """The page of a run whose stages are done.
 
     Args:
-        decisions: decisions.parquet's table.
+        found: what its ranges gave for it.
+        status_of: of an image of the pool, by gid.
         figures: what report.json holds.
     """
-    chosen = choose(run, decisions)
+    chosen = choose(run, found, status_of)
     wanted = list(chosen.pictures())
     on_map = [ref for _, ref in chosen.map.pictures] if chosen.map is not None else []
     sets = {name: run.images(f"embed/{name}") for name in {ref.set for ref in wanted + on_map}}
@@ -37,6 +36,7 @@ def report_page(run: Run, decisions: pa.Table, figures: Mapping[str, Any]) -> st
     small = read_pictures(sets, on_map, limits, _MAP_PX)
     body = {
         "funnel": ("Funnel", sections.funnel(figures)),
+        **({"release": ("Release", sections.release(figures))} if figures["release"]["extends"] else {}),
         "retrieved": ("What was drawn", sections.retrieval(chosen.draws, chosen.balanced, figures, pictures)),
         "map": ("Map", sections.pool_map(chosen.map, small)),
         "duplicates": ("Duplicates", sections.duplicate_groups(chosen.groups, figures, pictures)),

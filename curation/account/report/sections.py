@@ -41,6 +41,21 @@ def funnel(figures: Mapping[str, Any]) -> str:
     )
 
 
+def release(figures: Mapping[str, Any]) -> str:
+    """What this release adds to the one that it extends, and what it drops, with reasons."""
+    f = figures["release"]
+    lines = "".join(
+        f"<tr><td>{clean(words(why))}</td><td class='num'>{number:,}</td></tr>" for why, number in f["dropped"].items()
+    )
+    dropped = f"<table><tr><th>dropped</th><th class='num'>images</th></tr>{lines}</table>" if lines else ""
+    return (
+        f"<p>Release {f['number']:,}, which extends <code>{clean(public_url(f['extends']))}</code>: it adds "
+        f"{plural(f['added'], 'image')}, keeps {f['stay']:,} of the earlier release and drops "
+        f"{sum(f['dropped'].values()):,}. Shards of the earlier release are as they were; their index leaves out what "
+        f"is dropped, which <code>shards/dropped.parquet</code> lists.</p>{dropped}"
+    )
+
+
 def duplicate_groups(groups: list[Group], figures: Mapping[str, Any], pictures: Pictures) -> str:
     """The largest groups and some others, each with its representative marked."""
     counts = figures["dedup"]
@@ -154,7 +169,7 @@ def retrieval(
             k = figures["inputs"]["seeds"][name]["rule"]["k"]
             text = (
                 f"{num} drew their {k:,} nearest survivors each: {f['num_draws']:,} draws, {f['num_images']:,} "
-                "different images."
+                f"different images. {_nearest_recall(f)}"
             )
         elif f["mode"] == "cluster":
             text = f"{num} hit {f['num_hit_clusters']:,} clusters, from which {f['num_images']:,} images were drawn."
@@ -174,6 +189,17 @@ def retrieval(
             f"<h3><i class='kept'></i>Balanced sample</h3><p>{text}</p><div class='draws packed'>{shown}</div>"
         )
     return "".join(parts)
+
+
+def _nearest_recall(f: Mapping[str, Any]) -> str:
+    """How many of the nearest survivors were found, and how that is known."""
+    if f["basis"] == "exact":
+        return "They are the nearest: each seed image was compared with every survivor."
+    return (
+        f"Each looked into the {f['nprobe']:,} clusters nearest to it. Of the {f['num_pairs']:,} neighbours of "
+        f"{f['num_queries']:,} seed images that were compared with every image, {_share(f['recall'])} lie there; with "
+        f"95% confidence at least <b>{_share(f['lower_bound'])}</b> of all (asked for: {_share(f['target_recall'])})."
+    )
 
 
 def _row(row: Row, pictures: Pictures) -> str:
@@ -326,6 +352,8 @@ def _command(asked: Mapping[str, Any], changed: Mapping[str, Any], run_url: str)
     if asked["seeds"] != ["demo"]:
         flags += [("--pool", url) for url in asked["pool"]]
         flags += [("--evaluation", url) for url in asked["evaluations"].values()]
+    if asked.get("extend"):
+        flags.append(("--extend", asked["extend"]))
     flags.append(("--out", run_url))
     words_ = [f"{flag} {shlex.quote(public_url(value))}" for flag, value in flags]
     words_ += [shlex.quote(f"{k}={v if isinstance(v, str) else json.dumps(v)}") for k, v in changed.items()]

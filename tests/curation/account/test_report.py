@@ -17,6 +17,7 @@ from curation.account.report.pictures import Ref, read_pictures, thumbnail
 from curation.account.report.step import balance_figures
 from curation.account.report.wording import visible
 from curation.config import CurationConfig
+from curation.ops.kmeans import balance
 from curation.pipeline import run_pipeline
 from curation.reading.pictures.images import ImageLimits
 from curation.reading.seeds import RetrievalRule, SeedSet
@@ -208,9 +209,16 @@ def test_changed_settings_name_what_differs():
 
 
 def test_effective_number_counts_equal_clusters():
-    assert balance_figures(np.array([5, 5, 5, 5, 0]))["effective_number"] == pytest.approx(4)
-    assert balance_figures(np.array([9, 0]))["effective_number"] == pytest.approx(1)
-    assert balance_figures(np.array([0, 0]))["effective_number"] == 0
+    assert balance_figures(np.array([[0, 1], [5, 4]]))["effective_number"] == pytest.approx(4)
+    assert balance_figures(np.array([[0, 1], [9, 1]]))["effective_number"] == pytest.approx(1)
+    assert balance_figures(np.array([[0, 2]]))["effective_number"] == 0
+
+
+def test_balance_of_counted_sizes_is_that_of_the_sizes():
+    sizes = np.random.default_rng(0).integers(0, 9, 500)
+    figures = balance_figures(np.stack(np.unique(sizes, return_counts=True), axis=1))
+    for name, value in balance(sizes)._asdict().items():
+        assert figures[name] == pytest.approx(value), name
 
 
 @pytest.mark.parametrize(
@@ -231,11 +239,15 @@ def test_recall_is_told_as_it_is_known(basis, sentences):
 
 
 def test_rank_chart_holds_for_flat_single_and_empty_sizes():
-    for before, after in (([5, 5, 5], [0, 0, 0]), ([1], [1]), ([10**6, 10, 1, 0], [3, 0, 0, 0])):
+    for before, after in (
+        ([(5, 3)], [(0, 3)]),
+        ([(1, 1)], [(1, 1)]),
+        ([(10**6, 1), (10, 1), (1, 1), (0, 1)], [(3, 1), (0, 3)]),
+    ):
         svg = charts.rank_sizes(before, after)
         numbers = [float(x) for x in re.findall(r'(?:points|cx|cy)="([^"]+)"', svg) for x in re.split("[ ,]", x)]
         assert all(0 <= n <= 440 for n in numbers)
-        assert ('class="line after"' in svg) == any(after)
+        assert ('class="line after"' in svg) == any(size for size, _ in after)
 
 
 def test_map_keeps_groups_together_and_ignores_nothing_but_order():

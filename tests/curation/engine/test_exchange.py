@@ -52,8 +52,9 @@ def run(tmp_path: Path, num_buckets: int = 5, execution: ExecutionConfig = ALONE
     names = [f"piece-{num_buckets}-{bucket}.parquet" for bucket in range(num_buckets)]
     here = import_module("tests.curation.engine.test_exchange")  # under the name by which workers find it
     exchange(
-        range(ITEMS), here.rows_of, num_buckets, here.sums_of, log, num_buckets, out, scratch=Folder(str(tmp_path / "scratch")),
-        outputs=(out, names), sort_by=["key", "id"], execution=execution, label="test", unit="rows",
+        range(ITEMS), here.rows_of, num_buckets, here.sums_of, log, num_buckets, out,
+        scratch=Folder(str(tmp_path / "scratch")), outputs=(out, names),
+        sort_by=["key", "id"], execution=execution, label="test", unit="rows",
     )  # fmt: skip
     found = {}
     for name in names:

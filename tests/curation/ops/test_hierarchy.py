@@ -143,8 +143,8 @@ def test_wrong_splits_and_rounds_are_named():
     x = unit_rows(100, 8)
     with pytest.raises(ValueError, match="split=7 must divide"):
         hierarchical_kmeans(x, [20], 0, split=7)
-    with pytest.raises(ValueError, match="num_resamplings of 0 at level 1"):
-        hierarchical_kmeans(x, [20], 3, split=5)
+    with pytest.raises(ValueError, match="split="):
+        hierarchical_kmeans(x, [20, 4], 0, split=[5])
     with pytest.raises(ValueError, match="num_resamplings="):
         hierarchical_kmeans(x, [20, 5], [3])
     with pytest.raises(ValueError, match="samples_per_cluster="):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from curation.ops.retrieval import num_probes, resolve_collisions
+from curation.ops.retrieval import certify_probes, first_neighbours, neighbour_lists, resolve_collisions
 
 GIDS = np.array([[1, 2, 3], [1, 4, 5], [1, 2, 6]])
 SIMILARITY = np.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.6], [0.95, 0.3, 0.2]], np.float32)
@@ -41,9 +41,28 @@ def test_no_image_is_drawn_twice_and_query_order_does_not_matter(rule):
     assert pairs == set(zip(order[again_query].tolist(), again.tolist(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_clusters", "expected"),
-    [(9_400, 1_848, 1_848), (10**6, 250_000, 16_384), (744 * 10**6, 100_000, 64), (200_000, 30, 30)],
-)
-def test_a_seed_image_looks_into_enough_clusters(num_rows, num_clusters, expected):
-    assert num_probes(num_rows, num_clusters) == expected
+def test_probes_are_the_fewest_whose_lower_bound_meets_the_target():
+    query = np.arange(1000)
+    rank = np.concatenate([np.zeros(900, int), np.full(97, 20), np.full(3, 90)])
+    found = certify_probes(query, rank, 100, 0.99, 1000)
+    assert 20 < found.nprobe <= 25  # by sixths; the next fewer would lose a tenth of the neighbours
+    assert (found.recall, found.basis) == (0.997, "sample")
+    assert 0.99 <= found.lower_bound < 0.997
+    assert certify_probes(query, rank, 100, 0.999, 1000).basis == "exact"  # three of a thousand are too many for that
+    assert certify_probes(query, np.zeros(1000, int), 100, 0.99, 1000).nprobe == 1
+
+
+def test_too_few_neighbours_certify_nothing():
+    """299 pairs that are all found certify 0.99; and pairs of one query count as one."""
+    assert certify_probes(np.arange(299), np.zeros(299, int), 50, 0.99, 299).nprobe == 1
+    assert certify_probes(np.arange(298), np.zeros(298, int), 50, 0.99, 298).nprobe == 50
+    assert certify_probes(np.repeat(np.arange(298), 4), np.zeros(4 * 298, int), 50, 0.99, 298).nprobe == 50
+    assert certify_probes(np.zeros(0, int), np.zeros(0, int), 50, 0.99, 10).nprobe == 50
+
+
+def test_lists_of_neighbours_are_cut_and_padded():
+    query, gid, similarity = np.array([2, 0, 2, 2]), np.array([7, 1, 9, 8]), np.array([0.5, 0.1, 0.5, 0.6], np.float32)
+    found = first_neighbours(query, gid, similarity, 2)
+    assert [column.tolist() for column in found[:2]] == [[0, 2, 2], [1, 8, 7]]
+    gids, _ = neighbour_lists(*found, 3, 2)
+    assert gids.tolist() == [[1, -1], [-1, -1], [8, 7]]

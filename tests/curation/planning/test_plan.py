@@ -86,8 +86,14 @@ def test_kmeans_cost_is_the_published_one() -> None:
 
 
 def test_hierarchy_without_resampling_is_kmeans_of_each_level() -> None:
-    work = costs.hierarchy_work(1000, [100, 10], [0, 0], 8, 1)
-    assert work.flop == 2 * 8 * (1000 * 100 + 100 * 10)
+    work = costs.level_work(1000, 1000, 100, 1, 0, 8, 1) + costs.level_work(100, 100, 10, 1, 0, 8, 1)
+    assert work.flop == 2 * 2 * 8 * (1000 * 100 + 100 * 10)  # an iteration, and the assignment at the end
+
+
+def test_a_split_level_costs_its_groups_and_what_is_inside() -> None:
+    work = costs.level_work(10**6, 10**6, 10_000, 100, 0, 8, 1)
+    # 0.7 iterations: the first look at a quarter of the rows.
+    assert work.flop == pytest.approx(2 * 8 * (1.7 * 10**6 * 100 + (0.7 * 25_600 + 10**6) * 100))
 
 
 def test_join_is_exact_below_the_limit_and_by_sketches_above() -> None:
@@ -186,11 +192,27 @@ def test_numbers_of_the_plan_follow_from_the_settings(folder: Path) -> None:
 
 
 def test_a_hierarchy_that_will_be_lowered_is_said(folder: Path) -> None:
-    plan = Plan(make_run(folder, "cluster.levels=[1000,100]", "cluster.kmeans.max_points_in_memory=8"))
-    assert plan.levels == [4, 2]
+    plan = Plan(make_run(folder, "cluster.levels=[1000,100]"))
+    assert [shape.num_clusters for shape in plan.levels] == [15, 2]
     (note,) = plan.notes()
-    assert "1,000 / 100 clusters were asked for, 4 / 2 will be made" in note
-    assert "max_points_in_memory" in note
+    assert "1,000 / 100 clusters were asked for, 15 / 2 will be made" in note
+
+
+def test_the_published_hierarchy_is_planned(folder: Path) -> None:
+    """17 B images: 200 M, 8 M and 800 k clusters in groups; levels 4 and 5 in one process."""
+    config = load_config(CurationConfig, "curation", "lvd1689m", [])
+    shapes = config.cluster.shapes_for(17_000_000_000)
+    assert [shape.num_clusters for shape in shapes] == pytest.approx([2e8, 8e6, 8e5, 1e5, 25_000], rel=1e-3)
+    assert [shape.num_groups for shape in shapes] == [97_656, 3_906, 391, 1, 1]
+    assert [shape.num_resamplings for shape in shapes] == [1, 10, 10, 10, 10]
+    scaled = load_config(CurationConfig, "curation", "lvd1689m", ["cluster.scale=0.001"]).cluster.shapes_for(10**8)
+    assert [shape.num_clusters for shape in scaled] == pytest.approx([2e5, 8_000, 800, 100, 25], rel=0.01)
+
+
+def test_a_split_level_is_said(folder: Path) -> None:
+    levels = ["cluster.levels=[12,4]", "cluster.clusters_per_group=3", "cluster.kmeans.max_points_in_memory=30"]
+    text = " ".join(describe(make_run(folder, *levels)).split())
+    assert "12 (in 4 groups) / 4 clusters" in text
 
 
 def test_unknown_encoder_is_an_error(folder: Path) -> None:

@@ -1,5 +1,9 @@
 """Processes of the embed stage that are killed in the middle of a part: the files are those of a run without it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,8 +14,8 @@ from curation.engine.manifest import File
 from curation.engine.workers import ExecutionConfig
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import find_parts
-from curation.stages.embed import EmbedConfig, embed_set
-from tests.conftest import picture_tar
+from curation.stages.embed import EmbedConfig, count_losses, embed_set
+from tests.conftest import REPOSITORY, picture_tar
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedded(pool: Path, out: Path, filters: list[Filter]) -> list[File]:
     config, execution = EmbedConfig(encoder="descriptors", batch_size=4), ExecutionConfig(workers=2)
-    return embed_set(Folder(str(out)), find_parts([str(pool)]), ["descriptors"], config, filters, execution, "embed")
+    return embed_set(Folder(str(out)), find_parts([str(pool)]), ["descriptors"], config, filters, execution, "embed")[0]
 
 
 def pixels(name: str, **options: object) -> list[Filter]:
@@ -67,3 +71,27 @@ def test_a_part_that_kills_every_reader_is_a_row(pool: Path, tmp_path: Path, ray
         (pool / "0.tar").stat().st_size,
     )
     assert [file.rows for file in files] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_what_ran_there(pool: Path, tmp_path: Path, undisturbed: list[File]) -> None:
+    """Embedding and tasks on two real Ray nodes; in each, one node is killed when a first file is there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lost_node", str(pool), str(tmp_path)],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [name for name in ("run/done", "pieces") if f"lost a node in {name}" not in done.stdout] == []
+    assert "a node of the cluster was lost" in done.stderr
+    assert [File(**entry) for entry in json.loads((tmp_path / "files.json").read_text())] == undisturbed
+
+
+def test_what_pixel_filters_reject_is_not_unreadable(pool: Path, tmp_path: Path, ray_session: None) -> None:
+    """A filter that drops most of a pool must not end the run, as files that cannot be read would."""
+    config, execution = EmbedConfig(encoder="descriptors", batch_size=4), ExecutionConfig(workers=2)
+    parts = find_parts([str(pool / "1.tar")])
+    rules = pixels("drops", reason="dull", but="p10015")
+    _, tallies, _ = embed_set(Folder(str(tmp_path)), parts, ["descriptors"], config, rules, execution, "embed")
+    counts, lost, total, worst = count_losses(parts, tallies)
+    assert counts == {"images": 10, "rejected: dull": 9}
+    assert (lost, total, worst) == (0, 10, "")

@@ -1,0 +1,391 @@
+"""Pairs to groups, at any size: components, one image kept of each, and the fate of each image by gid.
+
+The components themselves are found by one union-find, 4 bytes an image and nothing else. All that follows moves by key:
+edges to the label of their component, images there too, and each image's fate back to its gid.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.engine.exchange import BUCKET, bucket_of, buckets_for, exchange
+from curation.engine.folder import Folder
+from curation.engine.ranges import Ranges, range_file
+from curation.engine.store import ImageSet, column_values
+from curation.engine.workers import ExecutionConfig
+from curation.ops.components import Similar, UnionFind, duplicate_groups
+from curation.ops.hashes import hash_distances
+from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
+from curation.ops.randomness import hash_uint64
+from curation.stages.filter import read_range
+from curation.stages.heads import read_heads
+from curation.stages.members import unit_rows
+
+STEPS = ("", "exact", "perceptual", "embedding", "chain")
+SCHEMA = pa.schema(
+    [
+        ("component", pa.int64()),  # smallest gid of the group; null where the filters left the image out
+        ("component_size", pa.int32()),  # images in it
+        ("representative", pa.int64()),  # the image kept for this one's group; itself where it is kept
+        ("similarity", pa.float32()),  # cosine to the representative; null where they are linked through others only
+        ("step", pa.uint8()),  # index into STEPS: what made it a copy of its representative
+    ]
+)
+_LABELS = "piece-labels.i64"
+_EDGE_BYTES, _IMAGE_BYTES = 40, 160  # of a row that travels
+_HASHES = ("sha256", "pdq", "pdq_mirrored")
+_BATCH = 1 << 20
+
+
+@dataclass(frozen=True)
+class EdgeFiles:
+    """Files of pairs of gids: columns a, b, similarity (cosine), those at or above `threshold` counting."""
+
+    folder: Folder
+    names: list[str]
+    threshold: float
+
+    def batches(self, name: str, columns: Sequence[str] = ("a", "b", "similarity")) -> Iterator[pa.Table]:
+        for table in self.folder.table_batches(name, list(dict.fromkeys([*columns, "similarity"])), _BATCH):
+            yield table.filter(pc.greater_equal(table["similarity"], pa.scalar(self.threshold, pa.float32())))
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """How one image of a group is chosen, and when a group is split: see DedupConfig."""
+
+    representative: tuple[str, ...]
+    max_component_size: int
+    min_similarity: float | None
+    perceptual_distance: int
+    similarity_threshold: float
+    mirror: tuple[int, ...] | None
+    """signs that turn a vector into that of the flipped image"""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every task of a grouping knows."""
+
+    folder: Folder
+    filtered: Folder
+    heads: Folder
+    ranges: Ranges
+    pool: ImageSet
+    encoder: str
+    edges: tuple[EdgeFiles, ...]
+    rules: GroupRules
+    num_buckets: int
+    cut: Ranges
+    """of gids, so fine that the edges of one piece fit"""
+
+    @property
+    def place(self) -> Folder:
+        return self.folder / "exchange/groups"
+
+    def piece(self, kind: str, number: int) -> str:
+        return f"piece-{kind}-{self.num_buckets}-{number:05d}.parquet"
+
+
+def write_groups(
+    folder: Folder,
+    filtered: Folder,
+    heads: Folder,
+    ranges: Ranges,
+    pool: ImageSet,
+    encoder: str,
+    edges: Sequence[EdgeFiles],
+    links: Sequence[EdgeFiles],
+    asked: tuple[np.ndarray, np.ndarray],
+    num_edges: int,
+    rules: GroupRules,
+    execution: ExecutionConfig,
+) -> tuple[pa.Table, np.ndarray]:
+    """Write range-*.parquet (SCHEMA, one row a gid).
+
+    Args:
+        filtered, heads: folders of those stages.
+        edges: what links heads; an edge may stand in several files.
+        links: of these, so many that they make the same components.
+        asked: gids of both ends of some pairs.
+        num_edges: about how many there are, to cut the work.
+
+    Returns:
+        the components that were split: component (its smallest gid), size, num_groups; and of the pairs that were
+        asked about, which have both ends in one component, before any is split: bool [P].
+    """
+    names = [range_file("range", number) for number in range(len(ranges))]
+    num_buckets = buckets_for(num_edges * _EDGE_BYTES + ranges.num_rows // 8 * _IMAGE_BYTES, execution)
+    fine = -(-ranges.num_rows // buckets_for(num_edges * _EDGE_BYTES, execution))
+    work = _Work(
+        folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, num_buckets, Ranges(ranges.num_rows, fine)
+    )
+    _write_labels(work, links)
+    ends = [_labels_of(work, gids) for gids in asked]
+    together = (ends[0] == ends[1]) & (ends[0] >= 0)
+    labelled = [work.piece("edges", number) for number in range(len(work.cut))]
+    grouped = [work.piece("groups", number) for number in range(num_buckets)]
+    exchange(
+        [(i, name) for i, files in enumerate(edges) for name in files.names], _edges_to_gids, len(work.cut),
+        _label_edges, work, scratch=folder / "exchange/edges", outputs=(work.place, labelled), sort_by=["a", "b"],
+        execution=execution, label="dedup: label pairs", unit="files",
+    )  # fmt: skip
+    exchange(
+        [*labelled, *range(len(ranges))], _to_components, num_buckets, _group, work,
+        scratch=folder / "exchange/components", outputs=(work.place, grouped), sort_by=["label", "a", "b"],
+        execution=execution, label="dedup: groups", unit="files",
+    )  # fmt: skip
+    split = pa.concat_tables([work.place.read_table(work.piece("split", number)) for number in range(num_buckets)])
+    exchange(
+        grouped, _to_ranges, len(ranges), _write_range, work, scratch=folder / "exchange/ranges",
+        outputs=(folder, names), sort_by=["gid"], execution=execution, label="dedup: to their ranges", unit="files",
+    )  # fmt: skip
+    work.place.clear(["piece-*.parquet", _LABELS])
+    return split.sort_by("component"), together
+
+
+def read_groups(folder: Folder, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one range of gids (SCHEMA)."""
+    return folder.read_table(range_file("range", number), list(columns) if columns is not None else None)
+
+
+def _write_labels(work: _Work, links: Sequence[EdgeFiles]) -> None:
+    """The smallest gid of each image's component, of those that are not alone; -1 for all others: int64, by gid."""
+    ranges = work.ranges
+    kind = np.uint32 if ranges.num_rows < np.iinfo(np.uint32).max else np.int64
+    sets = UnionFind(np.empty(ranges.num_rows, kind))
+    for number in range(len(ranges)):
+        start, _ = ranges.bounds(number)
+        head = read_heads(work.heads, number, ranges)
+        followers = np.flatnonzero((head >= 0) & (head != np.arange(start, start + len(head))))
+        sets.union(followers + start, head[followers])
+    for files in links:
+        for name in files.names:
+            for table in files.batches(name, ["a", "b"]):
+                sets.union(table["a"].to_numpy(), table["b"].to_numpy())
+    labels, shared = sets.labels(), np.zeros(ranges.num_rows, bool)
+    blocks = [(start, min(start + _BATCH, len(labels))) for start in range(0, len(labels), _BATCH)]
+    for start, stop in blocks:
+        shared[labels[start:stop][labels[start:stop] != np.arange(start, stop)]] = True
+    with work.place.writing(_LABELS) as file:
+        for start, stop in blocks:
+            block = labels[start:stop].astype("<i8")
+            file.write(np.where(shared[block], block, -1).tobytes())
+
+
+def _labels(work: _Work, start: int, stop: int) -> np.ndarray:
+    return np.frombuffer(work.place.read_range(_LABELS, 8 * start, 8 * stop), "<i8")
+
+
+def _labels_of(work: _Work, gids: np.ndarray) -> np.ndarray:
+    """Of any gids, reading a block where there are some."""
+    out = np.empty(len(gids), np.int64)
+    for block in np.unique(gids // _BATCH).tolist():
+        start, here = block * _BATCH, gids // _BATCH == block
+        out[here] = _labels(work, start, min(start + _BATCH, work.ranges.num_rows))[gids[here] - start]
+    return out
+
+
+def _edges_to_gids(item: tuple[int, str], work: _Work) -> Iterator[pa.Table]:
+    which, name = item
+    for table in work.edges[which].batches(name):
+        table = table.select(["a", "b", "similarity"])
+        yield table.append_column(BUCKET, pa.array(work.cut.of(table["a"].to_numpy()).astype(np.int32)))
+
+
+def _label_edges(number: int, table: pa.Table, work: _Work) -> None:
+    """Every pair once, with its component."""
+    start, stop = work.cut.bounds(number)
+    if table.num_rows:
+        table = table.group_by(["a", "b"], use_threads=False).aggregate([("similarity", "max")])
+        table = table.rename_columns(["a", "b", "similarity"])
+        label = _labels(work, start, stop)[table["a"].to_numpy() - start]
+        table = table.append_column("label", pa.array(label))
+    work.place.write_table(work.piece("edges", number), table)
+
+
+_MET = pa.schema(
+    [
+        ("label", pa.int64()),
+        ("a", pa.int64()),  # of an edge; of an image: its gid
+        ("b", pa.int64()),  # of an edge; of an image: its head, minus one, negated: below 0, so that images come first
+        ("similarity", pa.float32()),
+        ("standing", pa.uint8()),
+        ("pixels", pa.int64()),
+        ("bytes", pa.int64()),
+        *((name, pa.binary()) for name in _HASHES),
+    ]
+)
+
+
+def _to_components(item: str | int, work: _Work) -> Iterator[pa.Table]:
+    """Labelled edges of a piece, or the images of a range that are not alone."""
+    if isinstance(item, str):
+        table = work.place.read_table(item)
+        if not table.num_rows:
+            return
+        columns = {name: table[name] if name in table.column_names else pa.nulls(len(table)) for name in _MET.names}
+    else:
+        start, stop = work.ranges.bounds(item)
+        label = _labels(work, start, stop)
+        here = np.flatnonzero(label >= 0)
+        head = read_heads(work.heads, item, work.ranges)[here]
+        table = read_range(work.filtered, item, ["standing", "pixels", "bytes", *_HASHES]).take(pa.array(here))
+        columns = {"label": label[here], "a": here + start, "b": -1 - head, "similarity": pa.nulls(len(here))}
+        columns |= {name: table[name] for name in ("standing", "pixels", "bytes", *_HASHES)}
+    table = pa.table({name: columns[name] for name in _MET.names}).cast(_MET)
+    buckets = bucket_of(hash_uint64(0, table["label"].to_numpy()), work.num_buckets)
+    yield table.append_column(BUCKET, pa.array(buckets))
+
+
+def _group(bucket: int, table: pa.Table, work: _Work) -> None:
+    """The groups of all components of a bucket; images that look the same share their head's fate and similarity."""
+    rules = work.rules
+    if not table.num_rows:
+        table = pa.table({name: pa.array([], type) for name, type in zip(_MET.names, _MET.types, strict=True)})
+    is_image = pc.less(table["b"], 0)
+    images, links = table.filter(is_image), table.filter(pc.invert(is_image)).select(["a", "b", "similarity"])
+    images = images.sort_by("a")
+    gid, head = images["a"].to_numpy(), -1 - images["b"].to_numpy()
+    is_head = head == gid
+    node = gid[is_head]
+    edges = [
+        (
+            np.searchsorted(node, links["a"].to_numpy()),
+            np.searchsorted(node, links["b"].to_numpy()),
+            links["similarity"].to_numpy(),
+        )
+    ]
+    keys = _priorities(work, images.filter(pa.array(is_head)), node)
+    degree = np.bincount(np.concatenate(edges[0][:2]), minlength=len(node))
+    capped = degree >= MAX_NEIGHBOURS  # the join may have kept no more of them
+    groups = duplicate_groups(
+        len(node),
+        edges,
+        keys,
+        max_component_size=rules.max_component_size,
+        min_similarity=rules.min_similarity,
+        capped=capped,
+        similar=_similar(work, node, capped),
+    )
+    at = np.searchsorted(node, head)
+    representative, similarity = node[groups.representatives[at]], groups.similarity[at]
+    # What an earlier release kept stays, though a new image may have joined two of its groups.
+    representative = np.where(images["standing"].to_numpy() == 2, gid, representative)
+    _, smallest, of_label, size = np.unique(
+        groups.labels[at], return_index=True, return_inverse=True, return_counts=True
+    )
+    component = gid[smallest[of_label]]
+    of_split = component[np.searchsorted(gid, node[groups.split.label])]
+    split = {"component": of_split, "size": groups.split.size, "num_groups": groups.split.num_groups}
+    work.place.write_table(work.piece("split", bucket), pa.table(split))
+    out = {
+        "gid": gid,
+        "component": component,
+        "component_size": size[of_label].astype(np.int32),
+        "representative": representative,
+        "similarity": pa.array(similarity, mask=np.isnan(similarity)),
+        "step": _steps(images, gid, representative, similarity, rules.perceptual_distance),
+    }
+    work.place.write_table(work.piece("groups", bucket), pa.table(out))
+
+
+def _similar(work: _Work, node: np.ndarray, capped: np.ndarray) -> Similar:
+    """Cosines as the join computes them, of capped nodes to one; -inf below the threshold."""
+    vectors = np.empty((0, 0), np.float16)
+    places = np.cumsum(capped) - 1
+
+    def similar(row: int, others: np.ndarray) -> np.ndarray:
+        nonlocal vectors
+        if not len(vectors):
+            vectors = work.pool.take_embeddings(work.encoder, node[capped])
+        own = vectors[places[row]].astype(np.float64)
+        ways = np.stack([own] if work.rules.mirror is None else [own, own * np.array(work.rules.mirror)])
+        cosine = np.empty(len(others), np.float32)
+        for start in range(0, len(others), 1 << 14):  # sums in float64 are exact, whatever the order
+            block = slice(start, start + (1 << 14))
+            cosine[block] = (vectors[places[others[block]]].astype(np.float64) @ ways.T).max(axis=1)
+        return np.where(cosine >= np.float32(work.rules.similarity_threshold), cosine, np.float32(-np.inf))
+
+    return similar
+
+
+def _steps(
+    images: pa.Table, gid: np.ndarray, representative: np.ndarray, similarity: np.ndarray, perceptual_distance: int
+) -> np.ndarray:
+    own = np.searchsorted(gid, representative)
+    digests, hashes, mirrored = (column_values(images[name].cast(pa.binary(32))) for name in _HASHES)
+    is_exact = (digests == digests[own]).all(axis=1)
+    distance = np.minimum(hash_distances(hashes, hashes[own]), hash_distances(hashes, mirrored[own]))
+    return np.select(
+        [representative == gid, is_exact, distance <= perceptual_distance, ~np.isnan(similarity)],
+        [STEPS.index(name) for name in ("", "exact", "perceptual", "embedding")],
+        STEPS.index("chain"),
+    ).astype(np.uint8)
+
+
+def _priorities(work: _Work, nodes: pa.Table, gids: np.ndarray) -> list[np.ndarray]:
+    """By what images of a component are compared, the most important first.
+
+    The component's mean is asked for only where all that comes before leaves two images of it equal.
+    """
+    labels = np.unique(nodes["label"].to_numpy(), return_inverse=True)[1]
+    keys: list[np.ndarray] = [nodes["standing"].to_numpy().astype(np.int64)]
+    for name in work.rules.representative:
+        if name == "central":
+            keys.append(_centrality(work, gids, labels, _undecided(labels, keys)))
+        else:
+            keys.append(nodes[{"resolution": "pixels", "bytes": "bytes"}[name]].to_numpy())
+    return keys
+
+
+def _undecided(labels: np.ndarray, keys: Sequence[np.ndarray]) -> np.ndarray:
+    """bool [N]: rows of components in which two rows are equal in all keys."""
+    order = np.lexsort((*keys, labels))
+    same = np.ones(max(len(labels) - 1, 0), bool)
+    for column in (labels, *keys):
+        same &= column[order][1:] == column[order][:-1]
+    return np.isin(labels, labels[order][1:][same])
+
+
+def _centrality(work: _Work, gids: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """float32 [N]: cosine to the mean of the image's component; NaN where it is not asked for."""
+    result = np.full(len(labels), np.nan, np.float32)
+    members = np.flatnonzero(asked)
+    if not len(members):
+        return result
+    rows = unit_rows(work.pool.take_embeddings(work.encoder, gids[members]))
+    order = np.argsort(labels[members], kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(labels[members][order]) > 0])
+    sums = np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
+    mean = np.repeat(sums, np.diff(np.r_[starts, len(order)]), axis=0)
+    cosine = np.einsum("nd,nd->n", rows[order], mean) / np.maximum(np.linalg.norm(mean, axis=1), 1e-12)
+    result[members[order]] = cosine
+    return result
+
+
+def _to_ranges(name: str, work: _Work) -> Iterator[pa.Table]:
+    table = work.place.read_table(name)
+    yield table.append_column(BUCKET, pa.array(work.ranges.of(table["gid"].to_numpy()).astype(np.int32)))
+
+
+def _write_range(number: int, table: pa.Table, work: _Work) -> None:
+    """Images that are alone stand for themselves."""
+    start, stop = work.ranges.bounds(number)
+    out = read_heads(work.heads, number, work.ranges) < 0
+    own = np.arange(start, stop)
+    columns = {"component": own, "component_size": np.ones(len(own), np.int32), "representative": own.copy()}
+    columns |= {"similarity": np.ones(len(own), np.float32), "step": np.zeros(len(own), np.uint8)}
+    if table.num_rows:
+        at = table["gid"].to_numpy() - start
+        for name, values in columns.items():
+            filled = table[name].fill_null(np.nan) if name == "similarity" else table[name]
+            values[at] = filled.to_numpy()
+    arrays = [
+        pa.array(values, mask=out | np.isnan(values) if name == "similarity" else out)
+        for name, values in columns.items()
+    ]
+    work.folder.write_table(range_file("range", number), pa.Table.from_arrays(arrays, schema=SCHEMA))

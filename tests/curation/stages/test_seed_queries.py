@@ -1,0 +1,144 @@
+"""Retrieval: one pass for all seed sets, its recall against brute force, and leaks that are left out of draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from curation.engine.folder import Folder
+from curation.engine.manifest import Manifest
+from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig
+from curation.ops.cells import write_cells
+from curation.ops.kmeans import kmeans
+from curation.ops.nearest import assign
+from curation.reading.seeds import RetrievalRule
+from curation.stages import retrieve
+from curation.stages.asking import Asked
+from curation.stages.members import unit_rows
+from curation.stages.retrieve import SeedQueries, certificate, find_neighbours
+from curation.stages.survivors import Survivors
+
+EXECUTION = ExecutionConfig(workers=2)
+NUM, WIDTH, CELLS = 4000, 8, 80
+
+
+def vectors(number: int, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((40, WIDTH))
+    rows = centres[generator.integers(0, 40, number)] + 0.5 * generator.standard_normal((number, WIDTH))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    rows = unit_rows(vectors(NUM, 0)).astype(np.float16)
+    centroids = kmeans(unit_rows(rows), CELLS, 8).centroids
+    cell = assign(unit_rows(rows), centroids)[0]
+    blocks = [(np.arange(NUM, dtype=np.int64), rows, cell)]
+    return write_cells(tmp_path_factory.mktemp("cells"), blocks, np.bincount(cell, minlength=CELLS), centroids)
+
+
+def seed_set(root, name: str, number: int, seed: int, **rule) -> SeedQueries:
+    folder = Folder(str(root / f"embed-{name}"))
+    sizes, rows = [number // 3, number - number // 3], vectors(number, seed)
+    files = [folder.write_bytes(f"index/part-{part}.parquet", b"", rows=size) for part, size in enumerate(sizes)]
+    for part, some in enumerate(np.split(rows, [sizes[0]])):
+        folder.write_array(f"vectors/part-{part}.npy", some)
+    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
+    asked = Asked(images, np.arange(number, dtype=np.int64), "vectors")
+    return SeedQueries(Folder(str(root / "retrieve" / name)), asked, RetrievalRule(**rule))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A sample, blocks and slices of few rows, so that small sets take the path of large ones."""
+    monkeypatch.setattr(retrieve, "SAMPLED_QUERIES", 400)
+    monkeypatch.setattr(retrieve, "_BLOCK", 300)
+    monkeypatch.setattr(retrieve, "_SLICE_ROWS", 500)
+
+
+def survivors(one: SeedQueries, survives=None) -> Survivors:
+    """As the survivors step writes them, in ranges of 1,000 images."""
+    survives = np.ones(NUM, bool) if survives is None else survives
+    folder, gids = one.folder / "survivors", np.where(survives, np.arange(NUM), -1)
+    for number, some in enumerate(np.split(gids, NUM // 1000)):
+        folder.write_array(f"representative-{number:05d}.npy", some)
+        folder.write_array(f"counts-{number:05d}.npy", np.array([1000, (some >= 0).sum(), 0]))
+    return Survivors(folder)
+
+
+def drawn(one: SeedQueries, cells, survives=None) -> tuple[dict, dict]:
+    table, figures = retrieve._by_sample(one, cells, survivors(one, survives), EXECUTION, "seeds")
+    lists: dict[int, list[int]] = {}
+    for row in table.to_pylist():
+        lists.setdefault(row["seed_gid"], []).append(row["gid"])
+    return lists, figures
+
+
+def true_lists(one: SeedQueries, k: int, survives=None) -> list[list[int]]:
+    """By brute force in float64, of the vectors as they are stored; the smaller gid of equally near ones first."""
+    pool, asked = unit_rows(vectors(NUM, 0)), one.asked.vectors()
+    similarity = asked.astype(np.float16).astype(float) @ pool.astype(np.float16).astype(float).T
+    if survives is not None:
+        similarity[:, ~survives] = -2
+    return np.argsort(-similarity.astype(np.float32), axis=1, kind="stable")[:, :k].tolist()
+
+
+def test_recall_is_certified_and_kept(cells, tmp_path, ray_session, small):
+    one = seed_set(tmp_path, "many", 1500, 1, k=4, target_recall=0.95)
+    find_neighbours([one], cells, EXECUTION)
+    lists, figures = drawn(one, cells)
+    assert figures["basis"] == "sample"
+    assert figures["nprobe"] < CELLS
+    assert figures["num_queries"] == 400
+    assert 0.95 <= figures["lower_bound"] <= figures["recall"]
+    expected = true_lists(one, 4)
+    hits = [len(set(lists[number]) & set(expected[number])) for number in range(1500)]
+    assert sum(hits) >= figures["lower_bound"] * 4 * 1500
+    for number in one.sample().tolist():  # those that were compared with everything have their very neighbours
+        assert lists[number] == expected[number]
+
+
+def test_few_seeds_are_answered_exactly(cells, tmp_path, ray_session, small):
+    one = seed_set(tmp_path, "few", 300, 2, k=3)
+    find_neighbours([one], cells, EXECUTION)
+    lists, figures = drawn(one, cells)
+    assert (figures["basis"], figures["recall"], figures["lower_bound"]) == ("exact", 1.0, 1.0)
+    assert [lists[number] for number in range(300)] == true_lists(one, 3)
+
+
+def test_sets_asked_together_are_answered_as_alone(cells, tmp_path, ray_session, small):
+    rules = {"a": {"k": 2}, "b": {"k": 5, "target_recall": 0.9}}
+    both = [seed_set(tmp_path / "both", name, 700, 3 + i, **rule) for i, (name, rule) in enumerate(rules.items())]
+    find_neighbours(both, cells, EXECUTION)
+    alone = seed_set(tmp_path / "alone", "b", 700, 4, **rules["b"])
+    find_neighbours([alone], cells, EXECUTION)
+    assert alone.folder.names() == both[1].folder.names()
+    for name in alone.folder.names():
+        assert alone.folder.read_bytes(name) == both[1].folder.read_bytes(name)
+    assert certificate(alone, cells) == certificate(both[1], cells)
+
+
+def test_leaks_are_left_out_and_lists_go_deeper_for_them(cells, tmp_path, ray_session, small):
+    """Nine of ten images leak: the neighbours that were written do not suffice, and those behind them are found."""
+    one = seed_set(tmp_path, "few", 40, 2, k=4)
+    find_neighbours([one], cells, EXECUTION)
+    survives = np.random.default_rng(5).random(NUM) < 0.1
+    lists, _ = drawn(one, cells, survives)
+    assert [lists[number] for number in range(40)] == true_lists(one, 4, survives)
+    few = np.zeros(NUM, bool)
+    few[[3, 70]] = True
+    lists, figures = drawn(one, cells, few)
+    assert all(sorted(gids) == [3, 70] for gids in lists.values())
+    assert figures["shortfall"] == 2 * 40
+
+
+def test_least_similarity_bounds_what_is_drawn(cells, tmp_path, ray_session, small):
+    one = seed_set(tmp_path, "few", 100, 2, k=4, min_similarity=0.9)
+    find_neighbours([one], cells, EXECUTION)
+    table, _ = retrieve._by_sample(one, cells, survivors(one), EXECUTION, "seeds")
+    assert table["similarity"].to_numpy().min() >= 0.9
+    loose = replace(one, rule=RetrievalRule(k=4))
+    more, _ = retrieve._by_sample(loose, cells, survivors(one), EXECUTION, "seeds")
+    assert table.num_rows == (more["similarity"].to_numpy() >= 0.9).sum()
