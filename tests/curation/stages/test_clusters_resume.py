@@ -75,7 +75,7 @@ def small_files(monkeypatch):
 
 @pytest.mark.parametrize("points_per_cluster", [40, 1000])
 def test_iterations_over_tasks_give_the_bytes_of_one_process(
-    pool, tmp_path, ray_session, small_files, points_per_cluster
+    pool, tmp_path, ray_session, small_files, device, points_per_cluster
 ):
     _, rows, gids = pool
     config = KMeansConfig(num_iterations=9, points_per_cluster=points_per_cluster)
@@ -117,7 +117,7 @@ def digest(root) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_a_split_hierarchy_is_its_definition(pool, tmp_path, ray_session, small_files):
+def test_a_split_hierarchy_is_its_definition(pool, tmp_path, ray_session, small_files, device):
     images, rows, gids = pool
     shapes = SPLIT.shapes_for(len(gids))
     assert [(s.num_clusters, s.num_groups) for s in shapes] == [(96, 8), (24, 1), (6, 1)]
@@ -162,8 +162,8 @@ def _cluster_in_a_process(root, sizes, out) -> None:
             out / name / "cells",
             images,
             "vectors",
-            gids,
             Ranges(len(rows), 700),
+            partial(import_module(HERE).chosen, gids=gids, size=700),
             config,
             EXECUTION,
         )

@@ -85,7 +85,7 @@ def true_lists(one: SeedQueries, k: int, survives=None) -> list[list[int]]:
     return np.argsort(-similarity.astype(np.float32), axis=1, kind="stable")[:, :k].tolist()
 
 
-def test_recall_is_certified_and_kept(cells, tmp_path, ray_session, small):
+def test_recall_is_certified_and_kept(cells, tmp_path, ray_session, small, device):
     one = seed_set(tmp_path, "many", 1500, 1, k=4, target_recall=0.95)
     find_neighbours([one], cells, EXECUTION)
     lists, figures = drawn(one, cells)
@@ -120,7 +120,7 @@ def test_sets_asked_together_are_answered_as_alone(cells, tmp_path, ray_session,
     assert certificate(alone, cells) == certificate(both[1], cells)
 
 
-def test_leaks_are_left_out_and_lists_go_deeper_for_them(cells, tmp_path, ray_session, small):
+def test_leaks_are_left_out_and_lists_go_deeper_for_them(cells, tmp_path, ray_session, small, device):
     """Nine of ten images leak: the neighbours that were written do not suffice, and those behind them are found."""
     one = seed_set(tmp_path, "few", 40, 2, k=4)
     find_neighbours([one], cells, EXECUTION)
