@@ -54,7 +54,7 @@ def image_set(root: Path, x: np.ndarray) -> ImageSet:
         part = x[start : start + PART_ROWS]
         folder.write_array(f"vectors/part-{number:05d}.npy", part)
         files.append(folder.write_bytes(f"index/part-{number:05d}.parquet", b"", rows=len(part)))
-    return ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
+    return ImageSet.of(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
 
 
 def everyone(number: int, rows: int) -> np.ndarray:

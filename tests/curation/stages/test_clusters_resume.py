@@ -41,7 +41,7 @@ def image_set(root, sizes) -> tuple[ImageSet, np.ndarray]:
         file = folder.write_bytes(f"index/part-{part}.parquet", b"", rows=size)
         files.append(file)
     manifest = Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files)
-    return ImageSet(folder, manifest), np.concatenate(rows)
+    return ImageSet.of(folder, manifest), np.concatenate(rows)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_sample_is_read_once(pool, tmp_path, ray_session, small_files):
     source, scratch = source_of(pool, tmp_path), Folder(str(tmp_path / "k"))
     config = KMeansConfig(num_iterations=2, points_per_cluster=20)
     train_centroids(source, 30, config, EXECUTION, scratch, "k-means")
-    hidden = ImageRows(ImageSet(Folder(str(tmp_path / "gone")), images.manifest), "vectors", source.members)
+    hidden = ImageRows(ImageSet(Folder(str(tmp_path / "gone")), images.parts), "vectors", source.members)
     for name in ("centroids.npy", "iteration-001.npy"):
         scratch.delete(name)
     train_centroids(hidden, 30, config, EXECUTION, scratch, "k-means")  # the vectors are gone, and not missed

@@ -45,7 +45,7 @@ def seed_set(root, name: str, number: int, seed: int, **rule) -> SeedQueries:
     files = [folder.write_bytes(f"index/part-{part}.parquet", b"", rows=size) for part, size in enumerate(sizes)]
     for part, some in enumerate(np.split(rows, [sizes[0]])):
         folder.write_array(f"vectors/part-{part}.npy", some)
-    images = ImageSet(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
+    images = ImageSet.of(folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=files))
     asked = Asked(images, np.arange(number, dtype=np.int64), "vectors")
     return SeedQueries(Folder(str(root / "retrieve" / name)), asked, RetrievalRule(**rule))
 
