@@ -18,6 +18,7 @@ from curation.account.report.wording import plural, reason_meaning, step_words, 
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
+from curation.stages.cluster import Clustering
 from curation.stages.groups import STEPS
 from curation.stages.join import Joined
 from curation.stages.members import unit_rows
@@ -273,7 +274,7 @@ def _evaluation(account: Account, gid: int, row: dict[str, Any]) -> str:
 
 
 def _cluster(account: Account, row: dict[str, Any]) -> str:
-    sizes = (account.folder / "cluster").read_array("level-1/sizes.npy")
+    sizes = Clustering(account.folder / "cluster").sizes()
     return f"{row['cluster']} of {len(sizes):,}, with {plural(int(sizes[row['cluster']]), 'surviving image')}."
 
 
