@@ -167,7 +167,7 @@ def plan_steps(run: Run) -> list[Step]:
     )
     as_is = tuple(f"embed/seed-{name}" for name, (seed, _) in seeds.items() if seed.include_as_is)
     settings = {**asdict(c.shard), "edits": [f.path for f in edits], **extends}
-    before = ("embed/pool", "decide", *as_is)
+    before = ("embed/pool", "decide:decisions", *as_is)  # not what else was decided upon: a set without leaks
     steps.append(
         Step("shards", "shard", shard.VERSION, settings, before, lambda run, folder: _shard(run, folder, edits))
     )

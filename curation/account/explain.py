@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from curation.account.fates import Duplicates, duplicates_of, leaks_of, representatives_of
 from curation.account.report.account import Account, open_account
 from curation.account.report.wording import plural, reason_meaning, step_words, unread, visible, words
+from curation.engine.ranges import range_file
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
@@ -304,7 +305,9 @@ def _draws(account: Account, gid: int, cluster: int) -> Iterator[str]:
             )
             yield f"not by the seed set {name}: {why}."
     if "balance" in account.steps:
-        drawn = account.rows("balance/balanced.parquet", pc.field("gid") == gid).num_rows
+        drawn = account.rows(
+            f"balance/{range_file('balanced', gid // account.ranges.size)}", pc.field("gid") == gid
+        ).num_rows
         yield "the balanced sample." if drawn else "not by the balanced sample."
 
 

@@ -60,7 +60,7 @@ def test_a_new_evaluation_set_runs_its_own_steps_and_what_it_changes(tmp_path, s
 
     # A set that matches nothing: its own pass, the union, and no more than the report that names it.
     run, ran = with_sets(run, sets, ["first", "far"])
-    assert ran == {"embed/evaluation-far", "decontaminate/far", "survivors", "report"}
+    assert ran == {"embed/evaluation-far", "decontaminate/far", "survivors", "decide", "report"}
     assert run.manifests["decontaminate/far"].counts["matches, embedding"] == 0
 
     # A set that matches more: the other sets are not asked again.
