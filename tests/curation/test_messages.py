@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
     "balance.fraction": ["-0.1", "1.1", "nan"],
     "balance.seed": ["-1"],
     "dedup.perceptual_rows": ["-1"],
+    "dedup.edge_floor": ("2", "-1.5", "nan"),
     "range_rows": ["0", "-1"],
     "shard.max_images": ["0"],
     "shard.max_mb": ["0", "-1", "nan", "inf"],

@@ -72,11 +72,12 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> list[KeptSet]:
                 "similarity": 0.5,
                 "cluster": gid % 5,
                 "component_size": 1,
+                "release": 1,
                 "draws": {"s": gid, "balance": None},
             }
             for gid in gids.tolist()
         ]
-        schema = pa.schema([("gid", pa.int64()), ("status", pa.string()), *PROVENANCE])
+        schema = pa.schema([("gid", pa.int64()), ("status", pa.string()), ("release", pa.int32()), *PROVENANCE])
         (root / "decide").write_table(range_file("decisions", number), pa.Table.from_pylist(rows, schema))
     return [
         KeptSet("pool", pool, ranges, int(is_kept.sum()), root / "decide"),
@@ -162,9 +163,9 @@ def test_a_task_reads_each_index_file_once(kept, monkeypatch):
     """And so a run does, but for the parts on the border of two ranges."""
     read: list[str] = []
 
-    def counted(self: Folder, name: str, *asked) -> pa.Table:
+    def counted(self: Folder, name: str, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         read.append(name)
-        return original(self, name, *asked)
+        return original(self, name, start, stop, columns)
 
     original = Folder.table_rows
     monkeypatch.setattr(Folder, "table_rows", counted)
