@@ -34,6 +34,7 @@ PWRITE_S, SHA256_BYTES_PER_S = 2e-6, 1.5e9
 SUMS_BYTES_PER_S = 1e9  # of k-means over tasks, merged by the driver
 # Reckoned from what the step reads and writes (Parquet with zstd: 0.3 and 0.5 us a row), not measured.
 SURVIVORS_S, BALANCE_S, DECIDE_S, REPORT_S = 2e-6, 1e-6, 4e-6, 2e-6
+RANKED_S = 0.5e-6  # of a neighbour of a seed image, by the driver
 # Published, not measured here: 45% of the peak of one A100; k-means at 50%, the join's products at 40%.
 A100_PEAK = 312e12
 A100_EMBED_FLOPS = 140e12

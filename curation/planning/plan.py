@@ -19,7 +19,7 @@ from curation.planning.costs import Work
 from curation.planning.estimates import SetEstimate
 from curation.planning.machines import Cluster
 from curation.planning.steps import Plan, PlannedStep
-from curation.planning.words import flop, hours, long_duration, size
+from curation.planning.words import flop, size, time_words
 from curation.state import Run, set_label
 from curation.steps import Step, plan_steps
 
@@ -135,9 +135,10 @@ def _does(steps: Sequence[PlannedStep], states: dict[str, str]) -> Table:
 def _takes(steps: Sequence[PlannedStep], plan: Plan) -> Table:
     cluster = plan.cluster
     table = _table(
-        f"Takes, on {cluster.told()}", "step", ">time", ">of driver", ">operations", ">cores", ">GPUs", ">requests",
-        ">read", ">written", ">driver", ">a task",
+        f"Takes, on {cluster.told()}", "step", ">time", ">driver alone", ">FLOP", ">core time",
+        ">GPU time", ">requests", ">read", ">written", ">driver memory", ">task memory",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     for step in steps:
         driver, task = costs.DRIVER_PROCESS_BYTES + step.driver_bytes, costs.PROCESS_BYTES + step.task_bytes
         table.add_row(step.name, *_taken([step], cluster), size(driver), size(task))
@@ -152,11 +153,11 @@ def _taken(steps: Sequence[PlannedStep], cluster: Cluster) -> list[str]:
     driver_s, gpu_s = sum(step.driver_s for step in steps), cluster.gpu_s(work)
     requests, read, written = (sum(getattr(s, name) for s in steps) for name in ("requests", "read", "written"))
     return [
-        long_duration(sum(step.seconds(cluster) for step in steps)),
-        long_duration(driver_s) if driver_s >= 1 else "",
-        flop(work.flop),
-        hours(cluster.core_s(work)),
-        hours(gpu_s) if gpu_s else "",
+        time_words(sum(step.seconds(cluster) for step in steps)),
+        time_words(driver_s),
+        flop(work.flop).removesuffix("FLOP"),
+        time_words(cluster.core_s(work)),
+        time_words(gpu_s),
         f"{requests:,.0f}" if requests < 1e5 else f"{requests / 1e6:,.3g} M",
         size(read),
         size(written),
@@ -170,12 +171,12 @@ def _totals(run: Run, plan: Plan, todo: Sequence[PlannedStep]) -> list[str]:
         local = sum(step.bytes for step in todo if step.name in ("cells", "cluster"))
         lines.append(f"disk: {size(local)} of that in {run.local('')}, which every worker must see")
     lines += [
-        f"memory: a task may use execution.memory_gb={run.config.execution.memory_gb:g} GB; the join reads less where "
-        "that is more",
-        "cores, GPUs: hours of one, all tasks together. The time of a step is that of what it has least of: cores (or "
-        "tasks for them), GPUs, network, store, requests; and what the driver does alone",
-        "counts marked `about` are scaled from the heads of two parts; every image is taken to pass every filter; "
-        "rates are those of curation/planning/costs.py, which says how each was measured; those of GPUs are published",
+        f"memory: a task may use execution.memory_gb={run.config.execution.memory_gb:g} GB; where that is more, the "
+        "join reads less",
+        "time: of what a step has least of (cores, or tasks for them; GPUs; network; store), and what the driver does "
+        "alone",
+        "core time, GPU time: of all tasks together; of GPUs as published, of cores as curation/planning/costs.py says",
+        "counts marked `about` are scaled from the heads of two parts; every image is taken to pass every filter",
     ]
     return lines
 

@@ -8,6 +8,7 @@ from curation.encoders.load import View, encoder_view
 from curation.engine.exchange import buckets_for
 from curation.ops.neighbour_kernels import MAX_NEIGHBOURS, code_width
 from curation.ops.neighbours import PIECE_ROWS
+from curation.ops.retrieval import SPARE, SPARE_SHARE
 from curation.ops.sketches import SKETCH_WORDS
 from curation.planning import costs
 from curation.planning.costs import EncoderCost, Work
@@ -375,6 +376,7 @@ class Plan:
         for name, (seed, _) in self.run.inputs.seeds.items():
             rule, asked = seed.rule, self.seeds[name].images
             drawn, work, read, requests = min(n, _most_drawn(rule, asked)), Work(), 4.0 * n, 2.0 * self.num_ranges
+            near = asked * (SPARE_SHARE * rule.k + SPARE) if rule.mode == "sample" else 0  # the driver ranks them all
             if rule.mode == "sample":
                 work = costs.retrieve_work(asked, n, self._retrieval_cells, dim)
                 read = 0.0 if is_paid else 2.0 * n * (2 * dim + costs.SKETCH_AND_GID_BYTES)
@@ -387,13 +389,14 @@ class Plan:
                     name=f"retrieve/{name}",
                     what=rule_words(rule, drawn),
                     files="tables",
-                    bytes=36.0 * drawn + (20.0 * asked * (2 * rule.k + 8) if rule.mode == "sample" else 0.0),
+                    bytes=36.0 * drawn + 20.0 * near,
                     work=work,
                     images=asked,
                     tasks=slices,
+                    driver_s=near * costs.RANKED_S,
                     read=read,
                     requests=requests,
-                    driver_bytes=36.0 * drawn,
+                    driver_bytes=36.0 * drawn + 40.0 * near,
                     task_bytes=self.memory / 2 if asked > PIECE_ROWS else 4.0 * asked * dim + 2**28,
                 )
             )

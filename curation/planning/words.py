@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from curation.encoders.load import View
-from curation.engine.progress import duration
 from curation.planning.costs import EncoderCost
 from curation.reading.seeds import RetrievalRule
 
@@ -55,11 +54,14 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     return f"{value:,.3g} {units[-1]}"
 
 
-def long_duration(seconds: float) -> str:
-    """Hours and minutes, or days."""
-    return duration(seconds) if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
-
-
-def hours(seconds: float) -> str:
-    """Of a core or a GPU."""
-    return f"{seconds / 3600:,.3g} h" if seconds < 3.6e6 else f"{seconds / 3600:,.0f} h"
+def time_words(seconds: float) -> str:
+    """Seconds, minutes or hours, of a clock or of a core; nothing where it is less than a tenth of a second."""
+    if seconds < 0.1:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:,.0f} h"
