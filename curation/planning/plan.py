@@ -138,7 +138,7 @@ def _takes(steps: Sequence[PlannedStep], plan: Plan) -> Table:
         f"Takes, on {cluster.told()}", "step", ">time", ">driver alone", ">FLOP", ">core time",
         ">GPU time", ">requests", ">read", ">written", ">driver memory", ">task memory",
     )  # fmt: skip
-    table.columns[0].no_wrap = True
+    table.padding, table.columns[0].no_wrap = (0, 1, 0, 0), True  # or eleven columns do not fit
     for step in steps:
         driver, task = costs.DRIVER_PROCESS_BYTES + step.driver_bytes, costs.PROCESS_BYTES + step.task_bytes
         table.add_row(step.name, *_taken([step], cluster), size(driver), size(task))
