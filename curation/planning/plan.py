@@ -18,7 +18,8 @@ from curation.planning import costs
 from curation.planning.costs import Work
 from curation.planning.estimates import SetEstimate
 from curation.planning.machines import Cluster
-from curation.planning.steps import Plan, PlannedStep
+from curation.planning.numbers import PlannedStep
+from curation.planning.steps import Plan
 from curation.planning.words import flop, size, time_words
 from curation.state import Run, set_label
 from curation.steps import Step, plan_steps

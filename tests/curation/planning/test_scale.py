@@ -14,7 +14,8 @@ from curation.planning import costs
 from curation.planning.costs import Work
 from curation.planning.estimates import described_set
 from curation.planning.machines import Cluster, load_cluster
-from curation.planning.steps import Plan, PlannedStep
+from curation.planning.numbers import PlannedStep
+from curation.planning.steps import Plan
 from curation.reading.listing import Listing, find_parts
 from curation.reading.seeds import SeedSet
 from curation.run import main
