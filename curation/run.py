@@ -78,8 +78,15 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, until_done: contextlib.ExitStack) -> int:
-    seeds, truth = options.seed or [], None
+    seeds, truth, is_described = options.seed or [], None, options.images is not None
     is_demo = "demo" in seeds
+    for flag in ("cluster", "images", "evaluation_images"):
+        if getattr(options, flag) is not None and not options.dry_run:
+            raise ValueError(f"--{flag.replace('_', '-')} describes what --dry-run reckons with: give it with that.")
+    if is_described and (is_demo or options.pool or options.extend):
+        raise ValueError("--images stands for a pool that need not exist: give it without --pool, --extend and demo.")
+    if options.evaluation_images is not None and not is_described:
+        raise ValueError("--evaluation-images goes with --images; give real sets by --evaluation.")
     if is_demo:
         from curation.demo.pool import make_demo
 
@@ -98,11 +105,11 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
                 f"nothing says what to keep: give --seed, one of demo, {', '.join(config_names('seeds'))}, or a path; "
                 "or set balance.num_images."
             )
-        if not options.pool:
+        if not options.pool and not is_described:
             raise ValueError("--pool is missing: the URL of the raw images (tars, Parquet files, a folder, or a glob).")
-        pool, sets, evaluations = options.pool, {}, {}
+        pool, sets, evaluations = options.pool or [], {}, {}
         for name in seeds:
-            seed = locate_seed(name, options.seed_root, config.retrieve)
+            seed = locate_seed(name, options.seed_root or ("{root}" if is_described else None), config.retrieve)
             unique = set_name(seed.name, list(sets))
             sets[unique] = seed
         if (
@@ -115,6 +122,14 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
             )
         for url in options.evaluation or []:
             evaluations[set_name(url, list(evaluations))] = url
+    if is_described:
+        from curation.planning.described import describe_pool
+        from curation.planning.machines import load_cluster
+
+        cluster = load_cluster(options.cluster) if options.cluster else None
+        asked_about = options.images, options.evaluation_images or 0
+        print(describe_pool(out, config, *asked_about, sets, evaluations, cluster))
+        return 0
     # The demo's own pool lies in the run folder; of anyone else's images, what lies there is what a run wrote.
     run_folder = None if is_demo else out.url
     groups = [pool, *(seed.urls for seed in sets.values()), *([url] for url in evaluations.values())]
@@ -128,9 +143,10 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     )
     run = Run(out, config, inputs, earlier=extended(options.extend, out, config) if options.extend else None)
     if options.dry_run:
+        from curation.planning.machines import load_cluster
         from curation.planning.plan import describe
 
-        print(describe(run))
+        print(describe(run, load_cluster(options.cluster) if options.cluster else None))
         return 0
     if not is_demo:  # after the listing, so that a wrong input leaves no trace
         until_done.enter_context(hold(out, _stop_main))
@@ -213,7 +229,7 @@ def losses(run: Run) -> list[str]:
 
 def _refuse_empty(options: argparse.Namespace) -> None:
     """An empty value is mostly a shell variable that is not set, and would mean the working directory."""
-    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column", "extend"):
+    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column", "extend", "cluster"):
         value = getattr(options, flag)
         if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
             raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave the flag out.")
@@ -245,6 +261,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--until", choices=STAGES, default="report", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="say what would be read, done and written, and its cost")
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME_OR_PATH",
+        help=f"with --dry-run: what to reckon with, one of {', '.join(config_names('clusters'))}, or a file; else this "
+        "machine",
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="with --dry-run, instead of --pool: so many web images of 110 kB"
+    )
+    parser.add_argument("--evaluation-images", type=int, metavar="N", help="with --images: so many in evaluation sets")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9"
     )

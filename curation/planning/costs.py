@@ -18,12 +18,28 @@ DECODE_S_PER_MEGAPIXEL = 12e-3
 DESCRIPTOR_IMAGES_PER_S = 1_700.0  # descriptors-likeness; 3,800 for descriptors
 EMBED_FLOPS = 268e9  # ViT-S/14 in bfloat16; 104e9 in float32, on processors without bfloat16
 KMEANS_FLOPS = 115e9  # curation.ops.nearest.assign, 4,096 centroids, 384-d
-SKETCHES_PER_S = 2.0e9  # curation.ops.neighbours.near_rows with all that goes with it, 256-d, 250 rows a cell
+# curation.ops.neighbours.near_rows, 256-d: 2.6e9 in further cells (27 November 2026), and what a row costs beside them.
+SKETCHES_PER_S = 2.0e9
+JOIN_ROW_S = 14e-6
+HASHES_PER_S = 0.3e9  # near perceptual hashes, of which 6.2e-3 N^2 are compared bit by bit
 RETRIEVE_FLOPS = 74e9  # curation.ops.join.nearest, 256-d, 250 rows a cell
 SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is usually slower
-# Published, not measured here: 45% of the peak of one A100 (312e12); k-means at 50%.
+# By `python -m benchmarks.scale index` at 1 and 3 million rows, 27 November 2026: seconds of all tasks for a row.
+FILTER_S, HEADS_S, GROUPS_S = 0.8e-6, 3.1e-6, 2.0e-6
+UNION_S = 0.1e-6  # of the driver: heads and forests into union-find, labels out (0.02 without files)
+SHARD_PLAN_S, SHARD_PLAN_DRIVER_S = 12e-6, 1e-6  # for a kept row: 1 M rows of which 500,000 are kept
+# One process groups vectors by cell (curation.ops.cells.write_cells): 128-d to 1024-d, for a row and a dimension.
+GROUPED_S = 50e-9
+PWRITE_S, SHA256_BYTES_PER_S = 2e-6, 1.5e9
+SUMS_BYTES_PER_S = 1e9  # of k-means over tasks, merged by the driver
+# Reckoned from what the step reads and writes (Parquet with zstd: 0.3 and 0.5 us a row), not measured.
+SURVIVORS_S, BALANCE_S, DECIDE_S, REPORT_S = 2e-6, 1e-6, 4e-6, 2e-6
+RANKED_S = 0.5e-6  # of a neighbour of a seed image, by the driver
+# Published, not measured here: 45% of the peak of one A100; k-means at 50%, the join's products at 40%.
+A100_PEAK = 312e12
 A100_EMBED_FLOPS = 140e12
 A100_KMEANS_FLOPS = 156e12
+A100_JOIN_FLOPS = 125e12
 
 # Bytes of one row.
 INDEX_BYTES = 200.0  # index/*.parquet, zstd; 137 with short keys and metadata (9,400 images)
@@ -32,13 +48,20 @@ EDGE_BYTES = 4.0  # zstd; edges and forest, at one edge for every five rows
 DEDUP_BYTES = 21.0  # representative, component, similarity, step
 DECISION_BYTES = 30.0  # zstd; 15 with short keys
 TAR_OVERHEAD_BYTES = 3072.0  # two headers, padding, the .json
-# The driver holds some columns of the index for the whole pool: sha256, two perceptual hashes, what sorting them takes.
-DRIVER_BYTES = 250.0
+# Read and written by the tasks of a step, exchanges included, as counted by the benchmark.
+FILTER_BYTES = 98.0
+HEADS_READ, HEADS_WRITTEN, GROUPS_READ, GROUPS_WRITTEN = 210.0, 108.0, 210.0, 83.0
 
-PLANNED_NPROBE = 128  # of 4,096 cells: recall 0.99 on a million hard vectors; the run measures its own
+# Memory. A process of Python, Ray, Arrow and numba; the driver holds a parent and a flag for each image, no column.
+PROCESS_BYTES, DRIVER_PROCESS_BYTES = 0.4e9, 0.6e9
+RANGE_BYTES = 60.0  # of a row of a range while its task works on it
+INDEX_ROW_BYTES = 700.0  # of a row of the index, unpacked, a million at a time
+BUCKET_COPIES = 4  # of an exchange's bucket, an eighth of execution.memory_gb, while it is sorted and grouped
+
 PLANNED_SHARE = 0.03  # of the pool that a query meets for recall 0.99: 2.4 to 3.3%, whatever the number of cells
 EXACT_ROWS = 2**14  # pools below this are compared pair by pair
-CERTIFY_QUERIES = 1024
+CERTIFY_QUERIES, CERTIFY_ROUNDS = 1024, 2
+CERTIFY_SKETCHED = 32_768  # further queries, by sketches: 23,000 on 200,000 hard vectors; at most 65,536
 
 
 @dataclass(frozen=True)
@@ -55,14 +78,26 @@ class EncoderCost:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step takes: operations (or comparisons), seconds of one core, and A100-seconds where a GPU would do it."""
+    """What a step takes: operations, seconds of one core, and A100-seconds where GPUs would do some of it."""
 
     flop: float = 0.0
     core_s: float = 0.0
     gpu_s: float = 0.0
+    movable_s: float = 0.0
+    """of core_s, what a core need not do where GPUs take gpu_s"""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.flop + other.flop, self.core_s + other.core_s, self.gpu_s + other.gpu_s)
+        return Work(
+            self.flop + other.flop,
+            self.core_s + other.core_s,
+            self.gpu_s + other.gpu_s,
+            self.movable_s + other.movable_s,
+        )
+
+
+def on_either(flop: float, core_s: float, gpu_flops: float) -> Work:
+    """Products that a core does in core_s, or an A100 at gpu_flops a second."""
+    return Work(flop, core_s, flop / gpu_flops, core_s)
 
 
 def encoder_cost(spec: str, view: View) -> EncoderCost:
@@ -88,13 +123,13 @@ def encode_work(num_images: float, cost: EncoderCost) -> Work:
     if not cost.is_torch:
         return Work(core_s=num_images / DESCRIPTOR_IMAGES_PER_S)
     flop = num_images * cost.flop
-    return Work(flop, flop / EMBED_FLOPS, flop / A100_EMBED_FLOPS)
+    return on_either(flop, flop / EMBED_FLOPS, A100_EMBED_FLOPS)
 
 
 def product_work(rows: float, columns: float, dim: int) -> Work:
     """All inner products of rows and columns."""
     flop = 2.0 * rows * columns * dim
-    return Work(flop, flop / KMEANS_FLOPS, flop / A100_KMEANS_FLOPS)
+    return on_either(flop, flop / KMEANS_FLOPS, A100_KMEANS_FLOPS)
 
 
 def kmeans_work(num_training: float, num_clusters: float, dim: int, num_iterations: int) -> Work:
@@ -120,20 +155,46 @@ def level_work(
     return total
 
 
-def join_work(num_queries: float, num_rows: float, num_cells: int, dim: int, both_ways: bool) -> Work:
-    """Each query meets the rows of its cells: by sketches, or all rows exactly where they are few."""
+def join_work(
+    num_queries: float, num_rows: float, num_cells: int, dim: int, both_ways: bool, share: float = PLANNED_SHARE
+) -> Work:
+    """Each query meets a share of the rows: by sketches, on a GPU by products, or all rows exactly where they are few.
+
+    f N^2 for a pool with itself: the share for a stated recall does not depend on the number of cells.
+    """
     ways = 2 if both_ways else 1
     if num_rows <= EXACT_ROWS:
         flop = ways * 2.0 * num_queries * num_rows * dim
-        return Work(flop, flop / RETRIEVE_FLOPS)
-    compared = ways * num_queries * num_rows * min(1.0, PLANNED_NPROBE / num_cells)
-    return Work(0.0, compared / SKETCHES_PER_S) + product_work(ways * num_queries, num_cells, dim)
+        return on_either(flop, flop / RETRIEVE_FLOPS, A100_JOIN_FLOPS)
+    compared = ways * num_queries * num_rows * min(1.0, max(share, 1 / num_cells))
+    total = on_either(2.0 * compared * dim, compared / SKETCHES_PER_S, A100_JOIN_FLOPS)
+    total += Work(core_s=ways * num_queries * JOIN_ROW_S)
+    return total + (product_work(ways * num_queries, num_cells, dim) if share < 1 else Work())
 
 
-def certify_work(num_rows: float, dim: int) -> Work:
-    """The first sample by brute force."""
-    flop = 2.0 * dim * CERTIFY_QUERIES * num_rows if num_rows > EXACT_ROWS else 0.0
-    return Work(flop, flop / RETRIEVE_FLOPS)
+def run_share(rows_a_run: float, num_rows: float, num_cells: int) -> float:
+    """Of the cells, those that a run of the join reads: what its own cells probe, taken as independent of each other.
+
+    Rows of one cell probe different cells, so each counts twice.
+    """
+    cells_a_run = max(rows_a_run / num_rows * num_cells, 1.0)
+    return 1 - (1 - min(PLANNED_SHARE, 1.0)) ** (2 * cells_a_run)
+
+
+def certify_work(num_rows: float, dim: int, both_ways: bool = False) -> Work:
+    """The first sample by brute force, the others by sketches of a wide radius."""
+    if num_rows <= EXACT_ROWS:
+        return Work()
+    ways = 2 if both_ways else 1
+    flop = ways * 2.0 * dim * CERTIFY_QUERIES * num_rows
+    sketched = ways * min(CERTIFY_SKETCHED, num_rows) * num_rows
+    first = on_either(flop, flop / RETRIEVE_FLOPS, A100_JOIN_FLOPS)
+    return first + on_either(2.0 * dim * sketched, sketched / SKETCHES_PER_S, A100_JOIN_FLOPS)
+
+
+def perceptual_work(num_queries: float, num_rows: float) -> Work:
+    """Near hashes, each query with each row: 6.2e-3 N^2 comparisons for all pairs of N."""
+    return Work(core_s=2 * 6.2e-3 * num_queries * num_rows / HASHES_PER_S)
 
 
 def retrieve_work(num_seeds: float, num_rows: float, num_clusters: int, dim: int) -> Work:
@@ -141,7 +202,30 @@ def retrieve_work(num_seeds: float, num_rows: float, num_clusters: int, dim: int
     sampled = min(num_seeds, SAMPLED_QUERIES)
     others = num_seeds - sampled
     flop = 2.0 * dim * num_rows * (sampled + PLANNED_SHARE * others)
-    return Work(flop, flop / RETRIEVE_FLOPS) + product_work(others, num_clusters, dim)
+    return on_either(flop, flop / RETRIEVE_FLOPS, A100_JOIN_FLOPS) + product_work(others, num_clusters, dim)
+
+
+def grouping_s(num_rows: float, num_cells: float, dim: int, buffer_bytes: float) -> float:
+    """Seconds of the driver to write vectors by cell, and to hash what it wrote."""
+    row = 2 * dim + SKETCH_AND_GID_BYTES
+    passes = -(-num_rows * 2 * row // buffer_bytes)
+    writes = 3 * min(num_cells * passes, num_rows)
+    return num_rows * (dim * GROUPED_S + row / SHA256_BYTES_PER_S) + writes * PWRITE_S
+
+
+def merging_s(num_clusters: float, dim: int, num_iterations: int, num_files: int = 64) -> float:
+    """Seconds of the driver to add up what the tasks of each iteration of k-means found, float64."""
+    return num_iterations * num_files * num_clusters * dim * 8 / SUMS_BYTES_PER_S
+
+
+def driver_bytes(num_images: float) -> float:
+    """Of the step that finds components: union-find's parents, int32 where they suffice, and a flag each."""
+    return num_images * ((4 if num_images < 2**32 - 1 else 8) + 1)
+
+
+def exchange_requests(num_maps: float, num_buckets: float) -> float:
+    """Of curation.engine.exchange: two files a map task, a range of each for each bucket, a file a bucket."""
+    return num_maps * (num_buckets + 3) + num_buckets
 
 
 def _timm_cost(name: str, view: View) -> EncoderCost:

@@ -16,7 +16,11 @@ _HEAD_SAMPLES, _HEAD_BYTES = 1000, 32 << 20  # what is read of each of two parts
 class SetEstimate:
     """One image set, from its listing and the heads of two parts."""
 
-    parts: Sequence[Part]
+    num_parts: int
+    bytes: int
+    """of the parts"""
+    urls: tuple[str, ...]
+    """of the first part and the last"""
     images: int
     image_bytes: float
     """mean bytes of an encoded image"""
@@ -24,9 +28,16 @@ class SetEstimate:
     """mean width x height / 10^6, from headers"""
     is_exact: bool
 
-    @property
-    def bytes(self) -> int:
-        return sum(part.size for part in self.parts)
+
+# A web image, as LAION's and img2dataset's shards hold them: 500 x 375, 110 kB, 10,000 in a tar.
+_WEB_BYTES, _WEB_MEGAPIXELS, _WEB_PART_IMAGES, _SAMPLE_OVERHEAD = 110e3, 0.1875, 10_000, 3072
+
+
+def described_set(num_images: int) -> SetEstimate:
+    """A set that need not exist: so many web images."""
+    size = round(num_images * (_WEB_BYTES + _SAMPLE_OVERHEAD))
+    num_parts = -(-num_images // _WEB_PART_IMAGES)
+    return SetEstimate(num_parts, size, ("described",), num_images, _WEB_BYTES, _WEB_MEGAPIXELS, True)
 
 
 def estimate_set(parts: Sequence[Part], max_file_bytes: int) -> SetEstimate:
@@ -45,7 +56,9 @@ def estimate_set(parts: Sequence[Part], max_file_bytes: int) -> SetEstimate:
     sizes = [size for head in heads.values() for size in head.image_bytes]
     pixels = [value for head in heads.values() for value in head.pixels]
     return SetEstimate(
-        parts,
+        len(parts),
+        sum(part.size for part in parts),
+        tuple(dict.fromkeys([parts[0].url, parts[-1].url])),
         images,
         sum(sizes) / max(len(sizes), 1),
         sum(pixels) / max(len(pixels), 1) / 1e6,

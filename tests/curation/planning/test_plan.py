@@ -99,9 +99,10 @@ def test_a_split_level_costs_its_groups_and_what_is_inside() -> None:
 def test_join_is_exact_below_the_limit_and_by_sketches_above() -> None:
     assert costs.join_work(1000, 1000, 4, 256, False).flop == 2 * 1000 * 1000 * 256
     assert costs.join_work(1000, 1000, 4, 256, True).flop == 2 * costs.join_work(1000, 1000, 4, 256, False).flop
-    # All cells probed: every sketch is looked at, and the coarse products come on top.
+    # A share of all pairs by sketches; the coarse products and what each row costs come on top.
     few = costs.join_work(1e6, 1e6, 64, 256, False)
-    assert few.core_s == pytest.approx(1e12 / costs.SKETCHES_PER_S + 2 * 1e6 * 64 * 256 / costs.KMEANS_FLOPS)
+    pairs = costs.PLANNED_SHARE * 1e12 / costs.SKETCHES_PER_S
+    assert few.core_s == pytest.approx(pairs + 2 * 1e6 * 64 * 256 / costs.KMEANS_FLOPS + 1e6 * costs.JOIN_ROW_S)
 
 
 def test_work_adds_up() -> None:
