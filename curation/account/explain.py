@@ -183,7 +183,7 @@ def _hash_distance(account: Account, a: int, b: int) -> int:
 def _edges(account: Account, condition: pc.Expression) -> Iterator[dict[str, Any]]:
     """Links (a, b, similarity, step) that meet a condition on a and b."""
     linked = pc.field("similarity") >= account.manifest("dedup").figures["similarity_threshold"]
-    files = [("perceptual", "dedup/edges/perceptual.parquet", condition)]
+    files = [("perceptual", f"dedup/edges/{name}", condition) for name in (account.folder / "dedup/edges").names()]
     files += [
         ("embedding", f"join/edges/{piece}", condition & linked) for piece in Joined(account.folder / "join").pieces()
     ]

@@ -17,7 +17,7 @@ from curation.ops.randomness import hash_uint64
 from curation.ops.recall import measured_recall
 from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
 from curation.stages.join import Joined, JoinSettings, default_floor
-from curation.stages.perceptual import perceptual_pairs
+from curation.stages.perceptual import perceptual_pairs, second_opinion
 
 VERSION = 2
 _NEAR_MISS_SAMPLE = 4096
@@ -32,7 +32,8 @@ class DedupConfig:
     perceptual_distance: int = 16
     """PDQ bits of 256 that two copies may differ in, 0..31; of the image or its mirror image"""
     perceptual_rows: int = 4_000_000
-    """up to so many images (after those of equal hashes are one) all hashes are compared with all: minutes of a core"""
+    """up to so many images (after those of equal hashes are one) all hashes are compared with all: minutes of a core;
+    beyond, only of the pairs that the join has between `edge_floor` and the threshold"""
     similarity_threshold: float = 0.6
     """cosine of the copy encoder at or above which two images are linked"""
     target_recall: float = 0.99
@@ -137,7 +138,15 @@ def deduplicate(
             folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution
         )
         perceptual.append(EdgeFiles(folder, [_PERCEPTUAL], -2.0))
-    edges = EdgeFiles(joined.folder, [f"edges/{piece}" for piece in joined.pieces()], threshold)
+    names = [f"edges/{piece}" for piece in joined.pieces()]
+    if num_images > config.perceptual_rows:
+        near = second_opinion(
+            folder, filtered, ranges, EdgeFiles(joined.folder, names, -2.0), threshold, joined_counts["edges"],
+            config.perceptual_distance, execution,
+        )  # fmt: skip
+        num_perceptual = sum(folder.num_rows(name) for name in near)
+        perceptual.append(EdgeFiles(folder, near, -2.0))
+    edges = EdgeFiles(joined.folder, names, threshold)
     forest = EdgeFiles(joined.folder, [f"forest/{piece}" for piece in joined.pieces()], threshold)
     num_embedding = sum(table.num_rows for name in edges.names for table in edges.batches(name, []))
     truth, found = joined.truth(threshold)

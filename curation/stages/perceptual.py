@@ -1,19 +1,29 @@
-"""Pairs of near perceptual hashes, all against all: for as many images as one core compares in minutes."""
+"""Pairs of near perceptual hashes: all against all for as many images as one core compares in minutes.
+
+Beyond, the hash is a second opinion: on pairs that the join knows, between its floor and the threshold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from curation.engine.exchange import BUCKET, buckets_for, exchange
 from curation.engine.folder import Folder
-from curation.engine.ranges import Ranges
+from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, column_values
 from curation.engine.workers import ExecutionConfig, run_pieces
-from curation.ops.hashes import hash_pairs
+from curation.ops.hashes import MIN_QUALITY, hash_distances, hash_pairs
 from curation.stages.filter import read_range
+from curation.stages.groups import EdgeFiles
 from curation.stages.heads import read_heads
 from curation.stages.members import unit_rows
 
 _COLUMNS = ["pdq", "pdq_quality", "pdq_mirrored"]
 _PAIRS_AT_ONCE = 1 << 16
+_TRAVELLER_BYTES = 110  # of a pair with the hashes of its first image
 
 
 def perceptual_pairs(
@@ -36,6 +46,103 @@ def perceptual_pairs(
         execution=execution, label="dedup: near hashes", unit="tables",
     )  # fmt: skip
     return folder.num_rows(name)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every task of a second opinion knows."""
+
+    folder: Folder
+    filtered: Folder
+    ranges: Ranges
+    edges: EdgeFiles
+    below: float
+    max_distance: int
+    cut: Ranges
+    """of gids, so fine that the pairs of one piece fit"""
+
+    @property
+    def place(self) -> Folder:
+        return self.folder / "exchange/opinion"
+
+
+def second_opinion(
+    folder: Folder,
+    filtered: Folder,
+    ranges: Ranges,
+    edges: EdgeFiles,
+    below: float,
+    num_edges: int,
+    max_distance: int,
+    execution: ExecutionConfig,
+) -> list[str]:
+    """Write files of edges below a similarity whose hashes are within max_distance bits: a, b, similarity, distance.
+
+    Each pair travels to the hashes of its first image, and then, with them, to those of its second.
+    """
+    num_buckets = buckets_for(num_edges * _TRAVELLER_BYTES, execution)
+    cut = Ranges(ranges.num_rows, -(-ranges.num_rows // num_buckets))
+    work = _Work(folder, filtered, ranges, edges, below, max_distance, cut)
+    pieces = [f"piece-{num_buckets}-{number:05d}.parquet" for number in range(len(cut))]
+    names = [f"edges/perceptual-{num_buckets}-{number:05d}.parquet" for number in range(len(cut))]
+    exchange(
+        edges.names, _low_edges, len(cut), _with_hashes, work, pieces, scratch=folder / "exchange/first",
+        outputs=(work.place, pieces), sort_by=["a", "b"], execution=execution, label="dedup: hashes of pairs",
+        unit="files",
+    )  # fmt: skip
+    exchange(
+        pieces, _to_other_end, len(cut), _compared, work, names, scratch=folder / "exchange/second",
+        outputs=(folder, names), sort_by=["a", "b"], execution=execution, label="dedup: near hashes", unit="files",
+    )  # fmt: skip
+    work.place.clear(["piece-*.parquet"])
+    return names
+
+
+def _low_edges(name: str, work: _Work, _: list[str]) -> Iterator[pa.Table]:
+    for table in work.edges.batches(name):
+        table = table.select(["a", "b", "similarity"]).filter(pc.less(table["similarity"], np.float32(work.below)))
+        yield table.append_column(BUCKET, pa.array(work.cut.of(table["a"].to_numpy()).astype(np.int32)))
+
+
+def _with_hashes(number: int, table: pa.Table, work: _Work, pieces: list[str]) -> None:
+    if table.num_rows:
+        table = table.group_by(["a", "b"], use_threads=False).aggregate([("similarity", "max")])
+        table = table.rename_columns(["a", "b", "similarity"])
+        hashes = _hashes_of(table["a"].to_numpy(), number, work)
+        for column in ("pdq", "pdq_mirrored"):
+            table = table.append_column(column, hashes[column])
+        table = table.filter(pc.greater_equal(hashes["pdq_quality"], MIN_QUALITY))
+    work.place.write_table(pieces[number], table)
+
+
+def _to_other_end(piece: str, work: _Work, _: list[str]) -> Iterator[pa.Table]:
+    table = work.place.read_table(piece)
+    if table.num_rows:
+        yield table.append_column(BUCKET, pa.array(work.cut.of(table["b"].to_numpy()).astype(np.int32)))
+
+
+def _compared(number: int, table: pa.Table, work: _Work, names: list[str]) -> None:
+    pairs = {"a": pa.array([], pa.int64()), "b": pa.array([], pa.int64()), "similarity": pa.array([], pa.float32())}
+    distance = np.zeros(0, np.int64)
+    if table.num_rows:
+        hashes = _hashes_of(table["b"].to_numpy(), number, work)
+        own = column_values(hashes["pdq"])
+        distance = np.minimum(*(hash_distances(column_values(table[side]), own) for side in ("pdq", "pdq_mirrored")))
+        is_near = (distance <= work.max_distance) & (hashes["pdq_quality"].to_numpy() >= MIN_QUALITY)
+        near = table.filter(pa.array(is_near))
+        pairs, distance = {name: near[name] for name in pairs}, distance[is_near]
+    work.folder.write_table(names[number], pa.table({**pairs, "distance": distance}))
+
+
+def _hashes_of(gids: np.ndarray, number: int, work: _Work) -> pa.Table:
+    """Hashes of images of one piece, in their order."""
+    start, stop = work.cut.bounds(number)
+    tables = []
+    for whole in range(start // work.ranges.size, -(-stop // work.ranges.size)):
+        first, last = work.ranges.bounds(whole)
+        rows = max(start, first) - first, min(stop, last) - first
+        tables.append(work.filtered.table_rows(range_file("range", whole), *rows, _COLUMNS))
+    return pa.concat_tables(tables).take(pa.array(gids - start)).combine_chunks()
 
 
 def _write_pairs(
