@@ -4,7 +4,7 @@ Leaks of evaluation sets are clustered too, and left out of every draw: which cl
 hangs on no evaluation set, so that a new one costs no clustering.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -255,9 +255,11 @@ def _make_level(
         centroids = kept.read_array("centroids.npy")
     names = assign_rows(source, centroids, execution, level / "assigned", f"{label}: assignment")
     outputs = [f"assignment-{number:05d}.npy" for number in range(len(ranges))]
+    chunks = list(zip(source.bounds(), source.chunks(), names, strict=True))
+    gathered = [_within(*ranges.bounds(number), chunks) for number in range(len(ranges))]
     run_pieces(
-        _gather_range, range(len(ranges)), outputs, level, source, names, ranges,
-        execution=execution, label=f"{label}: ranges", unit="ranges",
+        _gather_range, gathered, outputs, level, source, execution=execution,
+        label=f"{label}: ranges", unit="ranges",
     )  # fmt: skip
     sizes = np.zeros(len(centroids), np.int64)
     for name in outputs:
@@ -280,15 +282,27 @@ def _centroids_from(
     return cluster_level(rows, num_clusters, num_resamplings, 0, num_iterations, seed, ids=ids, device=device).centroids
 
 
-def _gather_range(number: int, level: Folder, name: str, source: RowSource, names: list[str], ranges: Ranges) -> None:
+@dataclass(frozen=True)
+class _Gathered:
+    """A range of ids [start, stop), and the chunks that have rows in it, each with the file of its assignment."""
+
+    start: int
+    stop: int
+    chunks: list[tuple[Any, str]]
+
+
+def _within(start: int, stop: int, chunks: Sequence[tuple[tuple[int, int], Any, str]]) -> _Gathered:
+    here = [(chunk, name) for (first, last), chunk, name in chunks if first < stop and last > start]
+    return _Gathered(start, stop, here)
+
+
+def _gather_range(item: _Gathered, level: Folder, name: str, source: RowSource) -> None:
     """One range of ids, from the chunks of rows that lie in it."""
-    start, stop = ranges.bounds(number)
-    assignment = np.full(stop - start, -1, np.int32)
-    for (first, last), chunk, chunk_name in zip(source.bounds(), source.chunks(), names, strict=True):
-        if first < stop and last > start:
-            ids, cells = source.ids(chunk), (level / "assigned").read_array(chunk_name)
-            own = slice(*np.searchsorted(ids, [start, stop]))
-            assignment[ids[own] - start] = cells[own]
+    assignment = np.full(item.stop - item.start, -1, np.int32)
+    for chunk, chunk_name in item.chunks:
+        ids, cells = source.ids(chunk), (level / "assigned").read_array(chunk_name)
+        own = slice(*np.searchsorted(ids, [item.start, item.stop]))
+        assignment[ids[own] - item.start] = cells[own]
     level.write_array(name, assignment)
 
 
