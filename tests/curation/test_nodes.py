@@ -57,7 +57,19 @@ def two_nodes(environments: list[dict[str, str]]) -> Iterator[str]:
     cluster = Cluster()
     try:
         for environment in environments:
-            cluster.add_node(num_cpus=1, env_vars=environment, object_store_memory=100 << 20, include_dashboard=False)
+            for is_last in (
+                False,
+                False,
+                True,
+            ):  # Ray gives a node half a minute to start, less than a busy machine needs
+                try:
+                    cluster.add_node(
+                        num_cpus=1, env_vars=environment, object_store_memory=100 << 20, include_dashboard=False
+                    )
+                    break
+                except Exception as error:
+                    if is_last or "timed out during startup" not in str(error):
+                        raise
         yield str(cluster.address)
     finally:
         cluster.shutdown()
