@@ -54,6 +54,7 @@ def leaks(run):
     return dict(zip(table["gid"].to_pylist(), table["evaluation"].to_pylist(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_new_evaluation_set_runs_its_own_steps_and_what_it_changes(tmp_path, sets, ray_session):
     run = curated(tmp_path / "run", sets, ["first"])
     assert leaks(run) == {3: "first", 30: "first"}
@@ -75,6 +76,7 @@ def test_a_new_evaluation_set_runs_its_own_steps_and_what_it_changes(tmp_path, s
     assert shards(whole) == shards(run)
 
 
+@pytest.mark.slow
 def test_sets_that_are_not_done_share_one_pass(tmp_path, sets, ray_session, monkeypatch):
     asked = []
     together = decontaminate.match_sets
