@@ -6,10 +6,12 @@ edges to the label of their component, images there too, and each image's fate b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from curation.engine.exchange import BUCKET, bucket_of, buckets_for, exchange
 from curation.engine.folder import Folder
@@ -20,7 +22,7 @@ from curation.ops.components import Similar, UnionFind, duplicate_groups
 from curation.ops.hashes import hash_distances
 from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
 from curation.ops.randomness import hash_uint64
-from curation.stages.filter import read_range
+from curation.stages.filter import read_batches
 from curation.stages.heads import read_heads
 from curation.stages.members import unit_rows
 
@@ -223,22 +225,33 @@ _MET = pa.schema(
 
 def _to_components(item: str | int, work: _Work) -> Iterator[pa.Table]:
     """Labelled edges of a piece, or the images of a range that are not alone."""
-    if isinstance(item, str):
-        table = work.place.read_table(item)
-        if not table.num_rows:
-            return
-        columns = {name: table[name] if name in table.column_names else pa.nulls(len(table)) for name in _MET.names}
-    else:
-        start, stop = work.ranges.bounds(item)
+    for columns in _labelled_edges(item, work) if isinstance(item, str) else _images_in_groups(item, work):
+        table = pa.table({name: columns[name] for name in _MET.names}).cast(_MET)
+        buckets = bucket_of(hash_uint64(0, table["label"].to_numpy()), work.num_buckets)
+        yield table.append_column(BUCKET, pa.array(buckets))
+
+
+def _labelled_edges(piece: str, work: _Work) -> Iterator[dict[str, Any]]:
+    table = work.place.read_table(piece)
+    if table.num_rows:
+        yield {name: table[name] if name in table.column_names else pa.nulls(len(table)) for name in _MET.names}
+
+
+def _images_in_groups(number: int, work: _Work) -> Iterator[dict[str, Any]]:
+    """About a million images at a time."""
+    names = ["standing", "pixels", "bytes", *_HASHES]
+    first, _ = work.ranges.bounds(number)
+    start = first
+    for table in read_batches(work.filtered, number, names):
+        stop = start + table.num_rows
         label = _labels(work, start, stop)
         here = np.flatnonzero(label >= 0)
-        head = read_heads(work.heads, item, work.ranges)[here]
-        table = read_range(work.filtered, item, ["standing", "pixels", "bytes", *_HASHES]).take(pa.array(here))
-        columns = {"label": label[here], "a": here + start, "b": -1 - head, "similarity": pa.nulls(len(here))}
-        columns |= {name: table[name] for name in ("standing", "pixels", "bytes", *_HASHES)}
-    table = pa.table({name: columns[name] for name in _MET.names}).cast(_MET)
-    buckets = bucket_of(hash_uint64(0, table["label"].to_numpy()), work.num_buckets)
-    yield table.append_column(BUCKET, pa.array(buckets))
+        head = work.heads.table_rows(range_file("range", number), start - first, stop - first, ["head"])["head"]
+        table = table.take(pa.array(here))
+        columns = {"label": label[here], "a": here + start, "similarity": pa.nulls(len(here))}
+        columns["b"] = -1 - head.fill_null(-1).to_numpy()[here]
+        yield columns | {name: table[name] for name in names}
+        start = stop
 
 
 def _group(bucket: int, table: pa.Table, work: _Work) -> None:
@@ -374,18 +387,35 @@ def _to_ranges(name: str, work: _Work) -> Iterator[pa.Table]:
 
 def _write_range(number: int, table: pa.Table, work: _Work) -> None:
     """Images that are alone stand for themselves."""
-    start, stop = work.ranges.bounds(number)
-    out = read_heads(work.heads, number, work.ranges) < 0
+    first, end = work.ranges.bounds(number)
+    gid = table["gid"].to_numpy() if table.num_rows else np.zeros(0, np.int64)
+    name = range_file("range", number)
+    with work.folder.writing(name) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        for start in range(first, end, _BATCH):
+            stop = min(start + _BATCH, end)
+            met = table.slice(*_from_to(gid, start, stop)) if table.num_rows else table
+            head = work.heads.table_rows(name, start - first, stop - first, ["head"])["head"]
+            writer.write_table(_rows(start, stop, met, head.is_null().to_numpy()))
+
+
+def _from_to(gid: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """Where the ascending gids in [start, stop) begin, and how many there are."""
+    low, high = np.searchsorted(gid, [start, stop]).tolist()
+    return low, high - low
+
+
+def _rows(start: int, stop: int, met: pa.Table, out: np.ndarray) -> pa.Table:
+    """SCHEMA of the gids [start, stop): those that are in a group, those that are alone, and nulls for those `out`."""
     own = np.arange(start, stop)
     columns = {"component": own, "component_size": np.ones(len(own), np.int32), "representative": own.copy()}
     columns |= {"similarity": np.ones(len(own), np.float32), "step": np.zeros(len(own), np.uint8)}
-    if table.num_rows:
-        at = table["gid"].to_numpy() - start
+    if met.num_rows:
+        at = met["gid"].to_numpy() - start
         for name, values in columns.items():
-            filled = table[name].fill_null(np.nan) if name == "similarity" else table[name]
+            filled = met[name].fill_null(np.nan) if name == "similarity" else met[name]
             values[at] = filled.to_numpy()
     arrays = [
         pa.array(values, mask=out | np.isnan(values) if name == "similarity" else out)
         for name, values in columns.items()
     ]
-    work.folder.write_table(range_file("range", number), pa.Table.from_arrays(arrays, schema=SCHEMA))
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
