@@ -5,7 +5,7 @@ edges to the label of their component, images there too, and each image's fate b
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
     ]
 )
 _LABELS = "piece-labels.i64"
-_EDGE_BYTES, _IMAGE_BYTES = 40, 160  # of a row that travels
+_EDGE_BYTES, _IMAGE_BYTES = 80, 320  # of a row while it is sorted and grouped: twice what travels
 _HASHES = ("sha256", "pdq", "pdq_mirrored")
 _BATCH = 1 << 20
 
@@ -120,12 +120,11 @@ def write_groups(
         asked about, which have both ends in one component, before any is split: bool [P].
     """
     names = [range_file("range", number) for number in range(len(ranges))]
-    num_buckets = buckets_for(num_edges * _EDGE_BYTES + ranges.num_rows // 8 * _IMAGE_BYTES, execution)
     fine = -(-ranges.num_rows // buckets_for(num_edges * _EDGE_BYTES, execution))
-    work = _Work(
-        folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, num_buckets, Ranges(ranges.num_rows, fine)
-    )
-    _write_labels(work, links)
+    cut = Ranges(ranges.num_rows, fine)
+    work = _Work(folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, 0, cut)
+    num_buckets = buckets_for(num_edges * _EDGE_BYTES + _write_labels(work, links) * _IMAGE_BYTES, execution)
+    work = replace(work, num_buckets=num_buckets)
     ends = [_labels_of(work, gids) for gids in asked]
     together = (ends[0] == ends[1]) & (ends[0] >= 0)
     labelled = [work.piece("edges", number) for number in range(len(work.cut))]
@@ -154,8 +153,11 @@ def read_groups(folder: Folder, number: int, columns: Sequence[str] | None = Non
     return folder.read_table(range_file("range", number), list(columns) if columns is not None else None)
 
 
-def _write_labels(work: _Work, links: Sequence[EdgeFiles]) -> None:
-    """The smallest gid of each image's component, of those that are not alone; -1 for all others: int64, by gid."""
+def _write_labels(work: _Work, links: Sequence[EdgeFiles]) -> int:
+    """The smallest gid of each image's component, of those that are not alone; -1 for all others: int64, by gid.
+
+    Returns the number of images that are not alone.
+    """
     ranges = work.ranges
     kind = np.uint32 if ranges.num_rows < np.iinfo(np.uint32).max else np.int64
     sets = UnionFind(np.empty(ranges.num_rows, kind))
@@ -172,10 +174,14 @@ def _write_labels(work: _Work, links: Sequence[EdgeFiles]) -> None:
     blocks = [(start, min(start + _BATCH, len(labels))) for start in range(0, len(labels), _BATCH)]
     for start, stop in blocks:
         shared[labels[start:stop][labels[start:stop] != np.arange(start, stop)]] = True
+    number = 0
     with work.place.writing(_LABELS) as file:
         for start, stop in blocks:
             block = labels[start:stop].astype("<i8")
-            file.write(np.where(shared[block], block, -1).tobytes())
+            is_shared = shared[block]
+            number += int(is_shared.sum())
+            file.write(np.where(is_shared, block, -1).tobytes())
+    return number
 
 
 def _labels(work: _Work, start: int, stop: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from curation.stages.filter import read_batches
 VERSION = 1
 _COLUMNS = ["reason", "sha256", "pdq", "pdq_mirrored", "pdq_quality", "standing", "pixels", "bytes"]
 _KEYS = ("standing", "pixels", "bytes")  # of the head, the most important first
-_ROW_BYTES = 120  # of one that travels
+_ROW_BYTES = 240  # of one while its looks are compared: twice what travels
 _LOOKS_BYTES = 64
 
 
