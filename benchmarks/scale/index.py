@@ -1,4 +1,4 @@
-"""What is known of each image, without vectors: filters, heads, groups, decisions and the plan of shards.
+"""What is known of each image, without vectors: filters, heads and groups of a synthetic index.
 
 One image in five has the looks of an earlier one; a group of 300,000 images is alike; others are linked in pairs and
 small chains, to as many edges as asked.
