@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.encoders.load import IMAGENET_MEAN, IMAGENET_STD, View, encoder_view, has_fast_bfloat16
+from curation.encoders.load import IMAGENET_MEAN, IMAGENET_STD, View, encoder_view, has_fast_bfloat16, read_transformers
 from curation.encoders.weights import file_sha256
 
 
@@ -87,17 +87,9 @@ def _labels(folder: str, label: str, min_probability: float) -> list[str]:
 
 
 def _load(folder: str) -> Any:
-    import torch
     from transformers import AutoModelForImageClassification
 
-    model, report = AutoModelForImageClassification.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    if report["missing_keys"]:  # transformers would fill them with random numbers and a warning
-        raise ValueError(f"filters: the weights in {folder} lack {', '.join(sorted(report['missing_keys'])[:4])}.")
+    model, lacking = read_transformers(AutoModelForImageClassification, folder)
+    if lacking:
+        raise ValueError(f"filters: the weights in {folder} lack {', '.join(lacking[:4])}.")
     return model

@@ -295,17 +295,26 @@ def _read_model(spec: str, view: View, weights: str) -> torch.nn.Module:
         return model
     from transformers import AutoModel
 
-    model, report = AutoModel.from_pretrained(
-        path,
+    model, lacking = read_transformers(AutoModel, path)
+    if lacking:
+        raise ValueError(f"the file lacks {', '.join(lacking[:4])}")
+    return model
+
+
+def read_transformers(auto: Any, folder: str) -> tuple[Any, list[str]]:
+    """A model of `transformers` in float32 from its folder alone, and the weights that the folder lacks, sorted: it
+    would fill them with random numbers and a warning."""
+    import torch
+
+    model, report = auto.from_pretrained(
+        folder,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
         dtype=torch.float32,
         output_loading_info=True,
     )
-    if report["missing_keys"]:  # transformers would fill them with random numbers and a warning
-        raise ValueError(f"the file lacks {', '.join(sorted(report['missing_keys'])[:4])}")
-    return model
+    return model, sorted(report["missing_keys"])
 
 
 def _descriptor_view() -> View:

@@ -33,10 +33,3 @@ class Ranges:
 def range_file(name: str, number: int) -> str:
     """The file of one range: `NAME-00012.parquet`."""
     return f"{name}-{number:05d}.parquet"
-
-
-def scattered(positions: np.ndarray, values: np.ndarray, length: int, fill: object) -> np.ndarray:
-    """An array [length] that holds `values` at `positions`, and `fill` elsewhere."""
-    result = np.full((length, *values.shape[1:]), fill, values.dtype)
-    result[positions] = values
-    return result

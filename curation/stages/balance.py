@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from configs.ranges import SEEDS, check_ranges
 from curation.engine.folder import Folder
@@ -62,11 +61,6 @@ def balance_survivors(
         folder.delete(name)
     figures = {"balance": {name: float(value) for name, value in balance(quotas)._asdict().items()}}
     return pieces(folder, "balanced-"), figures
-
-
-def read_balanced(folder: Folder) -> pa.Table:
-    """Everything that was drawn: gid, cluster, in the order of gids."""
-    return pa.concat_tables(folder.read_table(name) for name in folder.names() if name.startswith("balanced-"))
 
 
 def _drawn(seed: int, gids: np.ndarray, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import multiprocessing
 import posixpath
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ class Prepared:
 
 
 Batch = tuple[list[dict[str, Any]], dict[View, np.ndarray]]
-Prepare = Callable[[Iterable[Sample], Part, DecodeJob], Iterator[Prepared]]
 
 
 def decode_part(part: Part, job: DecodeJob, isolated: bool) -> Iterator[Batch | None]:

@@ -82,34 +82,6 @@ class DedupConfig:
         return JoinSettings(floor=floor, target_recall=self.target_recall, seed=self.seed)
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """What the dedup stage wrote, read back whole: only where the pool is small. `read_groups` reads one range."""
-
-    folder: Folder
-
-    def _column(self, name: str, missing: int | float) -> np.ndarray:
-        names = [file for file in self.folder.names() if file.startswith("range-")]
-        tables = [self.folder.read_table(file, [name]) for file in names]
-        return pa.concat_tables(tables)[name].fill_null(missing).to_numpy().copy()
-
-    def representative(self) -> np.ndarray:
-        """int64 [num_images]: the image kept for this one's group; itself where it is kept; -1 where filtered out."""
-        return self._column("representative", -1)
-
-    def component(self) -> np.ndarray:
-        """int64 [num_images]: smallest gid of the group; -1 where filtered out."""
-        return self._column("component", -1)
-
-    def similarity(self) -> np.ndarray:
-        """float32 [num_images]: cosine to the representative; NaN where they are linked through others only."""
-        return self._column("similarity", np.nan)
-
-    def step(self) -> np.ndarray:
-        """uint8 [num_images]: index into STEPS, the step of the cascade that made it a copy of its representative."""
-        return self._column("step", 0)
-
-
 def deduplicate(
     folder: Folder,
     pool: ImageSet,
@@ -148,7 +120,8 @@ def deduplicate(
         perceptual.append(EdgeFiles(folder, near, -2.0))
     edges = EdgeFiles(joined.folder, names, threshold)
     forest = EdgeFiles(joined.folder, [f"forest/{piece}" for piece in joined.pieces()], threshold)
-    num_embedding = sum(table.num_rows for name in edges.names for table in edges.batches(name, []))
+    counted = run_tasks(_num_edges, edges.names, edges, execution=execution, label="dedup: count pairs", unit="files")
+    num_embedding = sum(counted)
     truth, found = joined.truth(threshold)
     certificate = joined.certificate()
     recall, bound = measured_recall(found, truth) if len(found) else (1.0, certificate.lower_bound)
@@ -190,6 +163,10 @@ def deduplicate(
         "similarity_threshold": config.similarity_threshold,
     }
     return files, counts, figures
+
+
+def _num_edges(name: str, edges: EdgeFiles) -> int:
+    return sum(table.num_rows for table in edges.batches(name, []))
 
 
 def _describe(number: int, folder: Folder, filtered: Folder, ranges: Ranges) -> tuple[File, int, int, int]:

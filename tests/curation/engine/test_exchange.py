@@ -15,7 +15,7 @@ import pytest
 
 from curation.engine.exchange import BUCKET, bucket_of, buckets_for, exchange
 from curation.engine.folder import Folder
-from curation.engine.ranges import Ranges, range_file, scattered
+from curation.engine.ranges import Ranges, range_file
 from curation.engine.workers import ExecutionConfig
 from curation.ops.randomness import hash_uint64
 from tests.conftest import REPOSITORY
@@ -144,4 +144,3 @@ def test_ranges_cut_gids() -> None:
     assert ranges.weights() == [10, 10, 5]
     assert len(Ranges(0)) == 0
     assert range_file("kept", 12) == "kept-00012.parquet"
-    assert scattered(np.array([2, 0]), np.array([5, 7]), 4, -1).tolist() == [7, -1, 5, -1]
