@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import full_run
 
 from tests.conftest import REPOSITORY
+from tests.tiny_run import full_run
 
 pytest.importorskip("torch")
 

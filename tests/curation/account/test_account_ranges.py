@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import full_run
 
 from curation.account.decisions import SCHEMA, decide
 from curation.account.explain import explain
@@ -18,6 +17,7 @@ from curation.account.report.tally import Tally, tally, total
 from curation.engine.folder import Folder
 from curation.pipeline import run_pipeline
 from curation.state import Run
+from tests.tiny_run import full_run
 
 ROWS = 7
 

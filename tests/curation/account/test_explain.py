@@ -4,12 +4,12 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import HOSTILE, full_run
 
 from curation.account import explain as module
 from curation.account.explain import explain, shortest_chain
 from curation.account.report.wording import visible
 from curation.state import Run
+from tests.tiny_run import HOSTILE, full_run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny_run import HOSTILE, REASON, curate, full_run, jpeg, picture, write_tar
 
 from curation.account.report import charts, sections
 from curation.account.report.map import neighbour_map, principal_axes
@@ -23,6 +22,7 @@ from curation.reading.pictures.images import ImageLimits
 from curation.reading.seeds import RetrievalRule, SeedSet
 from curation.stages.balance import BalanceConfig
 from curation.state import Run
+from tests.tiny_run import HOSTILE, REASON, curate, full_run, jpeg, picture, write_tar
 
 SECTIONS = ["funnel", "retrieved", "map", "duplicates", "threshold", "leaks", "rejected", "balance", "recall", "time"]
 SECTIONS += ["settings"]

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +49,8 @@ def run(tmp_path: Path, num_buckets: int = 5, execution: ExecutionConfig = ALONE
     """key -> (sum, count) of all ids."""
     out, log = Folder(str(tmp_path / "out")), str(tmp_path / "log")
     names = [f"piece-{num_buckets}-{bucket}.parquet" for bucket in range(num_buckets)]
-    here = import_module("tests.curation.engine.test_exchange")  # under the name by which workers find it
     exchange(
-        range(ITEMS), here.rows_of, num_buckets, here.sums_of, log, num_buckets, out,
+        range(ITEMS), rows_of, num_buckets, sums_of, log, num_buckets, out,
         scratch=Folder(str(tmp_path / "scratch")), outputs=(out, names),
         sort_by=["key", "id"], execution=execution, label="test", unit="rows",
     )  # fmt: skip

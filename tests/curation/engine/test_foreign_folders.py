@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import full_run
 
 from curation.demo.pool import make_demo
 from curation.engine.folder import Folder
@@ -16,6 +15,7 @@ from curation.engine.ownership import check_run_folder, claim_scratch_folder, fi
 from curation.run import main
 from curation.steps import plan_steps
 from tests.conftest import picture_tar
+from tests.tiny_run import full_run
 
 
 @pytest.fixture(scope="module")

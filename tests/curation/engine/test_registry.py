@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from tiny_run import curate, jpeg, picture, write_tar
 
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import register, registered
 from curation.stages.balance import BalanceConfig
+from tests.tiny_run import curate, jpeg, picture, write_tar
 
 
 def files_of(id_: str) -> list[File]:

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from functools import partial
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from curation.stages.kmeans import KMeansConfig, sample_limit, train_centroids
 from curation.stages.members import ImageRows, unit_rows, write_members
 
 EXECUTION = ExecutionConfig(workers=2)
-HERE = "tests.curation.stages.test_clusters_resume"
 WIDTH = 12
 
 
@@ -57,8 +55,7 @@ def chosen(number: int, gids: np.ndarray, size: int = 700, last: int = 3000) -> 
 
 
 def members_of(gids: np.ndarray, ranges: Ranges, folder: Folder):
-    here = import_module(HERE)  # under the name by which workers find it
-    return write_members(folder, ranges, partial(here.chosen, gids=gids, size=ranges.size), EXECUTION, "members")
+    return write_members(folder, ranges, partial(chosen, gids=gids, size=ranges.size), EXECUTION, "members")
 
 
 def source_of(pool, root) -> ImageRows:
@@ -121,7 +118,7 @@ def test_a_split_hierarchy_is_its_definition(pool, tmp_path, ray_session, small_
     images, rows, gids = pool
     shapes = SPLIT.shapes_for(len(gids))
     assert [(s.num_clusters, s.num_groups) for s in shapes] == [(96, 8), (24, 1), (6, 1)]
-    where, members = tmp_path / "run", partial(import_module(HERE).chosen, gids=gids)
+    where, members = tmp_path / "run", partial(chosen, gids=gids)
     files, figures = cluster_images(
         Folder(str(where)), where / "cells", images, "vectors", Ranges(3000, 700), members, SPLIT, EXECUTION
     )
@@ -163,7 +160,7 @@ def _cluster_in_a_process(root, sizes, out) -> None:
             images,
             "vectors",
             Ranges(len(rows), 700),
-            partial(import_module(HERE).chosen, gids=gids, size=700),
+            partial(chosen, gids=gids, size=700),
             config,
             EXECUTION,
         )
