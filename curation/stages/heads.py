@@ -36,7 +36,7 @@ def find_heads(
     """Write range-*.parquet: `head`, the gid that stands for each image; null for those that the filters left out.
 
     Of some rows of one range, a million at most, the head among them is found at once; these leaders travel to where
-    all of the same looks meet. The others are known by their leader, so that no task holds all copies of one placeholder.
+    all of the same looks meet. The others are known by their leader, so no task holds all copies of one placeholder.
 
     Args:
         filtered: the folder of the filter stage.
