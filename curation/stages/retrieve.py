@@ -326,16 +326,12 @@ def _by_sample(
 ) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     """Draws by range of gids, each range in the order of (gid, seed image)."""
     told, device = certificate(one, cells), task_device(execution)
-    numbers = list(range(survivors.num_ranges))
-    bits = run_tasks(_alive, numbers, survivors, execution=execution, label=f"retrieve {label}: left", unit="ranges")
-    alive = np.stack(bits)
-    range_rows = survivors.size if len(numbers) > 1 else 8 * alive.shape[1]
-    # Pieces stay where only the survivors changed: those of draws are told apart.
-    named = sha256(alive).hexdigest()[:8]
+    alive, named = _alive(survivors, execution, label)
+    range_rows = survivors.size if len(alive) > 1 else 8 * alive.shape[1]
     lists = [(_SAMPLE, 1)]
     lists += [(name, _BLOCK_PIECES) for name in one.folder.names() if name.startswith("neighbours-")]
     items = [(name, part, parts, named) for name, parts in lists for part in range(parts)]
-    outputs = [f"drawn-{named}-{number:05d}.parquet" for number in numbers]
+    outputs = [f"drawn-{named}-{number:05d}.parquet" for number in range(len(alive))]
     everything = f"drawn-{named}.parquet"
     work = _Draws(one, cells, clustering, alive, range_rows, told.nprobe, device, outputs, everything)
     is_greedy = one.rule.collisions == "next_neighbor"
@@ -359,8 +355,15 @@ def _by_sample(
     return map(one.folder.read_table, outputs), figures | asdict(told)
 
 
-def _alive(number: int, survivors: Survivors) -> np.ndarray:
-    """A bit for each image of a range."""
+def _alive(survivors: Survivors, execution: ExecutionConfig, label: str) -> tuple[np.ndarray, str]:
+    """Who is left: uint8 [ranges, bytes], a bit an image. And a name for them: pieces stay where only the survivors
+    changed, so those of draws are told apart."""
+    numbers, told = list(range(survivors.num_ranges)), {"label": f"retrieve {label}: left", "unit": "ranges"}
+    alive = np.stack(run_tasks(_alive_in, numbers, survivors, execution=execution, **told))
+    return alive, sha256(alive).hexdigest()[:8]
+
+
+def _alive_in(number: int, survivors: Survivors) -> np.ndarray:
     first, representative = number * survivors.size, survivors.representative(number)
     survives = np.zeros(max(survivors.size, len(representative)), bool)
     survives[: len(representative)] = representative == np.arange(first, first + len(representative))
@@ -453,7 +456,8 @@ def _by_cluster(
         hits[found] += counts
     quotas = np.where(hits >= rule.min_hits, rule.images_per_cluster, 0)
     names = draw_by_cluster(
-        one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}"
+        one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}",
+        _alive(survivors, execution, label)[1],
     )  # fmt: skip
     gids, clusters = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for name in names:  # what is held is never more than one file and the cap
