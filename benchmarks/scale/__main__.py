@@ -1,7 +1,7 @@
 """What curation costs at sizes that no one has pictures for: synthetic indexes and vectors.
 
     python -m benchmarks.scale join [--rows N]      cells, join and components of synthetic vectors
-    python -m benchmarks.scale index [--rows N]     filters, heads and groups of a synthetic index
+    python -m benchmarks.scale index [--rows N]     a synthetic index, from filters to the plan of shards
 
 Each ends with one line of JSON: seconds, processor seconds, driver_gb (peak resident memory of the driver), task_gb (of
 the largest worker), bytes read and written, recall.

@@ -1,7 +1,7 @@
-"""What is known of each image, without vectors: filters, heads and groups of a synthetic index.
+"""What is known of each image, without vectors: from filters to the plan of shards, of a synthetic index.
 
 One image in five has the looks of an earlier one; a group of 300,000 images is alike; others are linked in pairs and
-small chains, to as many edges as asked.
+small chains, to as many edges as asked. One in 5,000 leaks; of the survivors a seed set draws a fifth, balance a tenth.
 """
 
 import argparse
@@ -13,18 +13,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.scale.chosen import EVALUATION_IMAGES, SEED_IMAGES, write_choices, write_images, write_matches
 from benchmarks.scale.measure import Meter
+from curation.account.decisions import decide
 from curation.config import CurationConfig
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
 from curation.engine.ranges import Ranges
-from curation.engine.store import INDEX_SCHEMA, ImageSet
+from curation.engine.store import INDEX_SCHEMA
 from curation.engine.workers import ExecutionConfig, run_tasks, start_ray
 from curation.ops.randomness import hash_uint64
 from curation.reading.filters import build_filters
+from curation.reading.listing import Listing
+from curation.reading.seeds import RetrievalRule, SeedSet
+from curation.stages.balance import BalanceConfig
 from curation.stages.filter import filter_pool
 from curation.stages.groups import EdgeFiles, GroupRules, write_groups
 from curation.stages.heads import find_heads
+from curation.stages.survivors import Survivors, find_survivors
+from curation.state import Inputs, Run
+from curation.writing.plan import KeptSet, plan_shards
 
 _PART_ROWS = 100_000
 _EDGES_AT_ONCE = 1_000_000
@@ -37,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=int, default=300_000, help="rows that are all alike; at most a tenth of all")
     parser.add_argument("--memory-gb", type=float, default=2.0, help="execution.memory_gb")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--folder", help="where temporary files go: about 300 bytes a row")
+    parser.add_argument("--folder", help="where temporary files go: about 600 bytes a row")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +60,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         folder = Folder(str(scratch))
-        pool = write_index(folder / "embed/pool", rows, execution)
+        run = _run(folder, rows, execution)
+        pool = run.pool
         names = write_edges(folder / "join", rows, num_edges, group, execution)
         meter = Meter()
         with meter.step("filter"):
@@ -67,20 +76,41 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 (np.zeros(0, np.int64), np.zeros(0, np.int64)), num_edges,
                 GroupRules(("resolution", "bytes"), 16, None, 16, 0.6, None), execution,
             )  # fmt: skip
+        leaking = {"evaluation": (folder / "decontaminate", write_matches(folder / "decontaminate", rows))}
+        with meter.step("survivors"):
+            _, survived = find_survivors(
+                folder / "survivors", folder / "dedup", folder / "heads", leaking, "component", ranges, execution
+            )
+        write_choices(folder, Survivors(folder / "survivors"), ranges, execution)
+        with meter.step("decide"):
+            _, decided, _ = decide(run, folder / "decide")
+        with meter.step("shard plan"):
+            chosen = [KeptSet("pool", pool, ranges, decided["kept"], folder / "decide")]
+            plan = plan_shards(folder / "shards", chosen, ["seed", "balance"], 0, 10_000, 256_000_000, execution)
         figures = {"rows": rows, "edges": num_edges, "group": group, "heads": heads["images joined"]}
-        return {**figures, "passed": kept["images out"], "split": split.num_rows, **meter.figures()}
+        figures |= {"passed": kept["images out"], "split": split.num_rows, "leaks": survived["leaks"]}
+        return {**figures, "kept": decided["kept"], "shards": len(plan.shards), **meter.figures()}
     finally:
         shutil.rmtree(scratch)
 
 
-def write_index(folder: Folder, rows: int, execution: ExecutionConfig) -> ImageSet:
+def _run(folder: Folder, rows: int, execution: ExecutionConfig) -> Run:
+    """A run whose pool, seed set and evaluation set are embedded."""
+    none = Listing(())
+    inputs = Inputs(none, {"seed": (SeedSet(name="seed", urls=(), rule=RetrievalRule()), none)}, {"evaluation": none})
+    run = Run(folder, CurationConfig(execution=execution, balance=BalanceConfig(num_images=rows)), inputs)
+    run.manifests["embed/pool"] = write_index(folder / "embed/pool", rows, execution)
+    for name, count in (("seed-seed", SEED_IMAGES), ("evaluation-evaluation", EVALUATION_IMAGES)):
+        run.manifests[f"embed/{name}"] = write_images(folder / "embed" / name, count)
+    return run
+
+
+def write_index(folder: Folder, rows: int, execution: ExecutionConfig) -> Manifest:
     """An index in parts of 100,000 rows."""
     starts = range(0, rows, _PART_ROWS)
     jobs = [(number, start, min(start + _PART_ROWS, rows)) for number, start in enumerate(starts)]
     files = run_tasks(_write_part, jobs, folder, execution=execution, label="made: index", unit="parts")
-    return ImageSet.of(
-        folder, Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=[File(**f) for f in files])
-    )
+    return Manifest(stage="embed", version=0, key="", settings={}, inputs={}, files=[File(**f) for f in files])
 
 
 def _write_part(job: tuple[int, int, int], folder: Folder) -> dict[str, Any]:

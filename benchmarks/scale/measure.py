@@ -1,5 +1,6 @@
 """What a run of Ray tasks cost: time, processor time, memory of driver and workers, bytes through read and write."""
 
+import contextlib
 import os
 import resource
 import threading
@@ -25,20 +26,31 @@ class Meter:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        before, start = self._totals(), time.perf_counter()
+        before, start, earlier = self._totals(), time.perf_counter(), self.task_bytes
+        self._forget_peaks()
         yield
         seconds = time.perf_counter() - start
         processor, read, written = (b - a for a, b in zip(before, self._totals(), strict=True))
         self.steps[name] = {
-            "seconds": seconds, "processor_seconds": processor, "read_gb": read / 1e9, "written_gb": written / 1e9
+            "seconds": seconds, "processor_seconds": processor, "read_gb": read / 1e9, "written_gb": written / 1e9,
+            "task_gb": self.task_bytes / 1e9, "driver_gb": _driver_gb(),
         }  # fmt: skip
+        self.task_bytes = max(self.task_bytes, earlier)
         print(f"  {name:16s}{seconds:9.1f} s{processor:9.1f} s of processor{read / 1e9:9.2f} GB read", flush=True)
 
     def figures(self) -> dict[str, Any]:
         """Sums over the steps, and the peaks."""
         sums = {name: sum(step[name] for step in self.steps.values()) for name in next(iter(self.steps.values()))}
-        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {**sums, "driver_gb": driver / 1e9, "task_gb": self.task_bytes / 1e9, "steps": self.steps}
+        return {**sums, "driver_gb": _driver_gb(), "task_gb": self.task_bytes / 1e9, "steps": self.steps}
+
+    def _forget_peaks(self) -> None:
+        """A worker does one step's tasks after another's: its peak counts from here on."""
+        for pid, _ in self._seen:
+            if pid != os.getpid():
+                with contextlib.suppress(OSError):
+                    (Path("/proc") / str(pid) / "clear_refs").write_text("5")
+        with self._lock:
+            self.task_bytes = 0
 
     def _totals(self) -> tuple[float, int, int]:
         self._look()
@@ -82,3 +94,8 @@ class Meter:
                 peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
                 if pid != own and is_ours:
                     self.task_bytes = max(self.task_bytes, int(peak) * 1024)
+
+
+def _driver_gb() -> float:
+    """The peak of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

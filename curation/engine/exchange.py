@@ -9,10 +9,11 @@ Measured against Ray Data's hash shuffle: `python -m benchmarks.exchange`.
 """
 
 import io
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from curation.engine.devices import run_on
 from curation.engine.folder import Folder
-from curation.engine.workers import ExecutionConfig, finished_pieces, run_pieces
+from curation.engine.workers import ExecutionConfig, finished_pieces, free_memory, run_pieces
 
 BUCKET = "bucket"
 """int column of what a map function gives: where the row goes; it does not arrive there"""
@@ -29,15 +30,6 @@ _REQUESTS_AT_ONCE = 16  # of one reduce task on an object store
 
 Map = Callable[..., Iterable[pa.Table]]
 Reduce = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where one bucket of one table lies."""
-
-    name: str
-    offset: int
-    size: int
 
 
 def exchange(
@@ -76,7 +68,7 @@ def exchange(
     done = finished_pieces(folder, names)
     todo = [bucket for bucket, name in enumerate(names) if name not in done]
     if todo:
-        maps = [f"map-{num_buckets}-{number:05d}.npy" for number in range(len(items))]
+        maps = [_map_name(number, item, num_buckets) for number, item in enumerate(items)]
         run_pieces(
             _map,
             items,
@@ -91,11 +83,11 @@ def exchange(
             weights=weights,
             run=partial(run_on, map_device),
         )
-        offsets = [scratch.read_array(name) for name in maps]  # [tables, buckets + 1] each
         run_on(
             reduce_device,
             _reduce,
-            [(bucket, _pieces(bucket, maps, offsets)) for bucket in todo],
+            _Jobs(todo, num_buckets, maps, scratch),
+            maps,
             reduce_rows,
             scratch,
             list(sort_by),
@@ -125,13 +117,33 @@ def bucket_of(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int32)
 
 
-def _pieces(bucket: int, maps: Sequence[str], offsets: Sequence[np.ndarray]) -> list[_Piece]:
-    return [
-        _Piece(_rows_file(name), int(bounds[bucket]), int(bounds[bucket + 1] - bounds[bucket]))
-        for name, tables in zip(maps, offsets, strict=True)
-        for bounds in tables
-        if bounds[bucket + 1] > bounds[bucket]
-    ]
+_Job = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+"""A bucket, and of each table that has rows of it: number of the map file, offset there and size in bytes, int64 [P]"""
+
+
+class _Jobs(Sequence[_Job]):
+    """What the reduce tasks start from, made when it is asked for: the driver holds 8 bytes a bucket and table."""
+
+    def __init__(self, buckets: Sequence[int], num_buckets: int, maps: Sequence[str], scratch: Folder) -> None:
+        self.buckets = buckets
+        with ThreadPoolExecutor(1 if scratch.is_local else _REQUESTS_AT_ONCE) as pool:
+            tables = list(pool.map(scratch.read_array, maps))
+        self.file = np.repeat(np.arange(len(tables)), [len(bounds) for bounds in tables])
+        self.bounds = np.concatenate([np.zeros((0, num_buckets + 1), np.int64), *tables])  # [tables, buckets + 1]
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def __getitem__(self, number: int) -> _Job:  # type: ignore[override]  # nobody asks for slices
+        bucket = self.buckets[number]
+        start, stop = self.bounds[:, bucket], self.bounds[:, bucket + 1]
+        here = np.flatnonzero(stop > start)
+        return bucket, self.file[here], start[here], (stop - start)[here]
+
+
+def _map_name(number: int, item: object, num_buckets: int) -> str:
+    """It tells the item: what an interrupted call left of others, as with another memory, is not taken for ours."""
+    return f"map-{num_buckets}-{number:05d}-{sha256(pickle.dumps(item)).hexdigest()[:8]}.npy"
 
 
 def _rows_file(name: str) -> str:
@@ -144,25 +156,31 @@ def _map(item: Any, scratch: Folder, name: str, map_rows: Map, num_buckets: int,
     with scratch.writing(_rows_file(name)) as file:
         at = 0
         for table in map_rows(item, *shared):
-            bounds = np.full(num_buckets + 1, at, np.int64)
+            sizes = np.zeros(num_buckets + 1, np.int64)
             for bucket, rows in _grouped(table, num_buckets):
                 content = _to_bytes(rows)
                 file.write(content)
-                bounds[bucket + 1 :] += len(content)
-            at = int(bounds[-1])
-            offsets.append(bounds)
+                sizes[bucket + 1] = len(content)
+                del rows, content
+            offsets.append(at + np.cumsum(sizes))
+            at = int(offsets[-1][-1])
+            del table  # before the next one is made
+            free_memory()
     scratch.write_array(name, np.array(offsets, np.int64).reshape(-1, num_buckets + 1))
 
 
 def _grouped(table: pa.Table, num_buckets: int) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of each bucket that has any, in their order."""
+    """The rows of each bucket that has any, in their order; one bucket's are copied at a time."""
     buckets = table[BUCKET].to_numpy()
     table = table.drop_columns([BUCKET]).combine_chunks()
+    if num_buckets == 1:
+        if table.num_rows:
+            yield 0, table
+        return
     order = np.argsort(buckets, kind="stable")
-    table = table.take(pa.array(order))
     starts = np.searchsorted(buckets[order], np.arange(num_buckets + 1))
     for bucket in np.flatnonzero(np.diff(starts)):
-        yield int(bucket), table.slice(starts[bucket], starts[bucket + 1] - starts[bucket])
+        yield int(bucket), table.take(pa.array(order[starts[bucket] : starts[bucket + 1]]))
 
 
 def _to_bytes(table: pa.Table) -> pa.Buffer:
@@ -173,20 +191,21 @@ def _to_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def _reduce(
-    job: tuple[int, list[_Piece]], reduce_rows: Reduce, scratch: Folder, sort_by: list[str], shared: tuple[Any, ...]
+    job: _Job, maps: Sequence[str], reduce_rows: Reduce, scratch: Folder, sort_by: list[str], shared: tuple[Any, ...]
 ) -> None:
-    bucket, pieces = job
-    reduce_rows(bucket, _gathered(pieces, scratch, sort_by), *shared)
+    bucket, *pieces = job
+    reduce_rows(bucket, _gathered(maps, pieces, scratch, sort_by), *shared)
 
 
-def _gathered(pieces: Sequence[_Piece], scratch: Folder, sort_by: list[str]) -> pa.Table:
-    def read(piece: _Piece) -> pa.Table:
-        content = scratch.read_range(piece.name, piece.offset, piece.offset + piece.size)
-        with pa.ipc.open_stream(io.BytesIO(content)) as reader:
+def _gathered(maps: Sequence[str], pieces: Sequence[np.ndarray], scratch: Folder, sort_by: list[str]) -> pa.Table:
+    def read(file: int, offset: int, size: int) -> pa.Table:
+        with pa.ipc.open_stream(
+            io.BytesIO(scratch.read_range(_rows_file(maps[file]), offset, offset + size))
+        ) as reader:
             return reader.read_all()
 
-    if not pieces:
+    if not len(pieces[0]):
         return pa.table({})
     with ThreadPoolExecutor(1 if scratch.is_local else _REQUESTS_AT_ONCE) as pool:
-        table = pa.concat_tables(pool.map(read, pieces))
+        table = pa.concat_tables(pool.map(read, *(column.tolist() for column in pieces)))
     return table.sort_by([(name, "ascending") for name in sort_by]) if sort_by else table

@@ -131,10 +131,11 @@ class Folder:
             return parquet.metadata.num_rows
 
     def table_batches(self, name: str, columns: Sequence[str], rows: int = 1 << 20) -> Iterator[pa.Table]:
-        """A table piece by piece, at most `rows` at a time."""
+        """A table piece by piece, at most `rows` at a time, none of more than one row group."""
         with self.reading(name) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(rows, columns=list(columns)):
-                yield pa.Table.from_batches([batch]).select(columns)
+            for group in range(parquet.num_row_groups):  # one reader of all would hold what it read to its end
+                for batch in parquet.iter_batches(rows, row_groups=[group], columns=list(columns)):
+                    yield pa.Table.from_batches([batch]).select(columns)
 
     def write_table(self, name: str, table: pa.Table) -> File:
         buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """The one wrapper around Ray: start or join it, run a function over items again and again until each is done."""
 
+import ctypes
 import errno
 import heapq
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
@@ -41,6 +43,8 @@ SILENCE_S = 600.0
 """after so long without a finished task a message says what is waited for"""
 _NODE_ERRORS = (ActorUnavailableError, NodeDiedError, ObjectLostError, RuntimeEnvSetupError)
 
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc has it
+
 # Every task computes on one thread: parallelism comes from tasks, and results cannot depend on a thread count.
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
@@ -63,6 +67,11 @@ class ExecutionConfig:
         check_ranges("execution", self, workers="[0, inf)", memory_gb="[0.25, inf)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"execution.device={self.device!r} must be auto, cpu or cuda.")
+
+    def rows_at_once(self, row_bytes: float) -> int:
+        """Into how many rows a task cuts what it works through, where one costs it so many bytes: those that fill a
+        quarter of `memory_gb`, at most 2^20. Results must not depend on it."""
+        return max(1, min(1 << 20, int(self.memory_gb * 1e9 / 4 / row_bytes)))
 
 
 def start_ray(execution: ExecutionConfig) -> None:
@@ -149,9 +158,10 @@ def run_tasks(
     Args:
         names: what to call each item in messages.
     """
-    task = ray.remote(max_retries=0)(function)  # `Losses` counts, tells and waits; Ray would do neither
+    task = ray.remote(max_retries=0)(_task)  # `Losses` counts, tells and waits; Ray would do neither
+    task = task.options(name=getattr(function, "__name__", "task"))
     try:
-        arguments = [ray.put(value) for value in shared]
+        arguments = [ray.put(value) for value in (function, *shared)]
     except RayError as error:
         raise _in_words(error) from None
     results: list[Any] = [None] * len(items)
@@ -179,6 +189,19 @@ def run_tasks(
             for reference in pending:
                 ray.cancel(reference, force=False)
             raise
+
+
+def _task(item: Any, function: Callable[..., R], *shared: Any) -> R:
+    try:
+        return function(item, *shared)
+    finally:
+        free_memory()  # or the worker keeps it, and the next task comes on top
+
+
+def free_memory() -> None:
+    """Give back to the system what is not in use: Arrow's pool and the C library keep most of what was freed."""
+    pa.default_memory_pool().release_unused()
+    _trim(0)
 
 
 def run_pieces(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from curation.ops.hierarchy import rank_in_segment
 from curation.ops.recall import effective_size, lower_bound
@@ -68,56 +69,40 @@ def first_neighbours(
     return query[order], gid[order], similarity[order]
 
 
-def neighbour_lists(
-    query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, num_queries: int, depth: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `first_neighbours` gives, as arrays [num_queries, depth]: gids, -1 where there is none; similarities."""
-    gids = np.full((num_queries, depth), -1, np.int64)
-    similarities = np.full((num_queries, depth), -np.inf, np.float32)
-    rank = rank_in_segment(query)
-    near = rank < depth
-    gids[query[near], rank[near]] = gid[near]
-    similarities[query[near], rank[near]] = similarity[near]
-    return gids, similarities
-
-
 def resolve_collisions(
-    gids: np.ndarray, similarity: np.ndarray, k: int, collisions: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which entries of the neighbour lists count as draws.
+    query: np.ndarray, rank: np.ndarray, gid: np.ndarray, similarity: np.ndarray, k: int, collisions: str
+) -> np.ndarray:
+    """Which claims of queries on images count as draws: bool [N].
 
     Args:
-        gids: int64 [Q, depth], each query's neighbours nearest first; -1 where there is none.
-        similarity: float32 [Q, depth].
+        query, rank, gid, similarity: of each claim: who makes it, how many of its own are nearer, what it wants, how
+            similar that is. "keep" and "drop" need all claims of an image, "next_neighbor" all claims there are.
         k: draws per query, at most.
-        collisions: "keep": the first k of every list, whoever else wants them. "drop": of the first k, an image goes
+        collisions: "keep": the first k of every query, whoever else wants them. "drop": of the first k, an image goes
             to the query it is most similar to. "next_neighbor": as drop, but a query that loses an image goes deeper
             in its list.
 
-    Returns:
-        (query, rank) int64 [draws]: positions in gids, by query then rank.
-
     Source: the three readings that the DINOv2 paper leaves open; its counts are exact multiples of k ("keep").
     """
-    limit = gids if collisions == "next_neighbor" else gids[:, :k]
-    query, rank = np.nonzero(limit >= 0)
+    first = rank < k
     if collisions == "keep":
-        return query, rank
-    wanted = limit[query, rank]
+        return first
     # The most similar claim on an image comes first; ties go to the lower query, so the order is total.
-    order = np.lexsort((query, wanted, -similarity[query, rank].astype(np.float64)))
+    images, image = np.unique(gid, return_inverse=True)
+    queries, by = np.unique(query, return_inverse=True)
+    order = np.lexsort((query, gid, -similarity.astype(np.float64)))
     if collisions == "drop":
-        _, first = np.unique(wanted[order], return_index=True)
-        kept = np.sort(order[first])
-        return query[kept], rank[kept]
-    taken: set[int] = set()
-    drawn = np.zeros(len(gids), np.int64)
-    kept_list = []
-    for position in order.tolist():
-        image, by = int(wanted[position]), query[position]
-        if drawn[by] < k and image not in taken:
-            taken.add(image)
-            drawn[by] += 1
-            kept_list.append(position)
-    kept = np.sort(np.array(kept_list, np.int64))
-    return query[kept], rank[kept]
+        order, k = order[first[order]], len(images)
+    return _by_order(order, by, image, k, len(queries), len(images))
+
+
+@njit(cache=True, nogil=True)
+def _by_order(order, query, image, k, num_queries, num_images):
+    """Claims that find their image untaken and their query with fewer than k, in this order."""
+    counts, drawn = np.zeros(query.size, np.bool_), np.zeros(num_queries, np.int64)
+    taken = np.zeros(num_images, np.bool_)
+    for claim in order:
+        if drawn[query[claim]] < k and not taken[image[claim]]:
+            counts[claim] = taken[image[claim]] = True
+            drawn[query[claim]] += 1
+    return counts

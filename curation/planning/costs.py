@@ -24,17 +24,17 @@ JOIN_ROW_S = 14e-6
 HASHES_PER_S = 0.3e9  # near perceptual hashes, of which 6.2e-3 N^2 are compared bit by bit
 RETRIEVE_FLOPS = 74e9  # curation.ops.join.nearest, 256-d, 250 rows a cell
 SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is usually slower
-# By `python -m benchmarks.scale index` at 1 and 3 million rows, 27 November 2026: seconds of all tasks for a row.
-FILTER_S, HEADS_S, GROUPS_S = 0.8e-6, 3.1e-6, 2.0e-6
+# By `python -m benchmarks.scale index` at 1, 3 and 10 million rows, 27 November 2026: seconds of all tasks for a row.
+FILTER_S, HEADS_S, GROUPS_S, SURVIVORS_S, DECIDE_S = 0.7e-6, 2.8e-6, 1.8e-6, 0.3e-6, 2.0e-6
 UNION_S = 0.1e-6  # of the driver: heads and forests into union-find, labels out (0.02 without files)
-SHARD_PLAN_S, SHARD_PLAN_DRIVER_S = 12e-6, 1e-6  # for a kept row: 1 M rows of which 500,000 are kept
+SHARD_PLAN_S, SHARD_PLAN_DRIVER_S = 7e-6, 1e-6  # for a kept row, of a pool of which a quarter is kept: same
 # Vectors into files of cells (curation.stages.grouped), sketches for the most part: 5.3, 13 and 26 us a row of 128, 512
 # and 1024 dimensions, of all tasks (27 November 2026); for a row and a dimension.
 GROUPED_S = 26e-9
 SUMS_BYTES_PER_S = 1e9  # of k-means over tasks, merged by the driver
 # Reckoned from what the step reads and writes (Parquet with zstd: 0.3 and 0.5 us a row), not measured.
-SURVIVORS_S, BALANCE_S, DECIDE_S, REPORT_S = 2e-6, 1e-6, 4e-6, 2e-6
-RANKED_S = 0.5e-6  # of a neighbour of a seed image, by the driver
+BALANCE_S, REPORT_S = 1e-6, 2e-6
+RANKED_S = 0.5e-6  # of a neighbour of a seed image
 # Published, not measured here: 45% of the peak of one A100; k-means at 50%, the join's products at 40%.
 A100_PEAK = 312e12
 A100_EMBED_FLOPS = 140e12

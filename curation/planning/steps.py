@@ -271,9 +271,9 @@ class Plan(PlanNumbers):
         for name, (seed, _) in self.run.inputs.seeds.items():
             rule, asked = seed.rule, self.seeds[name].images
             drawn, work, read, requests = min(n, most_drawn(rule, asked)), Work(), 4.0 * n, 2.0 * self.num_ranges
-            near = asked * (SPARE_SHARE * rule.k + SPARE) if rule.mode == "sample" else 0  # the driver ranks them all
+            near = asked * (SPARE_SHARE * rule.k + SPARE) if rule.mode == "sample" else 0  # ranked by tasks
             if rule.mode == "sample":
-                work = costs.retrieve_work(asked, n, self._retrieval_cells, dim)
+                work = costs.retrieve_work(asked, n, self._retrieval_cells, dim) + Work(core_s=near * costs.RANKED_S)
                 read = 0.0 if is_paid else 2.0 * n * (2 * dim + costs.SKETCH_AND_GID_BYTES)
                 requests = 2 * costs.exchange_requests(slices, -(-asked // PIECE_ROWS))
                 is_paid = True
@@ -288,10 +288,10 @@ class Plan(PlanNumbers):
                     work=work,
                     images=asked,
                     tasks=slices,
-                    driver_s=near * costs.RANKED_S,
                     read=read,
+                    moved=36.0 * drawn,
                     requests=requests,
-                    driver_bytes=36.0 * drawn + 40.0 * near,
+                    driver_bytes=8.0 * asked + n / 8 + 36.0 * min(drawn, max(self.config.range_rows, rule.max_images)),
                     task_bytes=self.memory / 2 if asked > PIECE_ROWS else 4.0 * asked * dim + 2**28,
                 )
             )

@@ -25,17 +25,20 @@ def draw_by_cluster(
     draw: Draw,
     execution: ExecutionConfig,
     label: str,
+    named: str = "all",
 ) -> list[str]:
     """Draw from every cluster that has a quota (int64 [K]): names of tables gid, cluster in `folder`, by cluster.
 
-    A name tells how many there are, which depends on memory_gb; rows of all of them together do not.
+    A name tells how many there are, which depends on memory_gb; rows of all of them together do not. Where pieces may
+    stay though the survivors change, `named` tells whose they are.
     """
     number = min(buckets_for(_ROW_BYTES * sum(survivors.counts()), execution), len(quotas))
-    names = [f"drawn-{number}-{bucket:05d}.parquet" for bucket in range(number)]
+    names = [f"drawn-{named}-{number}-{bucket:05d}.parquet" for bucket in range(number)]
     exchange(
-        range(survivors.num_ranges), _with_clusters, number, _write_drawn, survivors, clustering, quotas, draw, folder,
-        names, scratch=folder / "moved", outputs=(folder, names), sort_by=["gid"], execution=execution, label=label,
-        unit="images", weights=[float(count) for count in survivors.counts()],
+        [(number, named) for number in range(survivors.num_ranges)], _with_clusters, number, _write_drawn,
+        survivors, clustering, quotas, draw, folder, names, scratch=folder / "moved", outputs=(folder, names),
+        sort_by=["gid"], execution=execution, label=label, unit="images",
+        weights=[float(count) for count in survivors.counts()],
     )  # fmt: skip
     return names
 
@@ -63,9 +66,9 @@ def sizes_of_survivors(survivors: Survivors, clustering: Clustering) -> np.ndarr
 
 
 def _with_clusters(
-    number: int, survivors: Survivors, clustering: Clustering, quotas: np.ndarray, *rest: object
+    item: tuple[int, str], survivors: Survivors, clustering: Clustering, quotas: np.ndarray, *rest: object
 ) -> Iterator[pa.Table]:
-    names = rest[-1]
+    number, names = item[0], rest[-1]
     assert isinstance(names, list)
     gids = survivors.gids(number)
     cluster = clustering.assignment(number)[gids - number * survivors.size].astype(np.int64)

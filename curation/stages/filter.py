@@ -77,9 +77,9 @@ def read_range(folder: Folder, number: int, columns: Sequence[str]) -> pa.Table:
     return folder.read_table(range_file("range", number), list(columns))
 
 
-def read_batches(folder: Folder, number: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of one range of gids, about a million at a time."""
-    yield from folder.table_batches(range_file("range", number), columns)
+def read_batches(folder: Folder, number: int, columns: Sequence[str], rows: int = _ROW_GROUP) -> Iterator[pa.Table]:
+    """The rows of one range of gids, so many at a time."""
+    yield from folder.table_batches(range_file("range", number), columns, rows)
 
 
 def _filter_range(

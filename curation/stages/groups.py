@@ -6,7 +6,6 @@ edges to the label of their component, images there too, and each image's fate b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +37,10 @@ SCHEMA = pa.schema(
 )
 _LABELS = "piece-labels.i64"
 _EDGE_BYTES, _IMAGE_BYTES = 80, 320  # of a row while it is sorted and grouped: twice what travels
+_READ_BYTES = 700  # of an image while it is looked for who is not alone
 _HASHES = ("sha256", "pdq", "pdq_mirrored")
+_IMAGE = np.dtype([("standing", "u1"), ("pixels", "<i8"), ("bytes", "<i8"), *((name, "u1", 32) for name in _HASHES)])
+"""what travels of an image, as one value: of an edge there is none"""
 _BATCH = 1 << 20
 
 
@@ -82,7 +84,9 @@ class _Work:
     rules: GroupRules
     num_buckets: int
     cut: Ranges
-    """of gids, so fine that the edges of one piece fit"""
+    """of gids, so fine that the edges of one piece fit, even where all of its images have as many as the join keeps"""
+    rows_at_once: int
+    """of what is read to be moved"""
 
     @property
     def place(self) -> Folder:
@@ -121,8 +125,10 @@ def write_groups(
     """
     names = [range_file("range", number) for number in range(len(ranges))]
     fine = -(-ranges.num_rows // buckets_for(num_edges * _EDGE_BYTES, execution))
-    cut = Ranges(ranges.num_rows, fine)
-    work = _Work(folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, 0, cut)
+    most = int(execution.memory_gb * 1e9 / (MAX_NEIGHBOURS * _EDGE_BYTES))
+    cut = Ranges(ranges.num_rows, min(fine, most))
+    rows_at_once = execution.rows_at_once(_READ_BYTES)
+    work = _Work(folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, 0, cut, rows_at_once)
     num_buckets = buckets_for(num_edges * _EDGE_BYTES + _write_labels(work, links) * _IMAGE_BYTES, execution)
     work = replace(work, num_buckets=num_buckets)
     ends = [_labels_of(work, gids) for gids in asked]
@@ -136,7 +142,7 @@ def write_groups(
     )  # fmt: skip
     exchange(
         [*labelled, *range(len(ranges))], _to_components, num_buckets, _group, work,
-        scratch=folder / "exchange/components", outputs=(work.place, grouped), sort_by=["label", "a", "b"],
+        scratch=folder / "exchange/components", outputs=(work.place, grouped), sort_by=[],
         execution=execution, label="dedup: groups", unit="files",
     )  # fmt: skip
     split = pa.concat_tables([work.place.read_table(work.piece("split", number)) for number in range(num_buckets)])
@@ -208,10 +214,11 @@ def _label_edges(number: int, table: pa.Table, work: _Work) -> None:
     """Every pair once, with its component."""
     start, stop = work.cut.bounds(number)
     if table.num_rows:
-        table = table.group_by(["a", "b"], use_threads=False).aggregate([("similarity", "max")])
-        table = table.rename_columns(["a", "b", "similarity"])
-        label = _labels(work, start, stop)[table["a"].to_numpy() - start]
-        table = table.append_column("label", pa.array(label))
+        a, b = table["a"].to_numpy(), table["b"].to_numpy()
+        first = np.flatnonzero(np.r_[True, (a[1:] != a[:-1]) | (b[1:] != b[:-1])])
+        similarity = np.maximum.reduceat(table["similarity"].to_numpy(), first)
+        a, b = a[first], b[first]
+        table = pa.table({"a": a, "b": b, "similarity": similarity, "label": _labels(work, start, stop)[a - start]})
     work.place.write_table(work.piece("edges", number), table)
 
 
@@ -219,67 +226,64 @@ _MET = pa.schema(
     [
         ("label", pa.int64()),
         ("a", pa.int64()),  # of an edge; of an image: its gid
-        ("b", pa.int64()),  # of an edge; of an image: its head, minus one, negated: below 0, so that images come first
+        ("b", pa.int64()),  # of an edge; of an image: its head, minus one, negated: below 0
         ("similarity", pa.float32()),
-        ("standing", pa.uint8()),
-        ("pixels", pa.int64()),
-        ("bytes", pa.int64()),
-        *((name, pa.binary()) for name in _HASHES),
+        ("image", pa.binary()),  # _IMAGE; null of an edge
     ]
 )
 
 
 def _to_components(item: str | int, work: _Work) -> Iterator[pa.Table]:
     """Labelled edges of a piece, or the images of a range that are not alone."""
-    for columns in _labelled_edges(item, work) if isinstance(item, str) else _images_in_groups(item, work):
-        table = pa.table({name: columns[name] for name in _MET.names}).cast(_MET)
+    for table in _labelled_edges(item, work) if isinstance(item, str) else _images_in_groups(item, work):
         buckets = bucket_of(hash_uint64(0, table["label"].to_numpy()), work.num_buckets)
         yield table.append_column(BUCKET, pa.array(buckets))
 
 
-def _labelled_edges(piece: str, work: _Work) -> Iterator[dict[str, Any]]:
-    table = work.place.read_table(piece)
-    if table.num_rows:
-        yield {name: table[name] if name in table.column_names else pa.nulls(len(table)) for name in _MET.names}
+def _labelled_edges(piece: str, work: _Work) -> Iterator[pa.Table]:
+    if work.place.num_rows(piece):
+        for table in work.place.table_batches(piece, _MET.names[:-1], work.rows_at_once):
+            yield table.append_column("image", pa.nulls(len(table), pa.binary()))
 
 
-def _images_in_groups(number: int, work: _Work) -> Iterator[dict[str, Any]]:
-    """About a million images at a time."""
-    names = ["standing", "pixels", "bytes", *_HASHES]
+def _images_in_groups(number: int, work: _Work) -> Iterator[pa.Table]:
     first, _ = work.ranges.bounds(number)
     start = first
-    for table in read_batches(work.filtered, number, names):
-        stop = start + table.num_rows
-        label = _labels(work, start, stop)
-        here = np.flatnonzero(label >= 0)
-        head = work.heads.table_rows(range_file("range", number), start - first, stop - first, ["head"])["head"]
-        table = table.take(pa.array(here))
-        columns = {"label": label[here], "a": here + start, "similarity": pa.nulls(len(here))}
-        columns["b"] = -1 - head.fill_null(-1).to_numpy()[here]
-        yield columns | {name: table[name] for name in names}
-        start = stop
+    for table in read_batches(work.filtered, number, _IMAGE.names or (), work.rows_at_once):
+        head = work.heads.table_rows(range_file("range", number), start - first, start - first + len(table), ["head"])
+        yield _not_alone(table, start, head["head"].fill_null(-1).to_numpy(), work)
+        start += table.num_rows
+
+
+def _not_alone(table: pa.Table, start: int, head: np.ndarray, work: _Work) -> pa.Table:
+    label = _labels(work, start, start + table.num_rows)
+    here = np.flatnonzero(label >= 0)
+    rows = table.take(pa.array(here))
+    images = np.empty(len(here), _IMAGE)
+    for name in _IMAGE.names or ():
+        images[name] = column_values(rows[name])
+    content = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(_IMAGE.itemsize), len(images), [None, pa.py_buffer(images.view(np.uint8))]
+    )
+    columns = [label[here], here + start, -1 - head[here], pa.nulls(len(here), pa.float32()), content.cast(pa.binary())]
+    return pa.table(columns, schema=_MET)
 
 
 def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     """The groups of all components of a bucket; images that look the same share their head's fate and similarity."""
     rules = work.rules
     if not table.num_rows:
-        table = pa.table({name: pa.array([], type) for name, type in zip(_MET.names, _MET.types, strict=True)})
+        table = _MET.empty_table()
     is_image = pc.less(table["b"], 0)
-    images, links = table.filter(is_image), table.filter(pc.invert(is_image)).select(["a", "b", "similarity"])
-    images = images.sort_by("a")
-    gid, head = images["a"].to_numpy(), -1 - images["b"].to_numpy()
+    rows = table.filter(is_image).sort_by("a")
+    gid, head, label = rows["a"].to_numpy(), -1 - rows["b"].to_numpy(), rows["label"].to_numpy()
+    images = np.frombuffer(rows["image"].cast(pa.binary(_IMAGE.itemsize)).combine_chunks().buffers()[1], _IMAGE)
     is_head = head == gid
     node = gid[is_head]
-    edges = [
-        (
-            np.searchsorted(node, links["a"].to_numpy()),
-            np.searchsorted(node, links["b"].to_numpy()),
-            links["similarity"].to_numpy(),
-        )
-    ]
-    keys = _priorities(work, images.filter(pa.array(is_head)), node)
-    degree = np.bincount(np.concatenate(edges[0][:2]), minlength=len(node))
+    edges = _edges_of(table.filter(pc.invert(is_image)), node)
+    del table, rows
+    keys = _priorities(work, images[is_head], label[is_head], node)
+    degree = sum((np.bincount(end, minlength=len(node)) for *ends, _ in edges for end in ends), np.zeros(len(node)))
     capped = degree >= MAX_NEIGHBOURS  # the join may have kept no more of them
     groups = duplicate_groups(
         len(node),
@@ -293,7 +297,7 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     at = np.searchsorted(node, head)
     representative, similarity = node[groups.representatives[at]], groups.similarity[at]
     # What an earlier release kept stays, though a new image may have joined two of its groups.
-    representative = np.where(images["standing"].to_numpy() == 2, gid, representative)
+    representative = np.where(images["standing"] == 2, gid, representative)
     _, smallest, of_label, size = np.unique(
         groups.labels[at], return_index=True, return_inverse=True, return_counts=True
     )
@@ -310,6 +314,15 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
         "step": _steps(images, gid, representative, similarity, rules.perceptual_distance),
     }
     work.place.write_table(work.piece("groups", bucket), pa.table(out))
+
+
+def _edges_of(links: pa.Table, node: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Edges among places in `node` (gids, ascending), some rows at a time: 12 bytes each."""
+    edges = []
+    for batch in links.select(["a", "b", "similarity"]).to_batches(_BATCH):
+        ends = (np.searchsorted(node, batch[name].to_numpy()).astype(np.int32) for name in ("a", "b"))
+        edges.append((*ends, batch["similarity"].to_numpy().copy()))
+    return edges
 
 
 def _similar(work: _Work, node: np.ndarray, capped: np.ndarray) -> Similar:
@@ -333,10 +346,10 @@ def _similar(work: _Work, node: np.ndarray, capped: np.ndarray) -> Similar:
 
 
 def _steps(
-    images: pa.Table, gid: np.ndarray, representative: np.ndarray, similarity: np.ndarray, perceptual_distance: int
+    images: np.ndarray, gid: np.ndarray, representative: np.ndarray, similarity: np.ndarray, perceptual_distance: int
 ) -> np.ndarray:
     own = np.searchsorted(gid, representative)
-    digests, hashes, mirrored = (column_values(images[name].cast(pa.binary(32))) for name in _HASHES)
+    digests, hashes, mirrored = (np.ascontiguousarray(images[name]) for name in _HASHES)
     is_exact = (digests == digests[own]).all(axis=1)
     distance = np.minimum(hash_distances(hashes, hashes[own]), hash_distances(hashes, mirrored[own]))
     return np.select(
@@ -346,18 +359,18 @@ def _steps(
     ).astype(np.uint8)
 
 
-def _priorities(work: _Work, nodes: pa.Table, gids: np.ndarray) -> list[np.ndarray]:
+def _priorities(work: _Work, nodes: np.ndarray, labels: np.ndarray, gids: np.ndarray) -> list[np.ndarray]:
     """By what images of a component are compared, the most important first.
 
     The component's mean is asked for only where all that comes before leaves two images of it equal.
     """
-    labels = np.unique(nodes["label"].to_numpy(), return_inverse=True)[1]
-    keys: list[np.ndarray] = [nodes["standing"].to_numpy().astype(np.int64)]
+    labels = np.unique(labels, return_inverse=True)[1]
+    keys: list[np.ndarray] = [nodes["standing"].astype(np.int64)]
     for name in work.rules.representative:
         if name == "central":
             keys.append(_centrality(work, gids, labels, _undecided(labels, keys)))
         else:
-            keys.append(nodes[{"resolution": "pixels", "bytes": "bytes"}[name]].to_numpy())
+            keys.append(nodes[{"resolution": "pixels", "bytes": "bytes"}[name]].astype(np.int64))
     return keys
 
 

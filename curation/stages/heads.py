@@ -26,6 +26,7 @@ VERSION = 1
 _COLUMNS = ["reason", "sha256", "pdq", "pdq_mirrored", "pdq_quality", "standing", "pixels", "bytes"]
 _KEYS = ("standing", "pixels", "bytes")  # of the head, the most important first
 _ROW_BYTES = 240  # of one while its looks are compared: twice what travels
+_READ_BYTES = 800  # of one while leaders are found
 _LOOKS_BYTES = 64
 
 
@@ -34,8 +35,8 @@ def find_heads(
 ) -> tuple[list[File], dict[str, int]]:
     """Write range-*.parquet: `head`, the gid that stands for each image; null for those that the filters left out.
 
-    Within a million rows of one range the head among them is found at once; these leaders travel to where all of the
-    same looks meet. The others are known by their leader, so that no task holds all copies of one placeholder.
+    Of some rows of one range, a million at most, the head among them is found at once; these leaders travel to where
+    all of the same looks meet. The others are known by their leader, so no task holds all copies of one placeholder.
 
     Args:
         filtered: the folder of the filter stage.
@@ -50,6 +51,7 @@ def find_heads(
     if not set(names) <= set(folder.names()):
         exchange(
             range(len(ranges)), _leaders, num_buckets, _meet, filtered, ranges, num_buckets, met,
+            execution.rows_at_once(_READ_BYTES),
             scratch=folder / "exchange/looks", outputs=(met, pieces), sort_by=["gid"], execution=execution,
             label="heads: same looks", unit="images", weights=ranges.weights(),
         )  # fmt: skip
@@ -77,29 +79,37 @@ def is_head(number: int, folder: Folder, ranges: Ranges) -> np.ndarray:
     return read_heads(folder, number, ranges) == np.arange(*ranges.bounds(number))
 
 
-def _leaders(number: int, filtered: Folder, ranges: Ranges, num_buckets: int, met: Folder) -> Iterator[pa.Table]:
-    """For each million rows: the best image of each looks among them, and whom the others follow."""
+def _leaders(
+    number: int, filtered: Folder, ranges: Ranges, num_buckets: int, met: Folder, rows: int
+) -> Iterator[pa.Table]:
     start, _ = ranges.bounds(number)
-    for table in read_batches(filtered, number, _COLUMNS):
-        here = np.flatnonzero(table["reason"].is_null().to_numpy()) + start
+    for table in read_batches(filtered, number, _COLUMNS, rows):
+        yield _led(table, start, num_buckets)
         start += table.num_rows
-        table = table.filter(table["reason"].is_null())
-        looks = _looks(table)
-        keys = {name: table[name].to_numpy().astype(np.int64) for name in _KEYS}
-        leader = representatives(equal_groups(looks), list(keys.values()))
-        leads = leader == np.arange(len(leader))
-        content = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(_LOOKS_BYTES), len(looks), [None, pa.py_buffer(np.ascontiguousarray(looks))]
-        ).cast(pa.binary())
-        yield pa.table(
-            {
-                "gid": here,
-                "leader": here[leader],
-                "looks": pc.if_else(pa.array(leads), content, pa.scalar(None, pa.binary())),
-                **{name: np.where(leads, values, 0) for name, values in keys.items()},
-                BUCKET: bucket_of(row_hashes(looks), num_buckets),
-            }
-        )
+
+
+def _led(table: pa.Table, start: int, num_buckets: int) -> pa.Table:
+    """The best image of each looks among some rows, the first of which has the gid `start`, and whom others follow."""
+    here = np.flatnonzero(table["reason"].is_null().to_numpy())
+    if len(here) < table.num_rows:
+        table = table.take(pa.array(here))
+    looks = _looks(table)
+    keys = {name: table[name].to_numpy().astype(np.int64) for name in _KEYS}
+    del table
+    leader = representatives(equal_groups(looks), list(keys.values()))
+    leads = leader == np.arange(len(leader))
+    content = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(_LOOKS_BYTES), len(looks), [None, pa.py_buffer(np.ascontiguousarray(looks))]
+    ).cast(pa.binary())
+    return pa.table(
+        {
+            "gid": here + start,
+            "leader": here[leader] + start,
+            "looks": pc.if_else(pa.array(leads), content, pa.scalar(None, pa.binary())),
+            **{name: np.where(leads, values, 0) for name, values in keys.items()},
+            BUCKET: bucket_of(row_hashes(looks), num_buckets),
+        }
+    )
 
 
 def _looks(table: pa.Table) -> np.ndarray:
@@ -110,7 +120,9 @@ def _looks(table: pa.Table) -> np.ndarray:
     return looks
 
 
-def _meet(bucket: int, table: pa.Table, filtered: Folder, ranges: Ranges, num_buckets: int, met: Folder) -> None:
+def _meet(
+    bucket: int, table: pa.Table, filtered: Folder, ranges: Ranges, num_buckets: int, met: Folder, rows_at_once: int
+) -> None:
     """(gid, head) of every image of the bucket that is not its own head, by gid."""
     rows = {"gid": np.empty(0, np.int64), "head": np.empty(0, np.int64)}
     if table.num_rows:

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from curation.engine.devices import run_on, task_device
 from curation.engine.exchange import BUCKET, exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
-from curation.engine.workers import ExecutionConfig, run_pieces
+from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.ops.cells import Cells, cell_ranks, nearest_cells, rows_of_gids
+from curation.ops.hierarchy import rank_in_segment
 from curation.ops.join import nearest
 from curation.ops.join_kernels import grouped_by_cell
 from curation.ops.randomness import hash_sample
@@ -32,7 +34,6 @@ from curation.ops.retrieval import (
     RetrievalCertificate,
     certify_probes,
     first_neighbours,
-    neighbour_lists,
     resolve_collisions,
 )
 from curation.ops.sampling import capped, first_of_each
@@ -42,7 +43,7 @@ from curation.stages.cluster import Clustering
 from curation.stages.draws import draw_by_cluster
 from curation.stages.survivors import Survivors
 
-VERSION = 3
+VERSION = 4
 _MATCHES = pa.schema(
     [
         ("gid", pa.int64()),  # the pool image
@@ -53,11 +54,12 @@ _MATCHES = pa.schema(
     ]
 )
 _BLOCK = 2**16  # seed images whose neighbours are one file
+_BLOCK_PIECES = 8  # into which a block is cut for its draws
 _MOST_SLICES = 1024
 _SLICE_ROWS = 2**16
 _FLUSH_ROWS = 2**22  # neighbours of a block that are held before they are cut to the nearest
 _DEPTH = 8  # next_neighbor looks this many times deeper than k
-_SAMPLE, _CERTIFICATE = "sample.parquet", "certificate.json"
+_FILE, _SAMPLE, _CERTIFICATE = "matches.parquet", "sample.parquet", "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -168,18 +170,30 @@ def retrieve_set(
     execution: ExecutionConfig,
     label: str,
 ) -> tuple[list[File], dict[str, Any]]:
-    """Draw survivors for one seed set; write matches.parquet (see _MATCHES), one row for each draw that counts."""
+    """Draw survivors for one seed set; write matches.parquet (see _MATCHES), one row for each draw that counts, by gid.
+
+    The driver holds the numbers of the seed images, 8 bytes each, a bit for each image of the pool, and the draws of
+    one range of gids (those of mode `cluster`, of which there are at most `max_images`).
+    """
+    tables, figures = iter(()), {}
     if one.rule.mode == "sample":
-        table, figures = _by_sample(one, cells, survivors, execution, label)
-        gids = table["gid"].to_numpy()
-        table = table.append_column("cluster", pa.array(clustering.clusters_of(gids)))
+        tables, figures = _by_sample(one, cells, clustering, survivors, execution, label)
     elif one.rule.mode == "cluster":
-        table, figures = _by_cluster(one, clustering, survivors, execution, label)
-    else:
-        table, figures = _MATCHES.empty_table(), {}
-    figures |= {"mode": one.rule.mode, "num_seeds": len(one.asked.gids), "num_draws": table.num_rows}
-    figures["num_images"] = len(np.unique(table["gid"].to_numpy()))
-    files = [folder.write_table("matches.parquet", table.select(_MATCHES.names).cast(_MATCHES))]
+        tables, figures = _by_cluster(one, clustering, survivors, execution, label)
+    num_draws = num_images = 0
+    with folder.writing(_FILE) as file, pq.ParquetWriter(file, _MATCHES, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.select(_MATCHES.names).cast(_MATCHES))
+            num_draws += table.num_rows
+            num_images += len(np.unique(table["gid"].to_numpy()))  # no image is in two of them
+    if "num_wanted" in figures:
+        figures["shortfall"] = max(0, figures["num_wanted"] - num_draws)
+    figures |= {"mode": one.rule.mode, "num_seeds": len(one.asked.gids), "num_draws": num_draws}
+    figures["num_images"] = num_images
+    for name in folder.names():
+        if name.startswith("drawn-"):
+            folder.delete(name)
+    files = [folder.described(_FILE, num_draws)]
     return files + pieces(folder, _SAMPLE) + pieces(folder, "neighbours-"), figures
 
 
@@ -284,83 +298,166 @@ def _write_nearest(
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Draws:
+    """What the tasks know that draw for one seed set."""
+
+    one: SeedQueries
+    cells: Cells
+    clustering: Clustering
+    alive: np.ndarray
+    """uint8 [ranges, bytes]: a bit for each image of the pool, set where it is a survivor"""
+    range_rows: int
+    nprobe: int
+    device: str | None
+    names: list[str]
+    everything: str
+
+    def surviving(
+        self, query: np.ndarray, gid: np.ndarray, similarity: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        number, row = np.divmod(gid, self.range_rows)
+        kept = self.alive[number, row >> 3] >> (row & 7).astype(np.uint8) & 1 == 1
+        return query[kept], gid[kept], similarity[kept]
+
+
 def _by_sample(
-    one: SeedQueries, cells: Cells, survivors: Survivors, execution: ExecutionConfig, label: str
-) -> tuple[pa.Table, dict[str, Any]]:
-    told = certificate(one, cells)
-    names = [_SAMPLE, *(name for name in one.folder.names() if name.startswith("neighbours-"))]
-    found = pa.concat_tables(one.folder.read_table(name) for name in names)
-    seed, gid, similarity = (found[name].to_numpy() for name in ("seed_gid", "gid", "similarity"))
-    query = np.searchsorted(one.asked.gids, seed)
-    wanted = one.num_drawable
-    listed = np.bincount(query, minlength=len(one.asked.gids))
-    query, gid, similarity = _surviving(query, gid, similarity, survivors)
-    # Where leaks took too much of a list that was full, it is looked for deeper.
+    one: SeedQueries, cells: Cells, clustering: Clustering, survivors: Survivors, execution: ExecutionConfig, label: str
+) -> tuple[Iterator[pa.Table], dict[str, Any]]:
+    """Draws by range of gids, each range in the order of (gid, seed image)."""
+    told, device = certificate(one, cells), task_device(execution)
+    alive, named = _alive(survivors, execution, label)
+    range_rows = survivors.size if len(alive) > 1 else 8 * alive.shape[1]
+    lists = [(_SAMPLE, 1)]
+    lists += [(name, _BLOCK_PIECES) for name in one.folder.names() if name.startswith("neighbours-")]
+    items = [(name, part, parts, named) for name, parts in lists for part in range(parts)]
+    outputs = [f"drawn-{named}-{number:05d}.parquet" for number in range(len(alive))]
+    everything = f"drawn-{named}.parquet"
+    work = _Draws(one, cells, clustering, alive, range_rows, told.nprobe, device, outputs, everything)
+    is_greedy = one.rule.collisions == "next_neighbor"
+    told_as = {"execution": execution, "label": f"retrieve {label}: draws", "unit": "pieces", "map_device": device}
+    if is_greedy:  # one task meets all claims: those that are won decide what is asked for next
+        exchange(
+            items, _claims, 1, _resolve, work, True, scratch=one.folder / "moved", outputs=(one.folder, [everything]),
+            sort_by=["seed_gid", "rank"], **told_as,
+        )  # fmt: skip
+        exchange(
+            [everything], _by_range, len(outputs), _write_draws, work, True, scratch=one.folder / "back",
+            outputs=(one.folder, outputs), sort_by=["gid", "seed_gid"], execution=execution,
+            label=f"retrieve {label}: ranges", unit="files",
+        )  # fmt: skip
+    else:
+        exchange(
+            items, _claims, len(outputs), _write_draws, work, False, scratch=one.folder / "moved",
+            outputs=(one.folder, outputs), sort_by=["gid", "seed_gid"], **told_as,
+        )  # fmt: skip
+    figures = {"num_wanted": one.rule.k * len(one.asked.gids), "target_recall": one.rule.target_recall}
+    return map(one.folder.read_table, outputs), figures | asdict(told)
+
+
+def _alive(survivors: Survivors, execution: ExecutionConfig, label: str) -> tuple[np.ndarray, str]:
+    """Who is left: uint8 [ranges, bytes], a bit an image. And a name for them: pieces stay where only the survivors
+    changed, so those of draws are told apart."""
+    numbers, told = list(range(survivors.num_ranges)), {"label": f"retrieve {label}: left", "unit": "ranges"}
+    alive = np.stack(run_tasks(_alive_in, numbers, survivors, execution=execution, **told))
+    return alive, sha256(alive).hexdigest()[:8]
+
+
+def _alive_in(number: int, survivors: Survivors) -> np.ndarray:
+    first, representative = number * survivors.size, survivors.representative(number)
+    survives = np.zeros(max(survivors.size, len(representative)), bool)
+    survives[: len(representative)] = representative == np.arange(first, first + len(representative))
+    return np.packbits(survives, bitorder="little")
+
+
+def _claims(item: tuple[str, int, int, str], work: _Draws, to_one: bool) -> Iterator[pa.Table]:
+    """What some seed images want, nearest first."""
+    name, part, parts, _ = item
+    table, one = work.one.folder.read_table(name), work.one
+    seed = table["seed_gid"].to_numpy()
+    seeds = np.array_split(np.unique(seed), parts)[part]
+    own = np.isin(seed, seeds)
+    query, (gid, similarity) = (
+        np.searchsorted(seeds, seed[own]),
+        (table[name].to_numpy()[own] for name in ("gid", "similarity")),
+    )
+    nprobe = work.cells.num_cells if name == _SAMPLE else work.nprobe
+    query, gid, similarity = _behind_leaks(seeds, query, gid, similarity, nprobe, work)
+    near = similarity >= one.rule.min_similarity
+    depth = one.num_drawable if to_one else one.rule.k
+    query, gid, similarity = first_neighbours(query[near], gid[near], similarity[near], depth)
+    rank = rank_in_segment(query).astype(np.int32)
+    bucket = np.zeros(len(gid), np.int32) if to_one else (gid // work.range_rows).astype(np.int32)
+    yield pa.table({"gid": gid, "seed_gid": seeds[query], "similarity": similarity, "rank": rank, BUCKET: bucket})
+
+
+def _behind_leaks(
+    seeds: np.ndarray, query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, nprobe: int, work: _Draws
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The survivors among neighbours; where leaks took too much of a list that was full, it is looked for deeper."""
+    one, cells = work.one, work.cells
+    listed = np.bincount(query, minlength=len(seeds))
+    query, gid, similarity = work.surviving(query, gid, similarity)
     depth = one.depth(cells)
     while True:
-        left = np.bincount(query, minlength=len(one.asked.gids))
-        again = np.flatnonzero((left < wanted) & (listed >= depth) & (depth < cells.num_rows))
+        left = np.bincount(query, minlength=len(seeds))
+        again = np.flatnonzero((left < one.num_drawable) & (listed >= depth) & (depth < cells.num_rows))
         if not len(again):
-            break
+            return query, gid, similarity
         depth = min(4 * depth, cells.num_rows)
-        is_exact = np.isin(one.asked.gids[again], one.sample())
-        chunks = [
-            (chunk, cells.num_cells if exactly else told.nprobe)
-            for exactly, group in ((True, again[is_exact]), (False, again[~is_exact])) if len(group)
-            for chunk in np.array_split(group, -(-len(group) // SAMPLED_QUERIES))
-        ]  # fmt: skip
-        device = task_device(execution)
-        deeper = run_on(
-            device, _ask_again, chunks, one, cells, depth, device, execution=execution,
-            label=f"retrieve {label}: behind leaks", unit="seed images", weights=[len(chunk) for chunk, _ in chunks],
-        )  # fmt: skip
+        deeper = []
+        for some in np.array_split(again, -(-len(again) // SAMPLED_QUERIES)):
+            vectors = one.taking(seeds[some]).vectors()
+            number, *found = _flat(*nearest(vectors, cells, depth, nprobe, num_threads=1, device=work.device))
+            deeper.append((some[number], *found))
         more = _joined(deeper)
         listed[again] = 0
         listed += np.bincount(more[0], minlength=len(listed))
         kept = ~np.isin(query, again)
-        more = _surviving(*more, survivors)
-        query, gid, similarity = _joined([(query[kept], gid[kept], similarity[kept]), more])
-    near = similarity >= one.rule.min_similarity
-    query, gid, similarity = first_neighbours(query[near], gid[near], similarity[near], wanted)
-    gids, similarities = neighbour_lists(query, gid, similarity, len(one.asked.gids), wanted)
-    query, rank = resolve_collisions(gids, similarities, one.rule.k, one.rule.collisions)
-    columns = {
-        "gid": gids[query, rank],
-        "seed_gid": one.asked.gids[query],
-        "similarity": similarities[query, rank],
-        "rank": rank.astype(np.int32),
-    }
-    num_wanted = one.rule.k * len(one.asked.gids)
-    figures = {"num_wanted": num_wanted, "shortfall": num_wanted - len(query)}
-    return pa.table(columns), figures | {"target_recall": one.rule.target_recall, **asdict(told)}
+        query, gid, similarity = _joined(
+            [(query[kept], gid[kept], similarity[kept]), work.surviving(*more)]
+        )  # fmt: skip
 
 
-def _surviving(
-    query: np.ndarray, gid: np.ndarray, similarity: np.ndarray, survivors: Survivors
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    kept = survivors.survive(gid)
-    return query[kept], gid[kept], similarity[kept]
+def _resolve(_: int, table: pa.Table, work: _Draws, to_one: bool) -> None:
+    """The draws among all claims: about 100 bytes a claim, of which a seed image has `num_drawable`."""
+    work.one.folder.write_table(work.everything, _counting(table, work.one.rule) if table.num_rows else table)
 
 
-def _ask_again(
-    chunk: tuple[np.ndarray, int], one: SeedQueries, cells: Cells, depth: int, device: str | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    numbers, nprobe = chunk
-    vectors = one.taking(one.asked.gids[numbers]).vectors()
-    query, gid, similarity = _flat(*nearest(vectors, cells, depth, nprobe, num_threads=1, device=device))
-    return numbers[query], gid, similarity
+def _counting(table: pa.Table, rule: RetrievalRule) -> pa.Table:
+    claims = (table[name].to_numpy() for name in ("seed_gid", "rank", "gid", "similarity"))
+    return table.filter(pa.array(resolve_collisions(*claims, rule.k, rule.collisions)))
+
+
+def _by_range(name: str, work: _Draws, to_one: bool) -> Iterator[pa.Table]:
+    table = work.one.folder.read_table(name)
+    if table.num_rows:
+        yield table.append_column(BUCKET, pa.array((table["gid"].to_numpy() // work.range_rows).astype(np.int32)))
+
+
+def _write_draws(number: int, table: pa.Table, work: _Draws, to_one: bool) -> None:
+    """The draws among a range's images, and their clusters."""
+    if not table.num_rows:
+        table = _MATCHES.empty_table().select(["gid", "seed_gid", "similarity", "rank"])
+    elif not to_one:
+        table = _counting(table, work.one.rule)
+    cluster = work.clustering.assignment(number)[table["gid"].to_numpy() - number * work.range_rows]
+    work.one.folder.write_table(work.names[number], table.append_column("cluster", pa.array(cluster.astype(np.int64))))
 
 
 def _by_cluster(
     one: SeedQueries, clustering: Clustering, survivors: Survivors, execution: ExecutionConfig, label: str
-) -> tuple[pa.Table, dict[str, Any]]:
+) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     rule, hits = one.rule, np.zeros(len(clustering.sizes()), np.int64)
-    for start in range(0, len(one.asked.gids), _BLOCK):
-        rows = one.taking(one.asked.gids[start : start + _BLOCK]).vectors()
-        hits += np.bincount(clustering.finest_of(rows), minlength=len(hits))
+    starts = list(range(0, len(one.asked.gids), _BLOCK))
+    for found, counts in run_tasks(
+        _hits, starts, one, clustering, execution=execution, label=f"retrieve {label}: clusters", unit="blocks"
+    ):
+        hits[found] += counts
     quotas = np.where(hits >= rule.min_hits, rule.images_per_cluster, 0)
     names = draw_by_cluster(
-        one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}"
+        one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}",
+        _alive(survivors, execution, label)[1],
     )  # fmt: skip
     gids, clusters = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for name in names:  # what is held is never more than one file and the cap
@@ -380,8 +477,13 @@ def _by_cluster(
     }
     num_hot = int(np.count_nonzero(quotas))
     wanted = min(num_hot * rule.images_per_cluster, rule.max_images)
-    figures = {"num_hit_clusters": num_hot, "num_wanted": wanted, "shortfall": max(0, wanted - len(gids))}
-    return pa.table(columns), figures
+    return iter([pa.table(columns)]), {"num_hit_clusters": num_hot, "num_wanted": wanted}
+
+
+def _hits(start: int, one: SeedQueries, clustering: Clustering) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters that some seed images fall into, and how many of them do."""
+    rows = one.taking(one.asked.gids[start : start + _BLOCK]).vectors()
+    return np.unique(clustering.finest_of(rows), return_counts=True)
 
 
 def _first_by_hash(gids: np.ndarray, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:

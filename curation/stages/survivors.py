@@ -20,7 +20,6 @@ from curation.ops.randomness import hash_uint64
 from curation.stages.asking import pieces
 from curation.stages.decontaminate import MATCHES, strongest
 from curation.stages.groups import read_groups
-from curation.stages.heads import read_heads
 
 VERSION = 1
 LEAKS = pa.schema(
@@ -49,6 +48,7 @@ class _Work:
     ranges: Ranges
     mode: str
     matches: dict[str, Folder]
+    rows_at_once: int
 
     @property
     def place(self) -> Folder:
@@ -71,7 +71,8 @@ def find_survivors(
     mode: the member most similar to it. counts-RRRRR.npy: images that stood for a group before and do after, and those
     that match themselves.
     """
-    work = _Work(folder, dedup_folder, heads, ranges, mode, {name: where for name, (where, _) in matches.items()})
+    where = {name: folder for name, (folder, _) in matches.items()}
+    work = _Work(folder, dedup_folder, heads, ranges, mode, where, execution.rows_at_once(_ROW_BYTES))
     names = [(set_name, file.path) for set_name, (_, files) in matches.items() for file in files]
     direct = [range_file("piece-direct", number) for number in range(len(ranges))]
     num_buckets = buckets_for(ranges.num_rows / 8 * _ROW_BYTES, execution)
@@ -186,23 +187,32 @@ def _write_direct(number: int, table: pa.Table, work: _Work) -> None:
 
 def _members(number: int, work: _Work, fates: list[str]) -> Iterator[pa.Table]:
     """The images of a range that are not alone in their component, with their matches."""
-    start, _ = work.ranges.bounds(number)
-    groups = read_groups(work.dedup, number, ["component", "component_size", "representative", "similarity"])
-    here = np.flatnonzero(groups["component_size"].fill_null(0).to_numpy() > 1)
-    columns: dict[str, pa.Array | np.ndarray] = {
-        "gid": here + start,
-        "component": groups["component"].take(pa.array(here)),
-        "look": read_heads(work.heads, number, work.ranges)[here],
-        "representative": groups["representative"].take(pa.array(here)),
-        "closeness": groups["similarity"].take(pa.array(here)),
-    }
+    first, _ = work.ranges.bounds(number)
+    start, name = first, range_file("range", number)
     direct = work.place.read_table(range_file("piece-direct", number))
+    columns = ["component", "component_size", "representative", "similarity"]
+    for groups in work.dedup.table_batches(name, columns, work.rows_at_once):
+        head = work.heads.table_rows(name, start - first, start - first + groups.num_rows, ["head"])["head"]
+        yield _not_alone(groups, start, head.fill_null(-1).to_numpy(), direct, len(fates))
+        start += groups.num_rows
+
+
+def _not_alone(groups: pa.Table, start: int, head: np.ndarray, direct: pa.Table, num_buckets: int) -> pa.Table:
+    here = np.flatnonzero(groups["component_size"].fill_null(0).to_numpy() > 1)
+    rows = groups.take(pa.array(here))
+    columns: dict[str, pa.ChunkedArray | np.ndarray] = {
+        "gid": here + start,
+        "component": rows["component"],
+        "look": head[here],
+        "representative": rows["representative"],
+        "closeness": rows["similarity"],
+    }
     at = np.searchsorted(direct["gid"].to_numpy(), here + start)
     found = np.isin(here + start, direct["gid"].to_numpy())
-    rows = direct.take(pa.array(np.where(found, at, 0), mask=~found)) if len(here) else direct.slice(0, 0)
-    columns |= {name: rows[name] for name in LEAKS.names if name != "gid"}
-    bucket = bucket_of(hash_uint64(0, np.asarray(columns["component"])), len(fates))
-    yield pa.table({name: columns[name] for name in _MEMBERS.names}, schema=_MEMBERS).append_column(
+    matches = direct.take(pa.array(np.where(found, at, 0), mask=~found)) if len(here) else direct.slice(0, 0)
+    columns |= {name: matches[name] for name in LEAKS.names if name != "gid"}
+    bucket = bucket_of(hash_uint64(0, rows["component"].to_numpy()), num_buckets)
+    return pa.table({name: columns[name] for name in _MEMBERS.names}, schema=_MEMBERS).append_column(
         BUCKET, pa.array(bucket)
     )
 

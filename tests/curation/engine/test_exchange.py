@@ -94,6 +94,34 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     assert sorted(lines) == sorted([*(f"map {item}" for item in range(ITEMS)), "reduce 3"])
 
 
+def one_row(item: int, fails: bool, out: Folder) -> Iterator[pa.Table]:
+    yield pa.table({"id": [item], BUCKET: np.zeros(1, np.int32)})
+
+
+def write_ids(bucket: int, table: pa.Table, fails: bool, out: Folder) -> None:
+    if fails:
+        raise RuntimeError("interrupted")
+    out.write_table("ids.parquet", table)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_of_other_items_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """An interrupted call whose items were others, as pieces that another memory_gb cuts: their map files are there."""
+    out = Folder(str(tmp_path / "out"))
+
+    def moved(items: list[int], fails: bool) -> None:
+        exchange(
+            items, one_row, 1, write_ids, fails, out, scratch=Folder(str(tmp_path / "scratch")),
+            outputs=(out, ["ids.parquet"]), sort_by=["id"], execution=ALONE, label="test", unit="rows",
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        moved([1, 2], True)
+    moved([2, 3], False)
+    assert out.read_table("ids.parquet")["id"].to_pylist() == [2, 3]
+    assert Folder(str(tmp_path / "scratch")).names() == []
+
+
 @pytest.mark.slow
 def test_a_killed_driver_continues_with_what_is_left(tmp_path: Path) -> None:
     """SIGKILL of the whole process group when two maps are done, then the same call again."""

@@ -1,10 +1,17 @@
 import numpy as np
 import pytest
 
-from curation.ops.retrieval import certify_probes, first_neighbours, neighbour_lists, resolve_collisions
+from curation.ops.retrieval import certify_probes, first_neighbours, resolve_collisions
 
 GIDS = np.array([[1, 2, 3], [1, 4, 5], [1, 2, 6]])
 SIMILARITY = np.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.6], [0.95, 0.3, 0.2]], np.float32)
+
+
+def drawn_of(gids, similarity, k, collisions):
+    """(query, rank) of what counts, of lists of neighbours [Q, depth], -1 where there is none."""
+    query, rank = np.nonzero(gids >= 0)
+    counts = resolve_collisions(query, rank, gids[query, rank], similarity[query, rank], k, collisions)
+    return query[counts], rank[counts]
 
 
 @pytest.mark.parametrize(
@@ -16,12 +23,12 @@ SIMILARITY = np.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.6], [0.95, 0.3, 0.2]], np.f
     ],
 )
 def test_rules_by_hand(rule, draws):
-    query, rank = resolve_collisions(GIDS, SIMILARITY, 2, rule)
+    query, rank = drawn_of(GIDS, SIMILARITY, 2, rule)
     assert [(int(q), int(GIDS[q, r])) for q, r in zip(query, rank, strict=True)] == draws
 
 
 def test_missing_neighbours_are_no_draws():
-    query, _ = resolve_collisions(np.array([[3, -1], [-1, -1]]), np.zeros((2, 2), np.float32), 2, "keep")
+    query, _ = drawn_of(np.array([[3, -1], [-1, -1]]), np.zeros((2, 2), np.float32), 2, "keep")
     assert query.tolist() == [0]
 
 
@@ -30,12 +37,12 @@ def test_no_image_is_drawn_twice_and_query_order_does_not_matter(rule):
     generator = np.random.default_rng(0)
     gids = np.stack([generator.permutation(60)[:12] for _ in range(30)])
     similarity = -np.sort(-generator.random((30, 12)).astype(np.float32), axis=1)
-    query, rank = resolve_collisions(gids, similarity, 3, rule)
+    query, rank = drawn_of(gids, similarity, 3, rule)
     drawn = gids[query, rank]
     assert len(np.unique(drawn)) == len(drawn)
     assert np.bincount(query).max() <= 3
     order = generator.permutation(30)
-    again_query, again_rank = resolve_collisions(gids[order], similarity[order], 3, rule)
+    again_query, again_rank = drawn_of(gids[order], similarity[order], 3, rule)
     pairs = set(zip(query.tolist(), drawn.tolist(), strict=True))
     again = gids[order][again_query, again_rank]
     assert pairs == set(zip(order[again_query].tolist(), again.tolist(), strict=True))
@@ -60,9 +67,7 @@ def test_too_few_neighbours_certify_nothing():
     assert certify_probes(np.zeros(0, int), np.zeros(0, int), 50, 0.99, 10).nprobe == 50
 
 
-def test_lists_of_neighbours_are_cut_and_padded():
+def test_lists_of_neighbours_are_cut():
     query, gid, similarity = np.array([2, 0, 2, 2]), np.array([7, 1, 9, 8]), np.array([0.5, 0.1, 0.5, 0.6], np.float32)
     found = first_neighbours(query, gid, similarity, 2)
     assert [column.tolist() for column in found[:2]] == [[0, 2, 2], [1, 8, 7]]
-    gids, _ = neighbour_lists(*found, 3, 2)
-    assert gids.tolist() == [[1, -1], [-1, -1], [8, 7]]

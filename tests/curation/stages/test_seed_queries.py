@@ -3,20 +3,25 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from curation.engine.exchange import exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import cells_from_arrays
+from curation.ops.hierarchy import rank_in_segment
 from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
+from curation.ops.retrieval import first_neighbours, resolve_collisions
 from curation.reading.seeds import RetrievalRule
 from curation.stages import retrieve
 from curation.stages.asking import Asked
+from curation.stages.cluster import Clustering
 from curation.stages.members import unit_rows
-from curation.stages.retrieve import SeedQueries, certificate, find_neighbours
+from curation.stages.retrieve import SeedQueries, certificate, find_neighbours, retrieve_set
 from curation.stages.survivors import Survivors
 
 EXECUTION = ExecutionConfig(workers=2)
@@ -67,10 +72,28 @@ def survivors(one: SeedQueries, survives=None) -> Survivors:
     return Survivors(folder)
 
 
+def draws(one: SeedQueries, cells, survives=None) -> tuple[pa.Table, dict]:
+    """What `retrieve_set` writes, of a pool whose images of one gid modulo 7 are one cluster."""
+    root = one.folder / "others"
+    for number in range(NUM // 1000):
+        assignment = (np.arange(1000 * number, 1000 * (number + 1)) % 7).astype(np.int32)
+        root.write_array(f"level-1/assignment-{number:05d}.npy", assignment)
+    files, figures = retrieve_set(
+        one.folder, one, cells, Clustering(root), survivors(one, survives), EXECUTION, "seeds"
+    )  # fmt: skip
+    assert not [name for name in one.folder.names() if name.startswith(("drawn-", "moved/", "back/"))]
+    table = one.folder.read_table("matches.parquet")
+    assert files[0].rows == figures["num_draws"] == table.num_rows
+    assert table.equals(table.sort_by([("gid", "ascending"), ("seed_gid", "ascending")]))
+    assert (table["cluster"].to_numpy() == table["gid"].to_numpy() % 7).all()
+    assert figures["num_images"] == len(np.unique(table["gid"].to_numpy()))
+    return table, figures
+
+
 def drawn(one: SeedQueries, cells, survives=None) -> tuple[dict, dict]:
-    table, figures = retrieve._by_sample(one, cells, survivors(one, survives), EXECUTION, "seeds")
+    table, figures = draws(one, cells, survives)
     lists: dict[int, list[int]] = {}
-    for row in table.to_pylist():
+    for row in table.sort_by([("seed_gid", "ascending"), ("rank", "ascending")]).to_pylist():
         lists.setdefault(row["seed_gid"], []).append(row["gid"])
     return lists, figures
 
@@ -136,8 +159,49 @@ def test_leaks_are_left_out_and_lists_go_deeper_for_them(cells, tmp_path, ray_se
 def test_least_similarity_bounds_what_is_drawn(cells, tmp_path, ray_session, small):
     one = seed_set(tmp_path, "few", 100, 2, k=4, min_similarity=0.9)
     find_neighbours([one], cells, EXECUTION)
-    table, _ = retrieve._by_sample(one, cells, survivors(one), EXECUTION, "seeds")
+    table, _ = draws(one, cells)
     assert table["similarity"].to_numpy().min() >= 0.9
     loose = replace(one, rule=RetrievalRule(k=4))
-    more, _ = retrieve._by_sample(loose, cells, survivors(one), EXECUTION, "seeds")
+    more, _ = draws(loose, cells)
     assert table.num_rows == (more["similarity"].to_numpy() >= 0.9).sum()
+
+
+@pytest.mark.parametrize("collisions", ["drop", "next_neighbor"])
+def test_collisions_are_resolved_over_all_seed_images(cells, tmp_path, ray_session, small, collisions):
+    """Against the rules over whole lists: blocks and ranges of gids do not show."""
+    one = seed_set(tmp_path, "many", 1200, 6, k=3, collisions=collisions)
+    find_neighbours([one], cells, EXECUTION)
+    survives = np.random.default_rng(7).random(NUM) < 0.9  # no list must go deeper
+    table, figures = draws(one, cells, survives)
+    names = ["sample.parquet", *(name for name in one.folder.names() if name.startswith("neighbours-"))]
+    found = pa.concat_tables([one.folder.read_table(name) for name in names])
+    query, gid, similarity = (found[name].to_numpy() for name in ("seed_gid", "gid", "similarity"))
+    left = survives[gid]
+    query, gid, similarity = first_neighbours(query[left], gid[left], similarity[left], one.num_drawable)
+    rank = rank_in_segment(query)
+    counts = resolve_collisions(query, rank, gid, similarity, 3, collisions)
+    expected = sorted(zip(gid[counts].tolist(), query[counts].tolist(), rank[counts].tolist(), strict=True))
+    assert [(row["gid"], row["seed_gid"], row["rank"]) for row in table.to_pylist()] == expected
+    assert figures["shortfall"] == 3 * 1200 - len(expected)
+    assert len(np.unique(table["gid"].to_numpy())) == len(expected)  # nothing is drawn twice
+
+
+def test_draws_of_other_survivors_are_not_taken_for_ours(cells, tmp_path, ray_session, small, monkeypatch):
+    """A run that was killed while it drew, and goes on after an evaluation set was added."""
+    one = seed_set(tmp_path, "few", 100, 2, k=4)
+    find_neighbours([one], cells, EXECUTION)
+    outputs: list[str] = []
+
+    def interrupted(*arguments, **told):
+        exchange(*arguments, **told)
+        outputs.extend(told["outputs"][1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieve, "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draws(one, cells)
+    monkeypatch.setattr(retrieve, "exchange", exchange)
+    assert set(outputs) <= set(one.folder.names())
+    survives = np.random.default_rng(5).random(NUM) < 0.5
+    lists, _ = drawn(one, cells, survives)
+    assert [lists[number] for number in range(100)] == true_lists(one, 4, survives)
