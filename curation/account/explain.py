@@ -30,6 +30,7 @@ from curation.writing.placed import index_name
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for
 _WIDTH, _INDENT = 100, 14
+_ALIKE = {"exact": "the very same bytes", "perceptual": "equal perceptual hashes"}
 
 
 def explain(run: str, key: str | None = None, gid: int | None = None) -> str:
@@ -134,7 +135,7 @@ def _excluded(account: Account, gid: int) -> str:
         found = exclude.reason_for(account.folder / f"exclude/{name}", gid // account.ranges.size, gid)
         if found is not None:
             run = visible(account.manifest(f"exclude/{name}").figures["run"])
-            told.append(f"{run} has image {visible(found[0])} ({step_words(found[1])}).")
+            told.append(f"{run} has image {visible(found[0])} ({_ALIKE[found[1]]}).")
     return " ".join(told)
 
 

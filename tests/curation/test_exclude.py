@@ -9,7 +9,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from curation.account.explain import explain
-from curation.run import main
+from curation.engine.folder import Folder
+from curation.run import finished_run, main
+from curation.stages import exclude
 from tests.conftest import encoded, picture, write_tar
 
 SETTINGS = ["--config", "offline", "execution.workers=2", "range_rows=4", "balance.num_images=20"]
@@ -82,14 +84,15 @@ def test_what_the_other_run_keeps_is_left_out(first: Path, second: Path) -> None
 
 def test_the_account_says_which_image_it_was(first: Path, second: Path) -> None:
     key = kept_of(first)[0]
-    assert f"{first} has image {key} (same bytes)." in " ".join(explain(str(second), f"same{key[1:]}").split())
-    assert f"{first} has image {key} (near perceptual hash)." in " ".join(explain(str(second), f"flip{key}").split())
-    assert f"{first} has image s (same bytes)." in " ".join(explain(str(second), "seed").split())
+    assert f"{first} has image {key} (the very same bytes)." in " ".join(explain(str(second), f"same{key[1:]}").split())
+    assert f"{first} has image {key} (equal perceptual hashes)." in " ".join(explain(str(second), f"flip{key}").split())
+    assert f"{first} has image s (the very same bytes)." in " ".join(explain(str(second), "seed").split())
     page = (second / "report.html").read_text()
     assert f"--exclude {first}" in page
     assert "a run named by --exclude keeps an image of the same bytes" in page
 
 
+@pytest.mark.slow
 def test_one_range_says_the_same(root: Path, arguments: list[str], second: Path) -> None:
     out = root / "whole"
     assert main([*arguments, "--out", str(out), "range_rows=100"]) == 0
@@ -99,6 +102,7 @@ def test_one_range_says_the_same(root: Path, arguments: list[str], second: Path)
     ]
 
 
+@pytest.mark.slow
 def test_another_result_of_that_run_is_another_key(root: Path, first: Path, arguments: list[str], capsys) -> None:
     """The excluded run goes on, keeping less: what it gave back may be kept; without a change nothing runs."""
     other, out = root / "copy", root / "follows"
@@ -108,12 +112,25 @@ def test_another_result_of_that_run_is_another_key(root: Path, first: Path, argu
     before = kept_of(out)
     capsys.readouterr()
     assert main([*words, "--out", str(out)]) == 0
-    assert "done" not in capsys.readouterr().err.replace("as before", "")
+    steps = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("exclude/copy", "filter"))]
+    assert [line.split(maxsplit=1)[1] for line in steps] == ["as before"] * 2
     less = ["--pool", str(root / "pool.tar"), "--seed", str(root / "as-is.yaml"), "--out", str(other), *SETTINGS]
     assert main([*less, "balance.num_images=2"]) == 0
     assert len(kept_of(other)) == 2
     assert main([*words, "--out", str(out)]) == 0
     assert len(kept_of(out)) == len(before) + 3
+
+
+def test_a_run_on_an_object_store_says_the_same(first: Path, s3) -> None:
+    s3.put(str(first), "bucket/first", recursive=True)
+    told = []
+    for url in (str(first), "s3://bucket/first"):
+        run = finished_run(url)
+        items = [exclude._Item(start, min(start + 4, 9)) for start in (0, 4, 8)] + [exclude._Item(0, 1, seed=0)]
+        kept = exclude.Kept.of(run)
+        told.append([table for item in items for table in exclude._identities(item, kept, Folder(url), 3, Folder(url))])
+    assert told[0] == told[1]
+    assert sum(table.num_rows for table in told[0]) == 2 * 6
 
 
 def test_a_dry_run_says_so(root: Path, arguments: list[str], first: Path, capsys) -> None:
