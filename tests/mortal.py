@@ -124,8 +124,8 @@ def drops(images: list[np.ndarray], rows: Sequence[dict], reason: str, but: str)
 
 
 def doomed(function: Callable[..., Any], folder: str, group: int) -> Callable[..., Any]:
-    """A task's function whose first call kills its worker: when a file that it wrote is about to get its name, or, in
-    every other group, when all is written and nobody was told."""
+    """A task's function whose first call kills its worker: when a file that it wrote is about to get its name, or, of
+    every other group, when all is written and nobody was told yet."""
 
     def task(item: Any, *shared: Any) -> Any:
         if not is_first(folder, f"group-{group:03d}"):
