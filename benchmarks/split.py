@@ -10,7 +10,6 @@ centroid, and processor time. Prints one line of JSON.
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from benchmarks.scale.measure import Meter
 from configs.loader import load_config
 from curation.config import CurationConfig
 from curation.engine.folder import Folder
@@ -75,42 +75,37 @@ def main() -> None:
     x = clumps(args.rows, args.dim, 0)
     with tempfile.TemporaryDirectory() as root:
         images = image_set(Path(root) / "pool", x)
+        meter = Meter()
         start_ray(execution)
-        ranges = Ranges(args.rows)
-        start = time.perf_counter()
         out = Folder(f"{root}/cluster")
-        cluster_images(
-            out,
-            images,
-            "vectors",
-            ranges,
-            partial(everyone, rows=args.rows),
-            config,
-            execution,
-        )
-        seconds = time.perf_counter() - start
-        driver_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        ray.shutdown()  # so that the processor time of its workers is counted
+        with meter.step("split"):
+            cluster_images(
+                out,
+                images,
+                "vectors",
+                Ranges(args.rows),
+                partial(everyone, rows=args.rows),
+                config,
+                execution,
+            )
+        measured = meter.figures()
+        ray.shutdown()
         clustering = Clustering(out)
         centroids = np.concatenate([out.read_array(name) for name in clustering.centroid_files()])
-        cell, levels = (
-            clustering.between(0, args.rows),
-            [len(clustering.sizes(n + 1)) for n in range(clustering.num_levels)],
-        )
+        cell = clustering.between(0, args.rows)
+        levels = [len(clustering.sizes(n + 1)) for n in range(clustering.num_levels)]
     rows = unit_rows(x)
     split = float(np.einsum("nd,nd->n", rows, centroids[cell]).mean())
-    start = time.perf_counter()
+    start = time.process_time()
     flat = float(assign(rows, kmeans(rows, len(centroids), config.kmeans.num_iterations).centroids)[1].mean())
     figures = {
         "rows": args.rows,
         "levels": levels,
         "groups": [shape.num_groups for shape in config.shapes_for(args.rows)],
-        "seconds": seconds,
+        **{name: measured[name] for name in ("seconds", "processor_seconds", "driver_gb", "task_gb")},
         "mean_cosine": split,
-        "flat_seconds": time.perf_counter() - start,
+        "flat_processor_seconds": time.process_time() - start,
         "flat_mean_cosine": flat,
-        "driver_gb": driver_gb,
-        "task_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
     }
     print(json.dumps(figures))
 

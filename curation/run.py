@@ -83,8 +83,10 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     for flag in ("cluster", "images", "evaluation_images"):
         if getattr(options, flag) is not None and not options.dry_run:
             raise ValueError(f"--{flag.replace('_', '-')} describes what --dry-run reckons with: give it with that.")
-    if is_described and (is_demo or options.pool or options.extend):
-        raise ValueError("--images stands for a pool that need not exist: give it without --pool, --extend and demo.")
+    if is_described and (is_demo or options.pool or options.extend or options.exclude):
+        raise ValueError(
+            "--images stands for a pool that need not exist: give it without --pool, --extend, --exclude and demo."
+        )
     if options.evaluation_images is not None and not is_described:
         raise ValueError("--evaluation-images goes with --images; give real sets by --evaluation.")
     if is_demo:
@@ -141,7 +143,8 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
         seeds={name: (seed, listing) for (name, seed), listing in zip(sets.items(), listings[1:], strict=False)},
         evaluations=dict(zip(evaluations, listings[1 + len(sets) :], strict=True)),
     )
-    run = Run(out, config, inputs, earlier=extended(options.extend, out, config) if options.extend else None)
+    earlier = extended(options.extend, out, config) if options.extend else None
+    run = Run(out, config, inputs, earlier=earlier, excluded=excluded(options.exclude or [], out, earlier))
     if options.dry_run:
         from curation.planning.machines import load_cluster
         from curation.planning.plan import describe
@@ -153,6 +156,8 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     asked = {"seeds": seeds, "pool": pool, "evaluations": evaluations, "config": asdict(config)}
     if options.extend:
         asked["extend"] = options.extend
+    if options.exclude:
+        asked["exclude"] = options.exclude
     out.write_bytes("run.json", json.dumps(asked, indent=1).encode())
     for step, seconds in run_pipeline(run, options.until):
         print(f"{step:<28} {'as before' if seconds is None else duration(seconds)}", file=sys.stderr)
@@ -175,18 +180,42 @@ def extended(url: str, out: Folder, config: CurationConfig) -> Earlier:
     Raises:
         ValueError: it is none, or is --out itself, or was cut or written in another way.
     """
-    account = open_account(url)
-    if (account.folder.url, account.folder.path()) == (out.url, out.path()) or account.folder.path() == out.path():
+    earlier = finished_run(url)
+    if earlier.folder.path() == out.path():
         raise ValueError(f"--extend and --out are both {url}: a release has a folder of its own, give another --out.")
-    manifests = {step: account.manifest(step) for step in [*account.steps, "report"]}
-    decided = manifests["decide"].settings
     for name, had, wanted in (
-        ("range_rows", decided["range_rows"], config.range_rows),
-        ("shard.format", manifests["shards"].settings["format"], config.shard.format),
+        ("range_rows", earlier.range_rows, config.range_rows),
+        ("shard.format", earlier.manifests["shards"].settings["format"], config.shard.format),
     ):
         if had != wanted:
             raise ValueError(f"--extend {url} was made with {name}={had}, and this run has {wanted}: they must agree.")
-    return Earlier(account.folder, decided["release"], account.pool.num_images, manifests)
+    return earlier
+
+
+def excluded(urls: Sequence[str], out: Folder, earlier: Earlier | None) -> dict[str, Earlier]:
+    """The finished runs that --exclude names, by short names.
+
+    Raises:
+        ValueError: one is none, is --out itself, or is given twice or by --extend too.
+    """
+    runs: dict[str, Earlier] = {}
+    for url in urls:
+        run = finished_run(url)
+        if run.folder.path() == out.path():
+            raise ValueError(f"--exclude and --out are both {url}: a run cannot exclude what it keeps itself.")
+        if earlier is not None and run.folder.path() == earlier.folder.path():
+            raise ValueError(f"--extend and --exclude are both {url}: its images stay, or are left out; choose one.")
+        if any(run.folder.path() == other.folder.path() for other in runs.values()):
+            raise ValueError(f"--exclude names {url} twice: once is enough.")
+        runs[set_name(run.folder.url, list(runs))] = run
+    return runs
+
+
+def finished_run(url: str) -> Earlier:
+    """Raises ValueError where it is none."""
+    account = open_account(url)
+    manifests = {step: account.manifest(step) for step in [*account.steps, "report"]}
+    return Earlier(account.folder, manifests["decide"].settings["release"], account.pool.num_images, manifests)
 
 
 def changes(run: Run) -> list[str]:
@@ -229,7 +258,18 @@ def losses(run: Run) -> list[str]:
 
 def _refuse_empty(options: argparse.Namespace) -> None:
     """An empty value is mostly a shell variable that is not set, and would mean the working directory."""
-    for flag in ("seed", "seed_root", "pool", "evaluation", "out", "config", "image_column", "extend", "cluster"):
+    for flag in (
+        "seed",
+        "seed_root",
+        "pool",
+        "evaluation",
+        "out",
+        "config",
+        "image_column",
+        "extend",
+        "exclude",
+        "cluster",
+    ):
         value = getattr(options, flag)
         if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
             raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave the flag out.")
@@ -254,6 +294,12 @@ def _parser() -> argparse.ArgumentParser:
         "--extend",
         metavar="RUN",
         help="a finished run: keep what it kept, embed and write only what is new; --out is the new release",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="RUN",
+        help="a finished run: keep no image that it keeps, of the same bytes or the same look; repeatable",
     )
     parser.add_argument("--out", metavar="RUN", help="run folder, local or any fsspec URL (default: runs/<seed>)")
     parser.add_argument(

@@ -52,6 +52,8 @@ class Run:
     inputs: Inputs
     manifests: dict[str, Manifest] = field(default_factory=dict)
     earlier: Earlier | None = None
+    excluded: dict[str, Earlier] = field(default_factory=dict)
+    """finished runs by name, whose images this one does not keep"""
 
     @property
     def release(self) -> int:

@@ -15,7 +15,19 @@ from curation.engine.ranges import Ranges
 from curation.engine.store import NOT_IN_POOL, Parts, adopt
 from curation.reading.filters import Blocklist, Edit, Filter, Pixels
 from curation.reading.samples import Part
-from curation.stages import balance, cells, cluster, decontaminate, dedup, embed, join, retrieve, shard, survivors
+from curation.stages import (
+    balance,
+    cells,
+    cluster,
+    decontaminate,
+    dedup,
+    embed,
+    exclude,
+    join,
+    retrieve,
+    shard,
+    survivors,
+)
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.stages.asking import asked_of
@@ -24,6 +36,7 @@ from curation.writing.plan import KeptSet
 
 STAGES = (
     "embed",
+    "exclude",
     "filter",
     "heads",
     "cells",
@@ -95,6 +108,18 @@ def plan_steps(run: Run) -> list[Step]:
     steps += [embedding(f"embed/evaluation-{name}", parts, specs[-1:], []) for name, parts in evaluations.items()]
     steps += [
         Step(
+            f"exclude/{name}", "exclude", exclude.VERSION, {"excludes": other.key, "range_rows": c.range_rows},
+            ("embed/pool",),
+            lambda run, folder, name=name: (
+                *exclude.find_excluded(folder, run.pool, run.ranges, run.excluded[name], c.execution),
+                {"run": run.excluded[name].folder.url},
+            ),
+        )
+        for name, other in run.excluded.items()
+    ]  # fmt: skip
+    excluded = [step.name for step in steps if step.stage == "exclude"]
+    steps += [
+        Step(
             "filter", "filter", filter_stage.VERSION,
             {
                 "filters": c.filters,
@@ -102,9 +127,13 @@ def plan_steps(run: Run) -> list[Step]:
                 "range_rows": c.range_rows,
                 **extends,
             },
-            ("embed/pool",),
+            ("embed/pool", *excluded),
             lambda run, folder: (
-                *filter_stage.filter_pool(folder, run.pool, run.filters, run.ranges, c.execution, run.earlier), {},
+                *filter_stage.filter_pool(
+                    folder, run.pool, run.filters, run.ranges, c.execution, run.earlier,
+                    [run.folder / step for step in excluded],
+                ),
+                {},
             ),
         ),
         Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),

@@ -19,7 +19,9 @@ from curation.engine.ranges import range_file
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import hash_distances
 from curation.reading.again import LOST_REASONS
+from curation.stages import exclude
 from curation.stages.cluster import Clustering
+from curation.stages.exclude import EXCLUDED
 from curation.stages.groups import STEPS
 from curation.stages.join import Joined
 from curation.stages.members import unit_rows
@@ -28,6 +30,7 @@ from curation.writing.placed import index_name
 _LISTED = 5  # copies, links and draws told one by one
 _LARGEST_PATH_SEARCH = 5000  # images of a component through which a chain of links is looked for
 _WIDTH, _INDENT = 100, 14
+_ALIKE = {"exact": "the very same bytes", "perceptual": "equal perceptual hashes"}
 
 
 def explain(run: str, key: str | None = None, gid: int | None = None) -> str:
@@ -60,6 +63,8 @@ def story(account: Account, gid: int) -> str:
     row = account.decision(gid)
     index = account.pool.take(np.array([gid]), INDEX_SCHEMA.names).to_pylist()[0]
     parts = [("origin", _origin(index)), ("image", _image(index, row))]
+    if row["reason"] == EXCLUDED:
+        parts.append(("excluded", _excluded(account, gid)))
     if row["status"] != "rejected" or row["reason"] in LOST_REASONS:
         parts.append(("duplicates", _duplicates(account, gid, row)))
         if account.names("embed/evaluation-"):
@@ -122,6 +127,16 @@ def _image(index: dict[str, Any], row: dict[str, Any]) -> str:
         return f"{what}.{odd}{digest} It was read, and passed the filters; it was {meaning}."
     verdict = f"A filter rejected it: {why}." if index["status"] == "ok" else f"It could not be used: {why}."
     return f"{what + '.' if what else ''}{odd}{digest} {verdict}".strip()
+
+
+def _excluded(account: Account, gid: int) -> str:
+    told = []
+    for name in account.names("exclude/"):
+        found = exclude.reason_for(account.folder / f"exclude/{name}", gid // account.ranges.size, gid)
+        if found is not None:
+            run = visible(account.manifest(f"exclude/{name}").figures["run"])
+            told.append(f"{run} has image {visible(found[0])} ({_ALIKE[found[1]]}).")
+    return " ".join(told)
 
 
 # --- duplicates ------------------------------------------------------------------------------------------------------

@@ -75,7 +75,10 @@ def _labels(folder: str, label: str, min_probability: float) -> list[str]:
         raise ValueError(f"filters: min_probability={min_probability!r} must lie in (0, 1].")
     for name in ("preprocessor_config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
-            raise ValueError(f"filters: {folder} has no {name}: it must be the folder of an image classifier.")
+            raise ValueError(
+                f"filters: {folder} has no {name}: it must be the folder of an image classifier; fetch one, "
+                f"as by `hf download NAME --local-dir {folder}`."
+            )
     try:
         by_index = json.loads((Path(folder) / "config.json").read_text())["id2label"]
         labels = [by_index[str(number)] for number in range(len(by_index))]

@@ -1,4 +1,4 @@
-"""The finished run that a run extends."""
+"""Another finished run: the one that a run extends, or one whose images it excludes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from curation.engine.manifest import Manifest
 
 @dataclass(frozen=True)
 class Earlier:
-    """The finished run that a run extends: its release."""
+    """A finished run, and which release it is."""
 
     folder: Folder
     release: int
@@ -29,13 +29,18 @@ class Earlier:
             "".join(self.manifests[step].hash() for step in ("shards", "report")).encode()
         ).hexdigest()
 
+    @property
+    def range_rows(self) -> int:
+        """gids in a file of its decisions."""
+        return self.manifests["decide"].settings["range_rows"]
+
     def decided(self) -> "Earlier":
         """What tasks need to read its decisions."""
         return replace(self, manifests={step: self.manifests[step] for step in ("decide", "report")})
 
     def decisions(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """Decisions of those of the gids [start, stop), all of one range, that it had."""
-        files, size = self.manifests["report"].files, self.manifests["decide"].settings["range_rows"]
+        files, size = self.manifests["report"].files, self.range_rows
         if start >= self.num_images:
             return self.folder.table_rows(files[0].path, 0, 0, columns)
         number, first = start // size, start // size * size

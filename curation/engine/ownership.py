@@ -11,7 +11,7 @@ STARTED, TIMING = "started.json", "timing.json"
 COMMAND = "curation.run"
 DEMO_RECORD = "demo.json"
 _ASKED = ("seeds", "pool", "evaluations", "config")  # keys of run.json
-_GROUPS = ("embed", "decontaminate", "retrieve")  # folders of one folder a set
+_GROUPS = ("embed", "exclude", "decontaminate", "retrieve")  # folders of one folder a set
 _REPORT_FILES = ("decisions.parquet", "report.json", "report.html")
 _CELLS = (
     "cells/rows-*.bin",
@@ -28,6 +28,7 @@ _RANGE = "range-*.parquet"
 _SHARD = "shard-" + 6 * "[0-9]"
 _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
+    "exclude": (_RANGE,),
     "filter": (_RANGE,),
     "heads": (_RANGE,),
     "cells": (*_CELLS, *_KMEANS, "members/*.npy", "assigned/*.npy"),

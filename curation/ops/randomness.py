@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash_uint64(seed: int, ids: np.ndarray) -> np.ndarray:
@@ -20,8 +20,13 @@ def hash_uint64(seed: int, ids: np.ndarray) -> np.ndarray:
     Source: splitmix64, Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     with np.errstate(over="ignore"):  # wrapping around 2^64 is the point
-        stream = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + _INCREMENT)
-        return _mix((np.asarray(ids).astype(np.uint64) + np.uint64(1)) * _INCREMENT ^ stream)
+        return mix((np.asarray(ids).astype(np.uint64) + np.uint64(1)) * INCREMENT ^ stream_of(seed))
+
+
+def stream_of(seed: int) -> np.uint64:
+    """What a seed adds to the hash of each id, for those who hash in a loop of their own."""
+    with np.errstate(over="ignore"):
+        return mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + INCREMENT)
 
 
 def hash_uniform(seed: int, ids: np.ndarray) -> np.ndarray:
@@ -47,7 +52,8 @@ def hash_shuffle(seed: int, ids: np.ndarray) -> np.ndarray:
     return ids[np.argsort(hash_uint64(seed, ids), kind="stable")]
 
 
-def _mix(z: Any) -> Any:
+def mix(z: Any) -> Any:
+    """splitmix64's finalizer, of uint64."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

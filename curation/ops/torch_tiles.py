@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from curation.ops.randomness import INCREMENT
 from curation.ops.sketches import HALF_WORDS, ROUGH_MARGIN, SKETCH_WORDS, half_radius, round_directions, round_rows
 
 ENTRY_BYTES = 64
@@ -24,6 +25,7 @@ ENTRY_BYTES = 64
 MAX_ENTRIES = 2**30
 """of a product; torch.nonzero counts them in 32 bits"""
 
+_SIGN = -(2**63)  # turned over, unsigned numbers are in the order of signed ones
 _SORT_BYTES = 192  # of one candidate for the k nearest, while they are sorted
 _DENSE = 64  # where more than one entry in this many is a candidate, a whole product in float64 is cheaper
 
@@ -99,6 +101,7 @@ def near_pairs(
     radius: int | None = None,
     *,
     most: int | None = None,
+    passes: "HashesBelow | None" = None,
     max_bytes: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs of the queries `asking` (indices) and members start to stop whose exact similarity reaches the threshold.
@@ -109,6 +112,7 @@ def near_pairs(
     Args:
         radius: only pairs whose sketches are so near, as in `pairs_by_sketch`; None: whatever their sketches.
         most: of a product's pairs, only so many of each query, those of the first members.
+        passes: only pairs that pass, asked product by product: of positions in asking and in members.
 
     Returns:
         positions in asking and in members, int32 [P] each, and similarities float32 [P].
@@ -120,6 +124,9 @@ def near_pairs(
         rows, own = indices[some], slice(start + others.start, start + others.stop)
         x, y = queries.of(rows), members.of(own)
         query, member = torch.nonzero(half_products(x, y) >= limit - float(ROUGH_MARGIN), as_tuple=True)
+        if passes is not None:
+            near = passes(query + some.start, member + own.start)
+            query, member = query[near], member[near]
         if radius is not None:
             assert queries.sketches is not None
             assert members.sketches is not None
@@ -136,6 +143,29 @@ def near_pairs(
             (member + own.start).int().cpu().numpy(),
             exact.cpu().numpy(),
         )
+
+
+class HashesBelow:
+    """Which pairs of Q queries and M members have a hash (`curation.ops.true_pairs.hashes`) up to the query's limit.
+
+    Args:
+        stream: of the seed; salts: uint64 [Q], the hashes of the queries' gids; gids: int64 [M].
+    """
+
+    def __init__(self, stream: np.uint64, salts: np.ndarray, gids: np.ndarray, device: str | torch.device) -> None:
+        self._stream, self._increment = (int(word.view(np.int64)) for word in (stream, INCREMENT))
+        self._salts, self._gids = on_device(salts.view(np.int64), device), on_device(gids, device, torch.int64)
+        self._limits = self._salts
+
+    def set_limits(self, limits: np.ndarray) -> None:
+        """uint64 [Q]."""
+        self._limits = on_device(limits.view(np.int64), self._salts.device) ^ _SIGN
+
+    def __call__(self, query: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+        z = (self._salts[query] + self._gids[member] + 1) * self._increment ^ self._stream
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ _shifted(z, shift)) * (factor - 2**64)
+        return (z ^ _shifted(z, 31)) ^ _SIGN <= self._limits[query]
 
 
 class Nearest:
@@ -256,6 +286,11 @@ def _blocks(num_rows: int, num_columns: int, max_bytes: int, whole: bool = False
     for top in range(0, num_rows, height):
         for left in range(0, num_columns, width):
             yield slice(top, min(top + height, num_rows)), slice(left, min(left + width, num_columns))
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x >> bits of the 64 bits of an int64, zeros coming in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from numba import njit
 
 from curation.ops.cells import Cells, cell_ranks
 from curation.ops.join import DEFAULT_MEMORY_BYTES, sketch_columns
-from curation.ops.join_kernels import pairs_by_sketch
-from curation.ops.neighbours import near_by_product
-from curation.ops.randomness import hash_uint64
-from curation.ops.sketches import exact_dot, half_radius, mirrored, radius_needed
+from curation.ops.join_kernels import BLOCK, CHUNK, listed, near_masks, passed, rough_dots
+from curation.ops.randomness import INCREMENT, hash_uint64, mix, stream_of
+from curation.ops.sketches import ROUGH_MARGIN, exact_dot, half_radius, mirrored, products, radius_needed
 
 if TYPE_CHECKING:
     from curation.ops.torch_tiles import Rows
@@ -24,7 +23,8 @@ PAIRS_PER_QUERY = 4
 """A placeholder that occurs a thousand times would otherwise outweigh every other image of the sample."""
 
 _TILE_ROWS = 2**14
-_HIT_BYTES = 64  # of a hit while its tile is worked on
+_ENTRY_BYTES = 64  # of a query and a member of a tile, if all are candidates on a device
+_ANY = np.uint64(2**64 - 1)
 
 
 class Question(NamedTuple):
@@ -58,6 +58,29 @@ class Hits(NamedTuple):
     gid: np.ndarray
     similarity: np.ndarray
     mirrored: np.ndarray
+
+
+class _Few(NamedTuple):
+    """The 4 true pairs of smallest hash that each of Q sampled rows has met, one way round.
+
+    A row in a crowd has 300,000 true pairs: a pair is compared exactly only where its hash could enter.
+
+    Attributes:
+        stream, salts: of the pairs' hashes (`hashes`); salts uint64 [Q].
+        own: int64 [Q], the rows themselves, which are no pair.
+        limits: uint64 [Q], the greatest hash that may enter.
+        counts: int64 [Q]; hash, row, gid, similarity: [Q, 4], the first counts of them, in no order.
+    """
+
+    stream: np.uint64
+    salts: np.ndarray
+    own: np.ndarray
+    limits: np.ndarray
+    counts: np.ndarray
+    hash: np.ndarray
+    row: np.ndarray
+    gid: np.ndarray
+    similarity: np.ndarray
 
 
 class TruePairs(NamedTuple):
@@ -98,42 +121,27 @@ def hits_in_range(
     ways = [question.vectors if sign is None else mirrored(question.vectors, sign) for sign in signs]
     own = [cells.sketch(vectors) for vectors in ways]
     on_device = [] if device is None else _rows_on(device, ways, own)
-    kept = no_hits()
+    few = [_no_few(question) for _ in ways]
     for low in range(start, stop, _TILE_ROWS):
         high = min(low + _TILE_ROWS, stop)
         members, gids, sketches = cells.read(low, high), cells.read_gids(low, high), cells.read_sketches(low, high)
-        step = max(max_memory_bytes // 2 // (_HIT_BYTES * len(members)), 1)
+        step = max(max_memory_bytes // 2 // (_ENTRY_BYTES * len(members)), 1)
         [tile] = [None] if device is None else _rows_on(device, [members], [sketches])
         words = sketch_columns(sketches)
-        found = [kept]
         for first, last, is_exact in _blocks(question, step):
-            both = []
             for way, vectors in enumerate(ways):
-                asked = vectors[first:last]
                 if tile is not None:
                     radius = None if is_exact else question.radius
-                    query, member, similarity = _near_on_device(
-                        on_device[way], first, last, tile, question.threshold, radius
-                    )
+                    _meet_on_device(few[way], on_device[way], first, last, tile, low, gids, question, radius)
                 elif is_exact:
-                    pairs = near_by_product(asked, members, question.threshold)
-                    similarity = _exact(pairs, asked, members)
-                    good = similarity >= np.float32(question.threshold)
-                    query, member, similarity = pairs[good, 0], pairs[good, 1], similarity[good]
+                    scores = products(vectors[first:last], members)
+                    _meet_by_score(few[way], scores, first, vectors, members, low, gids, np.float32(question.threshold))
                 else:
-                    query, member, similarity = pairs_by_sketch(
-                        words, members, np.array([0, len(members)]), asked, own[way][first:last],
-                        np.arange(len(asked), dtype=np.int32), np.array([0]), np.array([len(asked)]), question.radius,
-                        half_radius(question.radius), np.float32(question.threshold), 1024,
+                    _meet_by_sketch(
+                        few[way], first, last, vectors, own[way], words, members, low, gids, question.radius,
+                        half_radius(question.radius), np.float32(question.threshold),
                     )  # fmt: skip
-                query, member = first + query.astype(np.int64), member.astype(np.int64)
-                few = _few(query, hashes(question, query, gids[member]), first, last, question.rows - low, member)
-                query, member = query[few], member[few]
-                flipped = np.full(len(few), way > 0)
-                both.append(Hits(query, low + member, gids[member], similarity[few], flipped))
-            found.append(fewest(question, both))
-        kept = fewest(question, found)
-    return kept
+    return fewest(question, [_hits(found, way > 0) for way, found in enumerate(few)])
 
 
 def fewest(question: Question, batches: Iterable[Hits]) -> Hits:
@@ -180,15 +188,49 @@ def _rows_on(device: str, vectors: list[np.ndarray], sketches: list[np.ndarray])
     return [Rows(x, y, device) for x, y in zip(vectors, sketches, strict=True)]
 
 
-def _near_on_device(
-    queries: "Rows", first: int, last: int, members: "Rows", threshold: float, radius: int | None
-) -> list[np.ndarray]:
-    """Query (from first on), member and similarity of the pairs of some queries and a tile."""
-    from curation.ops.torch_tiles import near_pairs
+def _meet_on_device(
+    few: _Few,
+    queries: "Rows",
+    first: int,
+    last: int,
+    tile: "Rows",
+    low: int,
+    gids: np.ndarray,
+    question: Question,
+    radius: int | None,
+) -> None:
+    """Queries first to last meet a tile: what the kernels below do."""
+    from curation.ops.torch_tiles import HashesBelow, near_pairs
 
+    below = HashesBelow(few.stream, few.salts[first:last], gids, queries.device)
+    below.set_limits(few.limits[first:last])
     asking = np.arange(first, last)
-    found = near_pairs(queries, asking, members, 0, len(members), threshold, radius)
-    return [np.concatenate(column) for column in zip(*found, strict=True)]
+    for query, member, similarity in near_pairs(
+        queries, asking, tile, 0, len(tile), question.threshold, radius, passes=below
+    ):
+        _settle(few, query, member, similarity, first, low, gids)
+        below.set_limits(few.limits[first:last])
+
+
+def _no_few(question: Question) -> _Few:
+    shape = len(question.rows), PAIRS_PER_QUERY
+    return _Few(
+        np.uint64(stream_of(question.seed)),
+        hash_uint64(question.seed, question.gids),
+        question.rows,
+        np.full(len(question.rows), _ANY, np.uint64),
+        np.zeros(len(question.rows), np.int64),
+        np.empty(shape, np.uint64),
+        np.empty(shape, np.int64),
+        np.empty(shape, np.int64),
+        np.empty(shape, np.float32),
+    )
+
+
+def _hits(few: _Few, is_mirrored: bool) -> Hits:
+    query, place = np.nonzero(np.arange(PAIRS_PER_QUERY) < few.counts[:, None])
+    columns = (values[query, place] for values in (few.row, few.gid, few.similarity))
+    return Hits(query, *columns, np.full(len(query), is_mirrored))
 
 
 def _blocks(question: Question, step: int) -> Iterable[tuple[int, int, bool]]:
@@ -198,41 +240,108 @@ def _blocks(question: Question, step: int) -> Iterable[tuple[int, int, bool]]:
             yield first, min(first + step, stop), is_exact
 
 
-@njit(cache=True, nogil=True)
-def _exact(pairs, asked, members):
-    out = np.empty(pairs.shape[0], np.float32)
-    for i in range(out.size):
-        out[i] = exact_dot(asked[pairs[i, 0]], members[pairs[i, 1]])
-    return out
+mix_one = njit(cache=True, nogil=True)(mix)
 
 
 @njit(cache=True, nogil=True)
-def _few(query, hashes, first, last, own, member):
-    """Indices of the 4 smallest hashes of each query from first to last, its own row left out, in no order.
+def _hash(few, query, gid):
+    return mix_one((few.salts[query] + np.uint64(gid) + np.uint64(1)) * INCREMENT ^ few.stream)
 
-    A row in a crowd has 100,000 hits in each way of asking: sorting them all would take longer than finding them.
-    """
-    kept = np.empty((last - first, PAIRS_PER_QUERY), np.int64)
-    counts = np.zeros(last - first, np.int64)
+
+@njit(cache=True, nogil=True)
+def _enter(few, query, pair_hash, row, gid, similarity):
+    """Put a true pair among the few of its query, if its hash is small enough."""
+    if pair_hash > few.limits[query] or few.own[query] == row:
+        return
+    place, hashes = few.counts[query], few.hash[query]
+    if place == PAIRS_PER_QUERY:
+        place = np.argmax(hashes)
+    else:
+        few.counts[query] += 1
+    hashes[place] = pair_hash
+    few.row[query, place], few.gid[query, place], few.similarity[query, place] = row, gid, similarity
+    if few.counts[query] == PAIRS_PER_QUERY:
+        few.limits[query] = hashes.max()
+
+
+@njit(cache=True, nogil=True)
+def _settle(few, query, member, similarity, first, low, gids):
+    """Enter true pairs of a tile: of query - first and member."""
     for i in range(query.size):
-        if own[query[i]] == member[i]:
-            continue
-        places = kept[query[i] - first]
-        count = counts[query[i] - first]
-        if count < PAIRS_PER_QUERY:
-            places[count] = i
-            counts[query[i] - first] = count + 1
-            continue
-        worst = 0
-        for place in range(1, PAIRS_PER_QUERY):
-            if hashes[places[place]] > hashes[places[worst]]:
-                worst = place
-        if hashes[i] < hashes[places[worst]]:
-            places[worst] = i
-    out = np.empty(counts.sum(), np.int64)
+        asking, gid = first + query[i], gids[member[i]]
+        _enter(few, asking, _hash(few, asking, gid), low + member[i], gid, similarity[i])
+
+
+@njit(cache=True, nogil=True)
+def _meet_by_score(few, scores, first, vectors, members, low, gids, threshold):
+    """A product [q, n] of the queries from first on and a tile; returns how many pairs were compared exactly."""
+    rough, compared = threshold - ROUGH_MARGIN, 0
+    for j in range(scores.shape[0]):
+        query, line = first + j, scores[j]
+        for base in range(0, line.size, 64):
+            piece = line[base : base + 64]
+            near = 0
+            for i in range(piece.size):
+                near += piece[i] >= rough
+            if near == 0:
+                continue
+            for i in range(piece.size):
+                if piece[i] < rough:
+                    continue
+                gid = gids[base + i]
+                pair_hash = _hash(few, query, gid)
+                if pair_hash > few.limits[query]:
+                    continue
+                compared += 1
+                similarity = exact_dot(vectors[query], members[base + i])
+                if similarity >= threshold:
+                    _enter(few, query, pair_hash, low + base + i, gid, similarity)
+    return compared
+
+
+@njit(cache=True, nogil=True)
+def _meet_by_sketch(
+    few, first, last, vectors, sketches, words, members, low, gids, radius, half, threshold,
+):  # fmt: skip
+    """Queries first to last and a tile, where sketches are near; returns how many pairs were compared exactly."""
+    limit, half_limit, compared = np.int64(radius) + 1, np.int64(half) + 1, 0
+    asking, masks = np.empty(CHUNK + 1, np.int64), np.empty(CHUNK + 1, np.uint64)
+    pairs, rough = np.empty((CHUNK * BLOCK, 2), np.int64), np.empty(CHUNK * BLOCK, np.float32)
+    num_members = members.shape[0]
+    for chunk in range(first, last, CHUNK):
+        queries = np.arange(chunk, min(chunk + CHUNK, last))
+        own = sketches[chunk : chunk + queries.size]
+        for base in range(0, num_members, BLOCK):
+            w0, w1, w2, w3, w4, w5, w6, w7 = (
+                words[0, base : base + BLOCK], words[1, base : base + BLOCK], words[2, base : base + BLOCK],
+                words[3, base : base + BLOCK], words[4, base : base + BLOCK], words[5, base : base + BLOCK],
+                words[6, base : base + BLOCK], words[7, base : base + BLOCK],
+            )  # fmt: skip
+            num_near = near_masks(own, w0, w1, w2, w3, w4, w5, w6, w7, half_limit, limit, asking, masks)
+            real = (np.uint64(1) << np.uint64(min(BLOCK, num_members - base))) - np.uint64(1)
+            count = _below(few, gids, pairs[: listed(masks[:num_near], real, asking, queries, base, pairs)])
+            rough_dots(vectors, members, pairs[:count], rough)
+            count = passed(rough[:count], threshold - ROUGH_MARGIN, pairs)
+            for i in range(count):
+                query, member = pairs[i, 0], pairs[i, 1]
+                pair_hash = _hash(few, query, gids[member])
+                if pair_hash > few.limits[query]:
+                    continue
+                compared += 1
+                similarity = exact_dot(vectors[query], members[member])
+                if similarity >= threshold:
+                    _enter(few, query, pair_hash, low + member, gids[member], similarity)
+    return compared
+
+
+@njit(cache=True, nogil=True)
+def _below(few, gids, pairs):
+    """Move the pairs whose hash may enter to the front; returns how many."""
     count = 0
-    for row in range(counts.size):
-        for place in range(counts[row]):
-            out[count] = kept[row, place]
-            count += 1
-    return out
+    for i in range(pairs.shape[0]):
+        query, member = pairs[i, 0], pairs[i, 1]
+        if few.limits[query] != _ANY and _hash(few, query, gids[member]) > few.limits[query]:
+            continue
+        pairs[count, 0], pairs[count, 1] = query, member
+        count += 1
+    return count

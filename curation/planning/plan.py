@@ -21,6 +21,7 @@ from curation.planning.machines import Cluster
 from curation.planning.numbers import PlannedStep
 from curation.planning.steps import Plan
 from curation.planning.words import flop, size, time_words
+from curation.reading.filters import Pixels
 from curation.state import Run, set_label
 from curation.steps import Step, plan_steps
 
@@ -59,9 +60,10 @@ def describe(run: Run, cluster: Cluster | None = None, described: Mapping[str, S
 def _states(run: Run, names: Sequence[str], is_described: bool) -> tuple[dict[str, str], list[str]]:
     """What is done already, by step, and what keeps us from telling."""
     notes = [note for spec in run.config.embed.encoders() if (note := _missing_weights(spec))]
+    notes += [note for rule in run.filters if isinstance(rule, Pixels) and (note := _missing_filter(rule))]
     if is_described:
         return dict.fromkeys(names, "to do"), notes
-    if notes:  # the keys of the steps hold the weights' hash
+    if notes:  # the keys of the steps hold the hash of weights
         at_hand = {name for name in names if run.folder.exists(f"{name}/{MANIFEST_NAME}")}
         return {name: "done or to do" if name in at_hand else "to do" for name in names}, notes
     states, manifests = {}, {}
@@ -102,6 +104,16 @@ def _missing_weights(spec: str) -> str | None:
         f"encoder {spec}: its weights are not in the cache ({constants.HF_HUB_CACHE}); the run will fetch them from "
         "the hub, or stop where there is no network."
     )
+
+
+def _missing_filter(rule: Pixels) -> str | None:
+    """Why the run could not ask this filter as things are; None if what it needs is here."""
+    try:
+        rule.settings()
+        rule.view()
+    except ValueError as error:
+        return f"{error} The run will stop there."
+    return None
 
 
 # --- words and tables ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Plan(PlanNumbers):
         steps += [
             self._embedding(f"embed/evaluation-{name}", s, c.embed.encoders()[-1:]) for name, s in evaluations.items()
         ]
+        steps += [self._exclusion(name) for name in self.run.excluded]
         steps += [self._filter(), self._heads(), self._cells(), self._join(), self._dedup()]
         steps += [*self._decontamination(), self._survivors(), self._clustering(), *self._retrieval()]
         if c.balance.is_wanted():
@@ -71,6 +72,25 @@ class Plan(PlanNumbers):
             driver_bytes=1000.0 * images.num_parts,
             task_bytes=4 * sum(self.encoder_costs[spec].parameters for spec in specs)
             + images.images / max(images.num_parts, 1) * row,
+        )
+
+    def _exclusion(self, name: str) -> PlannedStep:
+        """Both runs' images by bytes and by looks: about what heads does with one identity an image, twice."""
+        run, ranges = self.run.excluded[name], self.num_ranges
+        n = self.pool.images + run.num_images
+        buckets, maps = buckets_for(600.0 * n, self.config.execution), ranges + -(-run.num_images // run.range_rows)
+        return PlannedStep(
+            name=f"exclude/{name}",
+            what=f"images that {run.folder.url} keeps: the same bytes, or equal perceptual hashes",
+            files=self._tables(ranges),
+            bytes=8.0 * self.pool.images,
+            work=Work(core_s=2 * n * costs.HEADS_S),
+            images=n,
+            tasks=max(maps, buckets),
+            read=n * costs.INDEX_BYTES,
+            moved=2 * n * costs.HEADS_WRITTEN,
+            requests=costs.exchange_requests(maps, buckets) + costs.exchange_requests(buckets, ranges),
+            task_bytes=self._range_bytes,
         )
 
     def _filter(self) -> PlannedStep:

@@ -18,6 +18,7 @@ from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, PartRows, read_rows
 from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
 from curation.reading.filters import Filter, first_reasons
+from curation.stages.exclude import EXCLUDED, excluded_gids
 
 VERSION = 3
 _INDEX = ["key", "sha256", "metadata", "width", "height", "luma_deviation", "status", "reason"]
@@ -44,8 +45,12 @@ def filter_pool(
     ranges: Ranges,
     execution: ExecutionConfig,
     earlier: Earlier | None = None,
+    excluded: Sequence[Folder] = (),
 ) -> tuple[list[File], dict[str, int]]:
     """Write range-*.parquet (SCHEMA, one row a gid); ranges that a former run finished are kept.
+
+    Args:
+        excluded: folders of exclude steps; what they name and no filter rejects is left out for that.
 
     Returns:
         the files, and the counts: images that go on, and images by reason.
@@ -53,12 +58,16 @@ def filter_pool(
     names = [range_file("range", number) for number in range(len(ranges))]
     run_pieces(
         _filter_range,
-        [(ranges.bounds(number)[0], pool.rows_between(*ranges.bounds(number))) for number in range(len(ranges))],
+        [
+            (number, ranges.bounds(number)[0], pool.rows_between(*ranges.bounds(number)))
+            for number in range(len(ranges))
+        ],
         names,
         folder,
         pool.folder,
         list(filters),
         earlier.decided() if earlier is not None else None,
+        list(excluded),
         execution=execution,
         label="filter",
         unit="images",
@@ -83,21 +92,24 @@ def read_batches(folder: Folder, number: int, columns: Sequence[str], rows: int 
 
 
 def _filter_range(
-    item: tuple[int, list[PartRows]],
+    item: tuple[int, int, list[PartRows]],
     folder: Folder,
     name: str,
     index: Folder,
     filters: list[Filter],
     earlier: Earlier | None,
+    excluded: list[Folder],
 ) -> None:
-    at, parts = item
+    number, at, parts = item
+    elsewhere = excluded_gids(excluded, number)
     with (
         folder.writing(name) as file,
         pq.ParquetWriter(file, SCHEMA, compression="zstd", compression_level=1) as writer,
     ):
         held: list[pa.Table] = []
         for rows in parts:
-            table = _judged(read_rows(index, rows, _COLUMNS), filters)
+            first, end = np.searchsorted(elsewhere, [at, at + rows.stop - rows.start]).tolist()
+            table = _judged(read_rows(index, rows, _COLUMNS), filters, elsewhere[first:end] - at)
             standing = np.zeros(table.num_rows, np.uint8)
             if earlier is not None:
                 standing = earlier.standing(at, at + table.num_rows)
@@ -110,10 +122,13 @@ def _filter_range(
             writer.write_table(pa.concat_tables(held), row_group_size=_ROW_GROUP)
 
 
-def _judged(table: pa.Table, filters: list[Filter]) -> pa.Table:
+def _judged(table: pa.Table, filters: list[Filter], excluded: np.ndarray) -> pa.Table:
+    """The filters' verdict on rows of the index, of which some (indices) are excluded beside."""
+    reasons = first_reasons(table.select(_INDEX), filters)
+    reasons[excluded] = np.where(reasons[excluded] == None, EXCLUDED, reasons[excluded])  # noqa: E711  elementwise
     pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
     columns = {
-        "reason": pa.array(first_reasons(table.select(_INDEX), filters).tolist(), pa.string()),
+        "reason": pa.array(reasons.tolist(), pa.string()),
         "pixels": pc.fill_null(pixels, 0),
         "bytes": pc.fill_null(pc.struct_field(table["image"], "size"), 0),
     }

@@ -39,6 +39,27 @@ def test_every_kind_that_a_config_names_exists(path: Path) -> None:
     assert {ticked or written for ticked, written in named} <= set(_KINDS)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_dry_run_with_the_filters_offered_says_what_is_missing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As on a machine that has fetched nothing: the plan is printed, and what a filter lacks is named with a remedy."""
+    pool, seed = (picture_tar(tmp_path / f"{name}.tar", range(2)) for name in ("pool", "seed"))
+    offered = in_comments(path)
+    config = tmp_path / path.name
+    config.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **({"filters": offered} if offered else {})}))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(config), "--seed", str(seed), "--pool", str(pool), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    models = [entry["options"]["folder"] for entry in offered if entry["kind"] == "pixels"]
+    for folder in models:
+        assert f"filters: {folder} has no preprocessor_config.json" in told
+        assert f"`hf download NAME --local-dir {folder}`. The run will stop there." in told
+    assert told.count("filters: ") == len(models)
+    assert bool(models) == (path.stem == "lvd142m")
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model in the form of the one that lvd142m.yaml names."""

@@ -354,6 +354,7 @@ def _command(asked: Mapping[str, Any], changed: Mapping[str, Any], run_url: str)
         flags += [("--evaluation", url) for url in asked["evaluations"].values()]
     if asked.get("extend"):
         flags.append(("--extend", asked["extend"]))
+    flags += [("--exclude", url) for url in asked.get("exclude", [])]
     flags.append(("--out", run_url))
     words_ = [f"{flag} {shlex.quote(public_url(value))}" for flag, value in flags]
     words_ += [shlex.quote(f"{k}={v if isinstance(v, str) else json.dumps(v)}") for k, v in changed.items()]

@@ -12,6 +12,7 @@ _REASONS = {
     "decoder_timeout": "its decoding took more than a minute",
     "dark_16_bit": "16 bits a sample, of which only the lower ones are used, so it is nearly black",
     "empty": "a file of 0 bytes",
+    "excluded": "a run named by --exclude keeps an image of the same bytes, or of equal perceptual hashes",
     "extreme_aspect": "much longer on one side than on the other",
     "file_too_large": "more bytes than embed.max_file_bytes",
     "gone_since_indexing": "chosen, but its file was gone when its bytes were to be copied",

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from curation.ops import recall
+from curation.ops import true_pairs as true_pairs_module
 from curation.ops.cells import cells_from_arrays, nearest_cells
 from curation.ops.neighbours import self_pairs
 from curation.ops.recall import (
@@ -19,7 +20,7 @@ from curation.ops.recall import (
     true_pairs,
 )
 from curation.ops.sketches import half_radius
-from curation.ops.true_pairs import fewest, hits_in_range
+from curation.ops.true_pairs import fewest, hashes, hits_in_range
 
 DIM = 32
 
@@ -153,6 +154,41 @@ def test_ranges_of_the_pool_and_its_device_change_nothing(num_exact, device):
     for one, other in zip(whole, fewest(question, ranges), strict=True):
         np.testing.assert_array_equal(one, other)
     assert np.unique(whole.query, return_counts=True)[1].max() == 4
+
+
+@pytest.mark.usefixtures("torch_on_one_thread")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_crowd_is_not_compared_pair_by_pair(device, monkeypatch):
+    """Three quarters of the pool are alike: of a row's 60,000 true pairs few are compared exactly."""
+    torch_tiles = pytest.importorskip("curation.ops.torch_tiles")
+    cells = planted(80_000, 100, hot=60_000)
+    rows = np.random.default_rng(0).permutation(80_000)[:40]
+    question = question_about(cells, rows, cells.gids_of_rows(rows), 0.75, 20, 250)
+    compared = []
+
+    def counted(kernel, count):
+        def call(*arguments):
+            found = kernel(*arguments)
+            compared.append(count(arguments, found))
+            return found
+
+        return call
+
+    exact = torch_tiles._exact_similarities
+    monkeypatch.setattr(torch_tiles, "_exact_similarities", counted(exact, lambda given, _: len(given[2])))
+    for name in ("_meet_by_score", "_meet_by_sketch"):
+        monkeypatch.setattr(true_pairs_module, name, counted(getattr(true_pairs_module, name), lambda _, done: done))
+    found = hits_in_range(cells, 0, 80_000, question, device=device)
+    # On a device, what the first tile has is compared whole: there is no pair yet that others must beat.
+    assert 0 < sum(compared) < (40 * 2**14 * 1.01 if device else 40 * 100)
+    vectors = cells.read(0, 80_000)
+    similarity = (question.vectors @ vectors.T).astype(np.float32)
+    for query, row in enumerate(rows):
+        true = np.flatnonzero(similarity[query] >= 0.75)
+        true = true[true != row]
+        pair_hashes = hashes(question, np.full(len(true), query), cells.gids_of_rows(true))
+        expected = true[np.argsort(pair_hashes)[:4]]
+        assert found.row[found.query == query].tolist() == expected.tolist()
 
 
 def test_target_must_be_a_proportion():
