@@ -1,6 +1,7 @@
 """Every step of a run: its settings and inputs, and what it hands to its stage."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +20,11 @@ from curation.stages import balance, cells, cluster, decontaminate, dedup, embed
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.stages.asking import asked_of
+from curation.stages.joined_before import JoinedBefore
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
+
+logger = logging.getLogger(__name__)
 
 STAGES = (
     "embed",
@@ -113,7 +117,7 @@ def plan_steps(run: Run) -> list[Step]:
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
             _cells, needs_local=True,
         ),
-        Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
+        Step("join", "join", join.VERSION, _join_settings(run), ("cells",), _join),
         Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
         *(
             Step(
@@ -246,9 +250,34 @@ def _cells(run: Run, folder: Folder) -> Written:
     return files, {}, {}
 
 
+def _joined_before(run: Run) -> tuple[JoinedBefore | None, str | None]:
+    """The join of the run that is extended, where its edges can be taken over, or why they cannot."""
+    if run.earlier is None:
+        return None, None
+    folder, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
+    before = JoinedBefore(folder / "join", run.earlier.manifests["join"], folder / "heads", ranges)
+    dedup = run.config.dedup
+    why = before.refusal(join.VERSION, dedup.highest_floor, dedup.target_recall)
+    return (None, why) if why else (before, None)
+
+
+def _join_settings(run: Run) -> dict[str, Any]:
+    before, _ = _joined_before(run)
+    if before is None:
+        return asdict(run.config.dedup.join())
+    return {**asdict(run.config.dedup.join(before.floor)), "extends": before.manifest.hash()}
+
+
 def _join(run: Run, folder: Folder) -> Written:
-    mirror = load_encoder(run.config.embed.encoders()[-1]).mirror
-    return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), run.config.execution)
+    mirror, execution = load_encoder(run.config.embed.encoders()[-1]).mirror, run.config.execution
+    before, why = _joined_before(run)
+    if before is None:
+        if run.earlier is not None:
+            logger.info("join: nothing is taken over from %s: %s", run.earlier.folder.url, why)
+        return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), execution)
+    extension = join.Extension(before, run.folder / "heads", run.ranges)
+    settings = run.config.dedup.join(before.floor)
+    return join.join_pool(folder, run.cells("cells"), mirror, settings, execution, extension)
 
 
 def _dedup(run: Run, folder: Folder) -> Written:

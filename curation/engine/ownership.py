@@ -46,6 +46,9 @@ _FILES: dict[str, tuple[str, ...]] = {
         "done/part-*.json",
         "edges/part-*.parquet",
         "forest/part-*.parquet",
+        "new/rows-*.npy",
+        "before/members-*.npy",
+        "lost/members-*.npy",
     ),
     "dedup": (
         _RANGE,

@@ -76,9 +76,19 @@ class DedupConfig:
                 "linked pairs would be lost. Lower it, or leave it out."
             )
 
-    def join(self) -> JoinSettings:
-        """What of these settings the join depends on."""
-        floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
+    @property
+    def highest_floor(self) -> float:
+        """Edges that reach down to there would do."""
+        return self.similarity_threshold if self.edge_floor is None else self.edge_floor
+
+    def join(self, floor: float | None = None) -> JoinSettings:
+        """What of these settings the join depends on.
+
+        Args:
+            floor: of the edges that a run takes over from one that it extends.
+        """
+        if floor is None:
+            floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
         return JoinSettings(floor=floor, target_recall=self.target_recall, seed=self.seed)
 
 
@@ -161,6 +171,7 @@ def deduplicate(
         "measured_lower_bound": bound,
         "measured_together": float(together.mean()) if len(together) else 1.0,  # of true pairs, in one component
         "similarity_threshold": config.similarity_threshold,
+        **joined.covered(),
     }
     return files, counts, figures
 

@@ -6,7 +6,8 @@ from scipy.stats import binom
 
 from curation.ops import recall
 from curation.ops.cells import cells_from_arrays, nearest_cells
-from curation.ops.neighbours import self_pairs
+from curation.ops.join import merge_pairs
+from curation.ops.neighbours import near_rows, self_pairs
 from curation.ops.recall import (
     are_among,
     certify,
@@ -158,3 +159,32 @@ def test_ranges_of_the_pool_and_its_device_change_nothing(num_exact, device):
 def test_target_must_be_a_proportion():
     with pytest.raises(ValueError, match="target_recall must lie between 0 and 1, got 1"):
         certify(planted(500, 10), 0.75, 1.0)
+
+
+def test_new_rows_alone_ask(monkeypatch):
+    """The certificate is about pairs with a new end, found from those of its ends that ask; it keeps its promise."""
+    monkeypatch.setattr(recall, "_EXACT_ROWS", 1000)
+    cells = planted(20_000, 6000)
+    gids = cells.read_gids(0, cells.num_rows)
+    new = np.flatnonzero(gids % 5 == 0)
+
+    class New:
+        def __len__(self):
+            return len(new)
+
+        def between(self, start, stop):
+            return new[(new >= start) & (new < stop)]
+
+    certificate, truth = certify(cells, 0.75, 0.95, seed=1, asking=New())
+    assert certificate.basis == "sample"
+    assert np.isin(truth.query, gids[new]).all()
+    is_new = np.isin(truth.gid, gids[new])
+    assert 0 < is_new.sum() < len(is_new)
+    assert (truth.rank[~is_new, 1] == cells.num_cells).all()
+    assert (truth.rank[is_new, 1] < cells.num_cells).all()
+    assert (truth.rank[:, 0] < cells.num_cells).all()
+    found = [p for _, p, _ in near_rows(cells, new, 0.75, certificate.nprobe, certificate.sketch_radius).pieces()]
+    hits = are_among(merge_pairs(found), truth)
+    np.testing.assert_array_equal(hits, found_by(truth, certificate.nprobe, certificate.sketch_radius))
+    assert measured_recall(hits, truth)[0] == pytest.approx(certificate.recall)
+    assert certificate.nprobe >= certify(cells, 0.75, 0.95, seed=1)[0].nprobe
