@@ -281,6 +281,11 @@ def _join(run: Run, folder: Folder) -> Written:
 
 
 def _dedup(run: Run, folder: Folder) -> Written:
+    before = None
+    if run.earlier is not None:
+        was, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
+        settings = run.earlier.manifests["dedup"].settings
+        before = dedup.pairs_before(was / "dedup", settings, was / "heads", ranges, run.config.dedup)
     return dedup.deduplicate(
         folder,
         run.pool,
@@ -292,6 +297,7 @@ def _dedup(run: Run, folder: Folder) -> Written:
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,
         run.config.execution,
+        before,
     )
 
 
