@@ -7,8 +7,8 @@ COMMANDS = (
     ["-m", "benchmarks.tars"],
     ["-m", "benchmarks.kmeans"],
     ["-m", "benchmarks.hierarchy"],
-    ["-m", "benchmarks.dedup", "million"],
-    ["-m", "benchmarks.dedup", "growth"],
+    ["-m", "benchmarks.dedup"],
+    ["-m", "benchmarks.scale", "join", "--rows", "10000000"],
     ["-m", "benchmarks.loading"],
     ["-m", "benchmarks.losses"],
 )

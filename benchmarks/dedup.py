@@ -1,19 +1,17 @@
-"""Deduplication of embeddings against Faiss brute force, and how its time and memory grow.
+"""Deduplication of embeddings in memory against Faiss brute force: recall, precision and time.
 
-    python benchmarks/dedup.py million            1 M x 256-d: recall, precision and time beside brute force
-    python benchmarks/dedup.py growth             1, 3 and 10 M x 128-d: time and peak resident memory, from files
+    python -m benchmarks.dedup [--rows 1000000]
+
+How time and memory grow, from files and in Ray tasks: `python -m benchmarks.scale join`.
 
 Vectors are the hard case of nearly isotropic embeddings: a Zipf mixture of 20,000 modes with so much noise that two
 vectors of one mode have cosine 0.3, where every 50th vector has a planted partner at a cosine uniform in 0.6 to 0.99.
-Each prints a table, and its figures as JSON (to --json, if given).
+Prints a table, and its figures as JSON (to --json, if given).
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from typing import TypeVar
 import faiss
 import numpy as np
 
-from curation.ops.cells import Cells, write_cells
+from curation.ops.cells import Cells, cells_from_arrays
 from curation.ops.components import duplicate_groups
 from curation.ops.join import Pairs, merge_pairs
 from curation.ops.kmeans import kmeans
@@ -92,42 +90,24 @@ class Clock:
 def warm_up(dim: int) -> None:
     """Compile the kernels on a few vectors: numba keeps them on disk, so only a machine's first run pays."""
     x = np.concatenate(list(blocks(20_000, dim, 9)))
-    with tempfile.TemporaryDirectory() as folder:
-        cells = grouped(Path(folder), lambda: iter([x]), len(x), 32, 1, None)
-        certificate, _ = certify(cells, THRESHOLD)
-        pairs = self_pairs(cells, 0, len(x), THRESHOLD, 2, certificate.sketch_radius or 180)
-        self_pairs(cells, 0, len(x), THRESHOLD, 2, None)
-        duplicate_groups(len(x), [(pairs.a, pairs.b, pairs.similarity)], [np.zeros(len(x))], max_component_size=2)
+    cells = grouped(x, 32, 1, None)
+    certificate, _ = certify(cells, THRESHOLD)
+    pairs = self_pairs(cells, 0, len(x), THRESHOLD, 2, certificate.sketch_radius or 180)
+    self_pairs(cells, 0, len(x), THRESHOLD, 2, None)
+    duplicate_groups(len(x), [(pairs.a, pairs.b, pairs.similarity)], [np.zeros(len(x))], max_component_size=2)
 
 
-def grouped(
-    folder: Path,
-    read: Callable[[], Iterator[np.ndarray]],
-    num_rows: int,
-    num_cells: int,
-    threads: int,
-    clock: Clock | None,
-) -> Cells:
-    """k-means on a sample, the assignment of every vector, and the cells on disk."""
+def grouped(x: np.ndarray, num_cells: int, threads: int, clock: Clock | None) -> Cells:
+    """k-means on a sample, the assignment of every vector, and the cells."""
     clock = clock or Clock()
     with clock("k-means"):
-        chosen = hash_sample(1, np.arange(num_rows), POINTS_PER_CENTROID * num_cells)
-        sample, start = [], 0
-        for block in read():
-            low, high = np.searchsorted(chosen, [start, start + len(block)])
-            sample.append(block[chosen[low:high] - start].astype(np.float32))
-            start += len(block)
-        centroids = kmeans(np.concatenate(sample), num_cells, 8, seed=1, num_threads=threads).centroids
-        del sample
+        sample = x[hash_sample(1, np.arange(len(x)), POINTS_PER_CENTROID * num_cells)].astype(np.float32)
+        centroids = kmeans(sample, num_cells, 8, seed=1, num_threads=threads).centroids
     with clock("assignment"):
-        own = np.concatenate([assign(block, centroids, num_threads=threads)[0] for block in read()])
+        starts = range(0, len(x), BLOCK_ROWS)
+        own = np.concatenate([assign(x[s : s + BLOCK_ROWS], centroids, num_threads=threads)[0] for s in starts])
     with clock("cells"):
-        starts = np.cumsum([0] + [len(block) for block in read()])
-        rows = (
-            (np.arange(s, s + len(block)), block, own[s : s + len(block)])
-            for s, block in zip(starts, read(), strict=False)
-        )
-        return write_cells(folder, rows, np.bincount(own, minlength=num_cells), centroids)
+        return cells_from_arrays(x, np.arange(len(x)), own, centroids)
 
 
 def in_threads(function: Callable[[int, int], T], num_rows: int, step: int, threads: int) -> list[T]:
@@ -192,9 +172,9 @@ def share_found(wanted: np.ndarray, found: np.ndarray) -> float:
     return float(np.isin(wanted, found).mean()) if len(wanted) else 1.0
 
 
-def million(arguments: argparse.Namespace) -> dict:
+def against_brute_force(arguments: argparse.Namespace) -> dict:
     """Cluster + dedup of vectors in memory; rounds of Faiss IndexFlatIP.range_search lie between its steps."""
-    num_rows, dim, threads = arguments.rows or 1_000_000, 256, arguments.threads
+    num_rows, dim, threads = arguments.rows, 256, arguments.threads
     num_cells = arguments.cells or default_cells(num_rows)
     faiss.omp_set_num_threads(threads)
     print(f"{num_rows:,} x {dim}, {num_cells} cells, {threads} threads")
@@ -218,16 +198,14 @@ def million(arguments: argparse.Namespace) -> dict:
 
     clock = Clock()
     brute_force()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        read = lambda: (x[start : start + BLOCK_ROWS] for start in range(0, num_rows, BLOCK_ROWS))  # noqa: E731
-        cells = grouped(Path(folder), read, num_rows, num_cells, threads, clock)
-        brute_force()
-        figures, pairs = deduplicated(cells, num_rows, threads, clock)
-        brute_force()
-        one_cell = Clock()
-        with one_cell("one-cell join (SemDeDup rule)"):
-            one = joined(cells, 1, None, threads)
-        brute_force()
+    cells = grouped(x, num_cells, threads, clock)
+    brute_force()
+    figures, pairs = deduplicated(cells, num_rows, threads, clock)
+    brute_force()
+    one_cell = Clock()
+    with one_cell("one-cell join (SemDeDup rule)"):
+        one = joined(cells, 1, None, threads)
+    brute_force()
     found, found_one = (pair_keys(p.a, p.b, num_rows) for p in (pairs, one))
     first = np.arange(0, num_rows - 1, PLANT_EVERY)
     exact = np.einsum("nd,nd->n", x[first].astype(np.float64), x[first + 1].astype(np.float64)).astype(np.float32)
@@ -261,89 +239,26 @@ def million(arguments: argparse.Namespace) -> dict:
     }
 
 
-def growth_once(arguments: argparse.Namespace) -> dict:
-    """One size, from a file of vectors: run in a process of its own, so that its peak memory is its own."""
-    num_rows, dim = arguments.rows, 128
-    num_cells = arguments.cells or default_cells(num_rows)
-    clock = Clock()
-    warm_up(dim)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        vectors = Path(folder) / "vectors.f16"
-        with vectors.open("wb") as file:
-            for block in blocks(num_rows, dim, 0):
-                file.write(block.tobytes())
-
-        def read() -> Iterator[np.ndarray]:
-            for start in range(0, num_rows, BLOCK_ROWS):
-                count = min(BLOCK_ROWS, num_rows - start) * dim
-                yield np.fromfile(vectors, np.float16, count, offset=start * dim * 2).reshape(-1, dim)
-
-        cells = grouped(Path(folder) / "cells", read, num_rows, num_cells, arguments.threads, clock)
-        figures, _ = deduplicated(cells, num_rows, arguments.threads, clock)
-    return figures | {
-        "rows": num_rows,
-        "dim": dim,
-        "threads": arguments.threads,
-        "seconds": clock.seconds,
-        "processor_seconds": clock.processor_seconds,
-        "total_seconds": sum(clock.seconds.values()),
-        "peak_resident_bytes": peak_resident_bytes(),
-    }
-
-
-def peak_resident_bytes() -> int:
-    """VmHWM of this process, which counts resident pages of every kind."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def growth(arguments: argparse.Namespace) -> dict:
-    """Each size in a fresh process; the exponent is that of time between one size and the next."""
-    sizes = [arguments.rows] if arguments.rows else [1_000_000, 3_000_000, 10_000_000]
-    runs = []
-    for size in sizes:
-        print(f"{size:,} x 128", flush=True)
-        with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            command = [sys.executable, __file__, "growth-once", "--rows", str(size), "--json", result.name]
-            command += ["--threads", str(arguments.threads)]
-            command += ["--folder", arguments.folder] if arguments.folder else []
-            subprocess.run(command, check=True)
-            runs.append(json.loads(Path(result.name).read_text()))
-    for run, before in zip(runs[1:], runs[:-1], strict=True):
-        run["time_exponent"] = float(
-            np.log(run["total_seconds"] / before["total_seconds"]) / np.log(run["rows"] / before["rows"])
-        )
-    return {"runs": runs, "within_budget": all(run["peak_resident_bytes"] < BUDGET_BYTES for run in runs)}
-
-
 def table(figures: dict, indent: str = "") -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f"{indent}{name}")
             table(value, indent + "  ")
-        elif name == "runs":
-            for run in value:
-                table(run, indent + "  ")
-                print()
         else:
             print(f"{indent}{name:38s}{value if not isinstance(value, float) else round(value, 5)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["million", "growth", "growth-once"])
-    parser.add_argument("--rows", type=int, help="fewer (or more) vectors than the command's own sizes")
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--cells", type=int, help="k-means cells")
-    parser.add_argument("--queries", type=int, default=4000, help="rows that brute force answers (million)")
+    parser.add_argument("--queries", type=int, default=4000, help="rows that brute force answers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", help="where temporary files go")
     parser.add_argument("--json", help="file to write the figures to")
     arguments = parser.parse_args()
-    command = {"million": million, "growth": growth, "growth-once": growth_once}[arguments.command]
-    figures = command(arguments)
-    if arguments.command != "growth-once":
-        table(figures)
-        print(json.dumps(figures))
+    figures = against_brute_force(arguments)
+    table(figures)
+    print(json.dumps(figures))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1))
 

@@ -81,7 +81,6 @@ def main() -> None:
         out = Folder(f"{root}/cluster")
         cluster_images(
             out,
-            Path(root) / "cluster/cells",
             images,
             "vectors",
             ranges,

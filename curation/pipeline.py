@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from curation.engine.manifest import MANIFEST_NAME, Manifest, stage_key
-from curation.engine.ownership import STARTED, TIMING, claim_scratch_folder, clear_stage_folder
+from curation.engine.ownership import STARTED, TIMING, clear_stage_folder
 from curation.engine.progress import duration
 from curation.engine.workers import start_ray
 from curation.state import Run
@@ -25,8 +25,6 @@ def run_pipeline(run: Run, until: str = "report") -> list[tuple[str, float | Non
         ValueError: settings or images that leave nothing to go on with; files of others where ours would go.
     """
     times: list[tuple[str, float | None]] = []
-    if not run.folder.is_local:
-        claim_scratch_folder(run.folder)
     steps = plan_steps(run)
     for step in steps:
         if STAGES.index(step.stage) > STAGES.index(until):
@@ -99,8 +97,6 @@ def finished(run: Run, step: Step, manifests: dict[str, Manifest]) -> Manifest |
     present = set(folder.names())
     root = run.folder if step.stage == "report" else folder
     missing = [f.path for f in manifest.files if not (f.path in present or root.exists(f.path))]
-    if step.needs_local and not (run.local(step.name) / "cells" / "cells.json").exists():
-        missing.append("cells")
     if missing:
         logger.warning("%s: %d of its files are gone (%s); the stage runs again.", step.name, len(missing), missing[0])
         return None

@@ -3,20 +3,20 @@
 import contextlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from curation.config import CurationConfig
 from curation.engine.earlier import Earlier
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
-from curation.engine.ownership import TIMING, scratch_folder
+from curation.engine.ownership import TIMING
 from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet, encoder_folder
-from curation.ops.cells import Cells, open_cells
+from curation.ops.cells import Cells
 from curation.reading.filters import Filter, build_filters
 from curation.reading.listing import Listing
 from curation.reading.seeds import SeedSet
+from curation.stages.grouped import open_cells
 
 Written = tuple[list[File], dict[str, int], dict[str, Any]]
 
@@ -82,14 +82,8 @@ class Run:
         """How per-image state is cut into files."""
         return Ranges(self.pool.num_images, self.config.range_rows)
 
-    def local(self, step: str) -> Path:
-        """Where a step's random-access files lie: in the run folder, or, where that is remote, in a scratch folder."""
-        if self.folder.is_local:
-            return Path(self.folder.path(step))
-        return scratch_folder(self.folder) / step
-
     def cells(self, step: str) -> Cells:
-        return open_cells(self.local(step) / "cells")
+        return open_cells(self.folder / step)
 
 
 def step_seconds(run: Run, step: str) -> float:

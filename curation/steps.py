@@ -62,7 +62,6 @@ class Step:
     """inputs, as above, that finished pieces do not depend on: they stay where those alone changed"""
     together: Callable[[Run, Sequence[str]], None] | None = None
     """makes the pieces of several such steps in one pass over the pool, given their names, before `work` of each"""
-    needs_local: bool = False
 
 
 def plan_steps(run: Run) -> list[Step]:
@@ -115,7 +114,7 @@ def plan_steps(run: Run) -> list[Step]:
         Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
             "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
-            _cells, needs_local=True,
+            _cells,
         ),
         Step("join", "join", join.VERSION, _join_settings(run), ("cells",), _join),
         Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
@@ -135,7 +134,7 @@ def plan_steps(run: Run) -> list[Step]:
         ),
         Step(
             "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "dedup", "survivors:elected"),
-            _cluster, needs_local=True,
+            _cluster,
         ),
     ]  # fmt: skip
     for name, (seed, _) in seeds.items():
@@ -244,10 +243,9 @@ def _heads(run: Run, folder: Folder) -> Written:
 
 
 def _cells(run: Run, folder: Folder) -> Written:
-    where, c = run.local("cells") / "cells", run.config
-    heads = run.folder / "heads"
-    files = cells.build_cells(where, folder, run.pool, run.copy_encoder, heads, run.ranges, c.cells, c.execution)
-    return files, {}, {}
+    chosen = partial(heads_stage.is_head, folder=run.folder / "heads", ranges=run.ranges)
+    c = run.config
+    return cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution), {}, {}
 
 
 def _joined_before(run: Run) -> tuple[JoinedBefore | None, str | None]:
@@ -340,9 +338,8 @@ def _cluster(run: Run, folder: Folder) -> Written:
         survivors.is_clustered, dedup_folder=run.folder / "dedup", folder=run.folder / "survivors", ranges=run.ranges
     )
     files, figures = cluster.cluster_images(
-        folder, run.local("cluster") / "cells", run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster,
-        run.config.execution,
-    )  # fmt: skip
+        folder, run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster, run.config.execution
+    )
     sizes = cluster.Clustering(folder).sizes()
     return files, {"images": int(sizes.sum())}, figures
 

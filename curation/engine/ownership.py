@@ -1,13 +1,7 @@
 """Which files of a run folder are ours: what may be overwritten or deleted. Everything else stays, and is named."""
 
-import contextlib
-import hashlib
 import json
-import os
 import re
-import stat
-import tempfile
-from pathlib import Path
 
 from curation.engine.folder import Folder, listed
 from curation.engine.lock import check_folder
@@ -20,14 +14,12 @@ _ASKED = ("seeds", "pool", "evaluations", "config")  # keys of run.json
 _GROUPS = ("embed", "decontaminate", "retrieve")  # folders of one folder a set
 _REPORT_FILES = ("decisions.parquet", "report.json", "report.html")
 _CELLS = (
-    "cells/vectors.f16",
-    "cells/sketches.u64",
-    "cells/gids.i64",
+    "cells/rows-*.bin",
+    "cells/done/rows-*.json",
     "cells/offsets.npy",
     "cells/centroids.npy",
     "cells/directions.npy",
     "cells/cells.json",
-    "cells/cells.json.tmp",
 )
 _EXCHANGE = ("exchange/*/map-*.arrow", "exchange/*/map-*.npy", "exchange/*/piece-*")  # of any stage
 _KMEANS = ("kmeans/*.npy", "kmeans/*.f64")
@@ -131,29 +123,6 @@ def clear_stage_folder(folder: Folder, stage: str) -> None:
     """Delete what a stage wrote. Raises ValueError, with nothing deleted, when other files lie there."""
     check_stage_folder(folder)
     folder.clear(file_names(stage))
-
-
-def scratch_folder(run_folder: Folder) -> Path:
-    """Where the local files of a run on an object store lie: of this user alone, the same at each call."""
-    name = hashlib.sha256(run_folder.url.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"seedbed-{os.getuid()}-{name}"
-
-
-def claim_scratch_folder(run_folder: Folder) -> None:
-    """Make it, or see that it is ours: in a shared folder for temporary files anyone may have taken its name.
-
-    Raises:
-        ValueError: something else has its name.
-    """
-    folder = scratch_folder(run_folder)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ValueError(
-            f"{folder}, the scratch folder of {run_folder.url}, is not a folder that you alone may write to: remove "
-            "it, or set TMPDIR to another place."
-        )
 
 
 def _stage_folders(folder: Folder) -> list[str]:

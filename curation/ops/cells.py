@@ -1,11 +1,8 @@
-"""Unit vectors grouped by k-means cell, on disk or in memory, read by offset: what the join works on."""
+"""Unit vectors grouped by k-means cell, in memory or in files, read by offset: what the join works on."""
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 from numba import njit
@@ -23,31 +20,14 @@ from curation.ops.sketches import (
 )
 
 _ROWS_AT_ONCE = 2**14  # widened to float32 at once
+_READS_AT_ONCE = 16
 _SCORE_BYTES = 16 * 2**20  # one block of row-by-centroid products
 
 
-@dataclass(frozen=True)
-class RowFile:
-    """A file of fixed-size rows; slicing reads just those rows. A path, not a handle: it travels between processes.
+class Rows(Protocol):
+    """Rows [N, width], in memory or wherever slicing reads them from; cheap to pickle where they are not in memory."""
 
-    Read by offset and never mapped, so that pages of the file do not count as the process's memory.
-    """
-
-    path: Path
-    dtype: np.dtype
-    width: int
-    first: int = 0
-    """the row that counts as row 0"""
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        count = max(rows.stop - rows.start, 0) * self.width
-        offset = (self.first + rows.start) * self.width * self.dtype.itemsize
-        values = np.fromfile(self.path, self.dtype, count, offset=offset)
-        if values.size != count:
-            raise OSError(
-                f"{self.path} is shorter than its cells.json says: delete its folder to have it written again."
-            )
-        return values.reshape(-1, self.width)
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -66,9 +46,11 @@ class Cells:
     offsets: np.ndarray
     centroids: np.ndarray
     directions: np.ndarray
-    _vectors: RowFile | np.ndarray  # float16 [N, D]
-    _sketches: RowFile | np.ndarray  # uint64 [N, 8]
-    _gids: RowFile | np.ndarray  # int64 [N, 1]
+    _vectors: Rows  # float16 [N, D]
+    _sketches: Rows  # uint64 [N, 8]
+    _gids: Rows  # int64 [N, 1]
+    _first: int = 0
+    """of these, the one that counts as row 0"""
 
     @property
     def num_cells(self) -> int:
@@ -76,11 +58,11 @@ class Cells:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop: float32 [n, D], exactly the stored float16 values."""
-        return widened(self._vectors[start:stop])
+        return widened(self.read_half(start, stop))
 
     def read_half(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as they are stored: float16 [n, D]."""
-        return self._vectors[start:stop]
+        return self._vectors[self._first + start : self._first + stop]
 
     @property
     def row_bytes(self) -> int:
@@ -89,18 +71,17 @@ class Cells:
 
     def read_sketches(self, start: int, stop: int) -> np.ndarray:
         """Sketches of rows start to stop: uint64 [n, 8]."""
-        return self._sketches[start:stop]
+        return self._sketches[self._first + start : self._first + stop]
 
     def read_gids(self, start: int, stop: int) -> np.ndarray:
         """gids of rows start to stop: int64 [n], ascending within each cell."""
-        return self._gids[start:stop].reshape(-1)
+        return self._gids[self._first + start : self._first + stop].reshape(-1)
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of any rows, in any order: float32 [n, D], a read for each, so keep them few."""
-        out = np.empty((len(rows), self.dim), np.float32)
-        for i, row in enumerate(rows.tolist()):
-            out[i] = self.read(row, row + 1)
-        return out
+        """The vectors of any rows, in any order: float32 [n, D], a read for each, several at once, so keep them few."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            found = list(pool.map(lambda row: self.read(row, row + 1), rows.tolist()))
+        return np.concatenate([np.empty((0, self.dim), np.float32), *found])
 
     def gids_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """gids of any rows, int64 [n], one cell-ordered pass over the gids that never holds more than a block."""
@@ -121,12 +102,14 @@ class Cells:
     def between(self, first: int, stop: int) -> "Cells":
         """Cells first to stop alone, their rows counted from 0; nothing is read or copied."""
         start, end = int(self.offsets[first]), int(self.offsets[stop])
-        columns = (
-            replace(rows, first=rows.first + start) if isinstance(rows, RowFile) else rows[start:end]
-            for rows in (self._vectors, self._sketches, self._gids)
-        )
         offsets = self.offsets[first : stop + 1] - start
-        return Cells(end - start, self.dim, offsets, self.centroids[first:stop], self.directions, *columns)
+        return replace(
+            self,
+            num_rows=end - start,
+            offsets=offsets,
+            centroids=self.centroids[first:stop],
+            _first=self._first + start,
+        )
 
     def slices(self, most: int, least_rows: int) -> list[tuple[int, int]]:
         """Runs of whole cells, (first, stop), that hold all rows: at most `most`, of at least about `least_rows`."""
@@ -143,9 +126,18 @@ class Cells:
 def cells_from_arrays(
     vectors: np.ndarray, gids: np.ndarray, cell_of_row: np.ndarray, centroids: np.ndarray, *, seed: int = 0
 ) -> Cells:
-    """Group vectors in memory. Same arguments and errors as write_cells, whole arrays in any order."""
+    """Group vectors in memory. Whole arrays in any order.
+
+    Args:
+        vectors: [n, D], unit-norm; kept as float16.
+        centroids: [K, D], unit-norm.
+        seed: of the sketches.
+
+    Raises:
+        ValueError: rows not of unit norm, or gids that are not distinct.
+    """
     half = np.asarray(vectors, np.float16)
-    _check_centroids(centroids, half.shape[1])
+    check_centroids(centroids, half.shape[1])
     order = np.lexsort((gids, cell_of_row))
     ordered_gids = np.asarray(gids, np.int64)[order].reshape(-1, 1)
     if len(np.unique(ordered_gids)) != len(ordered_gids):
@@ -155,100 +147,21 @@ def cells_from_arrays(
     sizes = np.bincount(cell_of_row, minlength=len(centroids))
     directions = sketch_directions(half.shape[1], seed)
     half = np.ascontiguousarray(half[order])
+    sketches = sketches_of(half, directions)
+    return Cells(
+        *half.shape, cell_offsets(sizes), np.asarray(centroids, np.float32), directions, half, sketches, ordered_gids
+    )
+
+
+def sketches_of(half: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Sketches of float16 unit rows [N, D], uint64 [N, 8]. Raises ValueError where a row is not of unit norm."""
     sketches = np.empty((len(half), SKETCH_WORDS), np.uint64)
     for start in range(0, len(half), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         wide = widened(half[rows])
         check_unit_rows(wide, "vectors")
         sketches[rows] = sketch(wide, directions)
-    return Cells(
-        *half.shape, _offsets(sizes), np.asarray(centroids, np.float32), directions, half, sketches, ordered_gids
-    )
-
-
-def write_cells(
-    folder: Path,
-    blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    sizes: np.ndarray,
-    centroids: np.ndarray,
-    *,
-    seed: int = 0,
-    buffer_bytes: int = 2**28,
-) -> Cells:
-    """Group vectors on disk: a counting sort by cell that holds buffer_bytes of rows, in one pass over the blocks.
-
-    The files do not depend on how the rows were divided into blocks.
-
-    Args:
-        folder: a local folder, made if missing; cells.json is written last.
-        blocks: (gids int64 [n], vectors [n, D] unit-norm, cell of each row [n]), gids ascending over all blocks.
-        sizes: rows in each cell [K]; must agree with the blocks.
-        centroids: [K, D].
-        seed: of the sketches.
-
-    Raises:
-        ValueError: rows not of unit norm, gids not ascending, or sizes that disagree with the blocks.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    centroids = np.ascontiguousarray(centroids, np.float32)
-    num_cells, dim = centroids.shape
-    _check_centroids(centroids, dim)
-    if len(sizes) != num_cells:
-        raise ValueError(f"sizes names {len(sizes)} cells and centroids {num_cells}: they must be the same clustering.")
-    directions = sketch_directions(dim, seed)
-    offsets = _offsets(sizes)
-    paths = [folder / name for name in ("vectors.f16", "sketches.u64", "gids.i64")]
-    handles = [os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644) for path in paths]
-    try:
-        filled = offsets[:-1].copy()
-        rows_per_buffer = max(buffer_bytes // (2 * (2 * dim + 8 * SKETCH_WORDS + 8)), 1)
-        for gids, vectors, cell_of_row in _regrouped(blocks, rows_per_buffer):
-            sketches = np.empty((len(gids), SKETCH_WORDS), np.uint64)
-            for start in range(0, len(gids), _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                wide = widened(vectors[rows])
-                check_unit_rows(wide, "vectors")
-                sketches[rows] = sketch(wide, directions)
-            order = np.argsort(cell_of_row, kind="stable")
-            columns = (vectors[order], sketches[order], gids[order])
-            _scatter(handles, columns, cell_of_row[order], filled)
-        if not np.array_equal(filled, offsets[1:]):
-            wrong = int(np.flatnonzero(filled != offsets[1:])[0])
-            found, asked = filled[wrong] - offsets[wrong], sizes[wrong]
-            raise ValueError(f"the blocks put {found} rows in cell {wrong} and sizes says {asked}: cluster again.")
-        for handle in handles:
-            os.fsync(handle)
-    finally:
-        for handle in handles:
-            os.close(handle)
-    for name, array in (("offsets", offsets), ("centroids", centroids), ("directions", directions)):
-        with open(folder / f"{name}.npy", "wb") as file:
-            # Not the file itself: NumPy would write to it in C, and tell of a full disk by a count of items.
-            np.save(SimpleNamespace(write=file.write), array)
-    temporary = folder / "cells.json.tmp"
-    temporary.write_text(json.dumps({"num_rows": int(offsets[-1]), "dim": dim, "num_cells": num_cells, "seed": seed}))
-    temporary.replace(folder / "cells.json")
-    return open_cells(folder)
-
-
-def open_cells(folder: Path) -> Cells:
-    """Open what write_cells wrote. Raises ValueError where no finished cells lie."""
-    folder = Path(folder)
-    try:
-        shape = json.loads((folder / "cells.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no finished cells (no cells.json): write them first.") from None
-    return Cells(
-        shape["num_rows"],
-        shape["dim"],
-        np.load(folder / "offsets.npy"),
-        np.load(folder / "centroids.npy"),
-        np.load(folder / "directions.npy"),
-        RowFile(folder / "vectors.f16", np.dtype(np.float16), shape["dim"]),
-        RowFile(folder / "sketches.u64", np.dtype(np.uint64), SKETCH_WORDS),
-        RowFile(folder / "gids.i64", np.dtype(np.int64), 1),
-    )
+    return sketches
 
 
 def nearest_cells(
@@ -341,60 +254,15 @@ def _largest(scores: np.ndarray, chosen: np.ndarray) -> None:
                     taken += 1
 
 
-def _check_centroids(centroids: np.ndarray, dim: int) -> None:
+def check_centroids(centroids: np.ndarray, dim: int) -> None:
     if centroids.ndim != 2 or centroids.shape[1] != dim or not len(centroids):
         raise ValueError(f"centroids must be [K, {dim}] with K >= 1, got shape {centroids.shape}.")
     check_unit_rows(centroids, "centroids")
 
 
-def _offsets(sizes: np.ndarray) -> np.ndarray:
+def cell_offsets(sizes: np.ndarray) -> np.ndarray:
+    """int64 [K + 1]: the first row of each cell, from their sizes [K]; then the number of rows."""
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-
-def _regrouped(
-    blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], rows_per_buffer: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The same rows in buffers of about rows_per_buffer: long runs for each cell make few and large writes."""
-    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    num_held, last_gid = 0, -1
-    for gids, vectors, cell_of_row in blocks:
-        steps = np.diff(gids, prepend=last_gid)
-        if np.any(steps <= 0):
-            raise ValueError(f"gids must ascend over all blocks: {gids[np.argmax(steps <= 0)]} comes too late.")
-        last_gid = gids[-1] if len(gids) else last_gid
-        for start in range(0, len(gids), rows_per_buffer):
-            rows = slice(start, start + rows_per_buffer)
-            held.append((gids[rows].astype(np.int64), vectors[rows].astype(np.float16), cell_of_row[rows]))
-            num_held += len(held[-1][0])
-            if num_held >= rows_per_buffer:
-                yield _concatenated(held)
-                held, num_held = [], 0
-    if held:
-        yield _concatenated(held)
-
-
-def _concatenated(held: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    gids, vectors, cell_of_row = (np.concatenate(column) for column in zip(*held, strict=True))
-    return gids, vectors, cell_of_row
-
-
-def _scatter(handles: list[int], columns: tuple[np.ndarray, ...], cell_of_row: np.ndarray, filled: np.ndarray) -> None:
-    """Write each cell's run of the sorted columns where the cell's last one ended."""
-    starts = np.flatnonzero(np.diff(cell_of_row, prepend=-1))
-    stops = np.append(starts[1:], len(cell_of_row))
-    for handle, column in zip(handles, columns, strict=True):
-        row_bytes = column.itemsize * (column.shape[1] if column.ndim == 2 else 1)
-        data = memoryview(np.ascontiguousarray(column).reshape(-1)).cast("B")
-        for start, stop, cell in zip(starts.tolist(), stops.tolist(), cell_of_row[starts].tolist(), strict=True):
-            _write_all(handle, data[start * row_bytes : stop * row_bytes], int(filled[cell]) * row_bytes)
-    np.add.at(filled, cell_of_row[starts], stops - starts)
-
-
-def _write_all(handle: int, data: memoryview, offset: int) -> None:
-    """os.pwrite may write less than it was given (a signal, 2 GiB)."""
-    while len(data):
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def rows_of_gids(cells: Cells, gids: np.ndarray, rows_at_once: int = 1 << 20) -> np.ndarray:

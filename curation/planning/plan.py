@@ -168,9 +168,6 @@ def _taken(steps: Sequence[PlannedStep], cluster: Cluster) -> list[str]:
 def _totals(run: Run, plan: Plan, todo: Sequence[PlannedStep]) -> list[str]:
     disk = sum(step.bytes for step in todo)
     lines = [f"disk: {size(disk)} in {run.folder.url}{_free(run.folder)}"]
-    if not run.folder.is_local:
-        local = sum(step.bytes for step in todo if step.name in ("cells", "cluster"))
-        lines.append(f"disk: {size(local)} of that in {run.local('')}, which every worker must see")
     lines += [
         f"memory: a task may use execution.memory_gb={run.config.execution.memory_gb:g} GB; where that is more, the "
         "join reads less",

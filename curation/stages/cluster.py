@@ -6,8 +6,7 @@ hangs on no evaluation set, so that a new one costs no clustering.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,12 @@ from curation.ops.hierarchy import clamp_levels, cluster_level, stream
 from curation.ops.kmeans import balance
 from curation.ops.nearest import assign
 from curation.stages.asking import pieces
-from curation.stages.cells import local_files, write_grouped
+from curation.stages.grouped import write_cells
 from curation.stages.kmeans import FILES, KMeansConfig, assign_rows, read_sample, train_centroids, write_sample
 from curation.stages.members import CentroidRows, ImageRows, RowSource, write_members
 from curation.stages.split import Group, split_level
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +176,6 @@ class Clustering:
 
 def cluster_images(
     folder: Folder,
-    grouped: Path,
     images: ImageSet,
     encoder: str,
     ranges: Ranges,
@@ -200,15 +198,11 @@ def cluster_images(
         ranges = Ranges(len(source))
     clustering, first = Clustering(folder), folder / "level-1"
     sizes = clustering.sizes()
-    if shapes[0].num_groups == 1:
-        write_grouped(grouped, rows, clustering.clusters_of, sizes, first.read_array("centroids-00000.npy"), execution)
-    else:
-        base = _centroids_of(first).base
-        of_group = np.diff(np.concatenate([[0], np.cumsum(sizes)])[base])
-        write_grouped(
-            grouped, rows, lambda gids: np.searchsorted(base, clustering.clusters_of(gids), side="right") - 1,
-            of_group, first.read_array("groups.npy"), execution,
-        )  # fmt: skip
+    centroids, base = first.read_array("centroids-00000.npy"), None
+    if shapes[0].num_groups > 1:
+        centroids, base = first.read_array("groups.npy"), _centroids_of(first).base
+    cells_of = partial(_clusters_of_chunk, clustering, rows, base)
+    files = write_cells(folder, rows, cells_of, centroids, execution, "cluster: vectors")
     figures = {
         "levels": [len(clustering.sizes(level + 1)) for level in range(len(shapes))],
         "balance": {name: float(value) for name, value in balance(sizes)._asdict().items()},
@@ -217,7 +211,15 @@ def cluster_images(
         (folder / f"level-{number + 1}/kmeans").clear(FILES)
         (folder / f"level-{number + 1}/assigned").clear(("assigned-*",))
     (folder / "members").clear(("members-*.npy",))
-    return pieces(folder, "level-") + local_files(grouped, "cells"), figures
+    return pieces(folder, "level-") + files, figures
+
+
+def _clusters_of_chunk(
+    clustering: Clustering, rows: ImageRows, base: np.ndarray | None, _number: int, chunk: tuple[int, int]
+) -> np.ndarray:
+    """Cells of a chunk's images: their clusters, or the groups of them that begin at `base`."""
+    found = clustering.clusters_of(rows.ids(chunk))
+    return found if base is None else np.searchsorted(base, found, side="right") - 1
 
 
 def _make_level(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from ray.exceptions import OutOfDiskError, RayActorError
@@ -18,7 +17,6 @@ from curation.config import CurationConfig
 from curation.engine import workers
 from curation.engine.folder import Folder
 from curation.engine.progress import StageProgress
-from curation.ops.cells import write_cells
 from curation.reading.filters import build_filters
 from curation.run import main
 from tests.conftest import REPOSITORY, encoded, picture_tar, write_tar
@@ -281,14 +279,7 @@ def test_an_unknown_store_and_a_missing_package(capsys: pytest.CaptureFixture[st
         assert url in sentence(capsys)
 
 
-def test_a_full_disk_has_its_name_wherever_it_is_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """/dev/full takes no byte: what NumPy writes in C says a count of items instead."""
-    (tmp_path / "centroids.npy").symlink_to("/dev/full")
-    rows = np.eye(16, dtype=np.float32)
-    blocks = [(np.arange(16), rows.astype(np.float16), np.arange(16) % 2)]
-    with pytest.raises(OSError, match="No space left") as raised:
-        write_cells(tmp_path, blocks, np.array([8, 8]), rows[:2])
-    assert raised.value.errno == errno.ENOSPC
+def test_a_full_disk_of_a_worker_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers.ray, "get", lambda _: (_ for _ in ()).throw(OutOfDiskError()))
     with pytest.raises(OSError, match="No space left") as raised:
         workers.unwrapped(None)

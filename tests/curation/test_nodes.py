@@ -131,7 +131,6 @@ def test_what_was_kept_cost_its_own_bytes(runs, s3):
     assert json.loads(s3.cat_file(f"{OUT}/shards/fetched.json"))["bytes"] <= 2 * manifest["figures"]["bytes"]
 
 
-@pytest.mark.xfail(strict=True, reason="cells are local files of random access (Run.local): not yet on the store")
 def test_both_nodes_worked_and_nothing_of_the_run_lay_on_a_disk(runs):
     assert {"worked one", "worked two"} <= set(runs.log)
     assert [line for line in runs.log if not line.startswith("worked ")] == []

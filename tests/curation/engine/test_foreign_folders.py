@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from curation.demo.pool import make_demo
 from curation.engine.folder import Folder
-from curation.engine.ownership import check_run_folder, claim_scratch_folder, file_names, scratch_folder
+from curation.engine.ownership import check_run_folder, file_names
 from curation.run import main
 from curation.steps import plan_steps
 from tests.conftest import picture_tar
@@ -195,29 +194,3 @@ def test_an_unfinished_demo_is_drawn_again_and_other_files_stay(tmp_path: Path) 
     (tmp_path / "pool" / "holiday.jpg").unlink()
     make_demo(tmp_path, num_images=100)
     assert [path.name for path in (tmp_path / "pool").iterdir()] == ["pool-0000.tar"]
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "writable by all", "another's"])
-def test_a_scratch_folder_that_someone_else_made_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run_folder = Folder("memory://run")
-    folder = scratch_folder(run_folder)
-    claim_scratch_folder(run_folder)
-    claim_scratch_folder(run_folder)
-    folder.rmdir()
-    if kind == "file":
-        folder.write_text("mine")
-    elif kind == "link":
-        (tmp_path / "elsewhere").mkdir()
-        folder.symlink_to(tmp_path / "elsewhere")
-    else:
-        folder.mkdir()
-        folder.chmod(0o777 if kind == "writable by all" else 0o755)
-        if kind == "another's":
-            if os.geteuid() != 0:
-                pytest.skip("giving a folder away needs root")
-            os.chown(folder, 12345, 12345)
-    with pytest.raises(ValueError, match="is not a folder that you alone may write to"):
-        claim_scratch_folder(run_folder)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells, open_cells, write_cells
+from curation.ops.cells import cell_ranks, cells_from_arrays, nearest_cells
 from curation.ops.join import merge_pairs, nearest, pairs_above
 from curation.ops.neighbours import self_pairs
 from curation.ops.sketches import exact_dot, half_radius, radius_needed, widened
@@ -194,30 +194,9 @@ def test_nearest_is_the_definition(pool, cells, k):
             np.testing.assert_array_equal(found[1], expected[1])
 
 
-def test_files_equal_arrays_whatever_the_blocks(pool, cells, tmp_path):
-    vectors, gids, centroids, _ = pool
-    own = nearest_cells(vectors.astype(np.float32), centroids, 1)[:, 0]
-    sizes = np.bincount(own, minlength=25)
-    written = []
-    for name, bounds, buffer in [("a", (0, 900), 2**28), ("b", (0, 1, 300, 300, 899, 900), 20_000)]:
-        blocks = ((gids[i:j], vectors[i:j], own[i:j]) for i, j in pairwise(bounds))
-        write_cells(tmp_path / name, blocks, sizes, centroids, buffer_bytes=buffer)
-        written.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
-    assert written[0] == written[1]
-    on_disk = open_cells(tmp_path / "b")
-    np.testing.assert_array_equal(on_disk.read(11, 500), cells.read(11, 500))
-    np.testing.assert_array_equal(on_disk.read_sketches(0, 900), cells.read_sketches(0, 900))
-    np.testing.assert_array_equal(on_disk.read_gids(0, 900), cells.read_gids(0, 900))
-    rows = np.array([5, 800, 5, 3])
-    np.testing.assert_array_equal(on_disk.gids_of_rows(rows), cells.read_gids(0, 900)[rows])
-    np.testing.assert_array_equal(on_disk.read_rows(rows), cells.read(0, 900)[rows])
-    assert as_list(self_pairs(on_disk, 0, 900, 0.6, 4, 180)) == as_list(self_pairs(cells, 0, 900, 0.6, 4, 180))
-
-
-def test_mistakes_are_named(pool, cells, tmp_path):
+def test_mistakes_are_named(pool, cells):
     vectors, gids, centroids, mirror = pool
     own = np.zeros(900, int)
-    sizes = np.bincount(own, minlength=25)
     wrong = vectors.copy()
     wrong[3] *= 2
     with pytest.raises(ValueError, match="unit-norm rows: row 3 has norm 2"):
@@ -225,12 +204,6 @@ def test_mistakes_are_named(pool, cells, tmp_path):
     wrong[3] = np.nan
     with pytest.raises(ValueError, match="unit-norm rows: row 3 has norm"):
         cells_from_arrays(wrong, gids, own, centroids)
-    with pytest.raises(ValueError, match="ascend"):
-        write_cells(tmp_path / "x", [(gids[::-1], vectors, own)], sizes, centroids)
-    with pytest.raises(ValueError, match="the blocks put 450 rows in cell 0 and sizes says 900"):
-        write_cells(tmp_path / "x", [(gids[:450], vectors[:450], own[:450])], sizes, centroids)
-    with pytest.raises(ValueError, match="no finished cells"):
-        open_cells(tmp_path / "x")
     with pytest.raises(ValueError, match="nprobe must be between 1 and the number of cells, 25"):
         self_pairs(cells, 0, 900, 0.6, 26)
     with pytest.raises(ValueError, match="mirror must hold 48 signs"):

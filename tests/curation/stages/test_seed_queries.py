@@ -9,7 +9,7 @@ from curation.engine.folder import Folder
 from curation.engine.manifest import Manifest
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig
-from curation.ops.cells import write_cells
+from curation.ops.cells import cells_from_arrays
 from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
 from curation.reading.seeds import RetrievalRule
@@ -31,12 +31,11 @@ def vectors(number: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory):
+def cells():
     rows = unit_rows(vectors(NUM, 0)).astype(np.float16)
     centroids = kmeans(unit_rows(rows), CELLS, 8).centroids
     cell = assign(unit_rows(rows), centroids)[0]
-    blocks = [(np.arange(NUM, dtype=np.int64), rows, cell)]
-    return write_cells(tmp_path_factory.mktemp("cells"), blocks, np.bincount(cell, minlength=CELLS), centroids)
+    return cells_from_arrays(rows, np.arange(NUM), cell, centroids)
 
 
 def seed_set(root, name: str, number: int, seed: int, **rule) -> SeedQueries:
