@@ -20,6 +20,7 @@ from curation.stages import balance, cells, cluster, decontaminate, dedup, embed
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.stages.asking import asked_of
+from curation.stages.cells_before import CellsBefore
 from curation.stages.joined_before import JoinedBefore
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
@@ -113,7 +114,7 @@ def plan_steps(run: Run) -> list[Step]:
         ),
         Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
-            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
+            "cells", "cells", cells.VERSION, {**asdict(c.cells), **extends}, ("embed/pool", "heads"),
             _cells,
         ),
         Step("join", "join", join.VERSION, _join_settings(run), ("cells",), _join),
@@ -242,10 +243,23 @@ def _heads(run: Run, folder: Folder) -> Written:
     return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
 
 
+def _cells_before(run: Run) -> CellsBefore | None:
+    """The cells of the run that is extended, where they were made in the same way."""
+    if run.earlier is None:
+        return None
+    manifest, wanted = run.earlier.manifests["cells"], json.loads(json.dumps(asdict(run.config.cells)))
+    if (manifest.version, {**manifest.settings, "extends": None}) != (cells.VERSION, {**wanted, "extends": None}):
+        return None
+    folder, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
+    chosen = partial(heads_stage.is_head, folder=folder / "heads", ranges=ranges)
+    return CellsBefore(folder / "cells", chosen, ranges)
+
+
 def _cells(run: Run, folder: Folder) -> Written:
     chosen = partial(heads_stage.is_head, folder=run.folder / "heads", ranges=run.ranges)
-    c = run.config
-    return cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution), {}, {}
+    c, before = run.config, _cells_before(run)
+    files = cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution, before)
+    return files, {}, {}
 
 
 def _joined_before(run: Run) -> tuple[JoinedBefore | None, str | None]:

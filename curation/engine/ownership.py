@@ -30,7 +30,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "embed": ("index/part-*.parquet", "*/part-*.npy", "done/part-*.json", "registry/parts-*.json"),
     "filter": (_RANGE,),
     "heads": (_RANGE,),
-    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "assigned/*.npy"),
+    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "new/members-*.npy", "assigned/*.npy"),
     "join": (
         "certificate.json",
         "truth.parquet",

@@ -47,8 +47,8 @@ class Members:
                 own = np.flatnonzero(number_of == number)
                 first, last = self.ranges.bounds(number)
                 own = own[gids[own] < last]
-                bits = np.unpackbits(self.folder.read_array(_name(number)), count=last - first)
-                found[own] = bits[gids[own] - first] > 0
+                bits, at = self.folder.read_array(_name(number)), gids[own] - first
+                found[own] = bits[at >> 3] >> (7 - (at & 7)).astype(np.uint8) & 1 > 0
         return found
 
 
