@@ -21,6 +21,7 @@ from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.stages.asking import asked_of
 from curation.stages.cells_before import CellsBefore
+from curation.stages.cluster_before import was_clustered
 from curation.stages.joined_before import JoinedBefore
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
@@ -134,8 +135,8 @@ def plan_steps(run: Run) -> list[Step]:
             ("heads", "dedup", *(f"decontaminate/{name}" for name in evaluations)), _survivors,
         ),
         Step(
-            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "dedup", "survivors:elected"),
-            _cluster,
+            "cluster", "cluster", cluster.VERSION, {**asdict(c.cluster), **extends},
+            ("embed/pool", "dedup", "survivors:elected"), _cluster,
         ),
     ]  # fmt: skip
     for name, (seed, _) in seeds.items():
@@ -243,21 +244,29 @@ def _heads(run: Run, folder: Folder) -> Written:
     return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
 
 
-def _cells_before(run: Run) -> CellsBefore | None:
-    """The cells of the run that is extended, where they were made in the same way."""
+def _step_before(run: Run, step: str, version: int, config: Any) -> Folder | None:
+    """The folder of a step of the run that is extended, where it was made in the same way."""
     if run.earlier is None:
         return None
-    manifest, wanted = run.earlier.manifests["cells"], json.loads(json.dumps(asdict(run.config.cells)))
-    if (manifest.version, {**manifest.settings, "extends": None}) != (cells.VERSION, {**wanted, "extends": None}):
-        return None
-    folder, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
-    chosen = partial(heads_stage.is_head, folder=folder / "heads", ranges=ranges)
-    return CellsBefore(folder / "cells", chosen, ranges)
+    manifest, wanted = run.earlier.manifests[step], json.loads(json.dumps(asdict(config)))
+    had = {name: value for name, value in manifest.settings.items() if name != "extends"}
+    if (manifest.version, had) == (version, wanted):
+        return run.earlier.folder / step
+    logger.info("%s: made anew, since %s was made in another way.", step, run.earlier.folder.url)
+    return None
+
+
+def _ranges_before(run: Run) -> Ranges:
+    assert run.earlier is not None
+    return Ranges(run.earlier.num_images, run.config.range_rows)
 
 
 def _cells(run: Run, folder: Folder) -> Written:
     chosen = partial(heads_stage.is_head, folder=run.folder / "heads", ranges=run.ranges)
-    c, before = run.config, _cells_before(run)
+    c, before = run.config, None
+    if run.earlier is not None and (was := _step_before(run, "cells", cells.VERSION, c.cells)) is not None:
+        had = partial(heads_stage.is_head, folder=run.earlier.folder / "heads", ranges=_ranges_before(run))
+        before = CellsBefore(was, had, _ranges_before(run))
     files = cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution, before)
     return files, {}, {}
 
@@ -266,8 +275,8 @@ def _joined_before(run: Run) -> tuple[JoinedBefore | None, str | None]:
     """The join of the run that is extended, where its edges can be taken over, or why they cannot."""
     if run.earlier is None:
         return None, None
-    folder, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
-    before = JoinedBefore(folder / "join", run.earlier.manifests["join"], folder / "heads", ranges)
+    was = run.earlier.folder
+    before = JoinedBefore(was / "join", run.earlier.manifests["join"], was / "heads", _ranges_before(run))
     dedup = run.config.dedup
     why = before.refusal(join.VERSION, dedup.highest_floor, dedup.target_recall)
     return (None, why) if why else (before, None)
@@ -295,9 +304,8 @@ def _join(run: Run, folder: Folder) -> Written:
 def _dedup(run: Run, folder: Folder) -> Written:
     before = None
     if run.earlier is not None:
-        was, ranges = run.earlier.folder, Ranges(run.earlier.num_images, run.config.range_rows)
-        settings = run.earlier.manifests["dedup"].settings
-        before = dedup.pairs_before(was / "dedup", settings, was / "heads", ranges, run.config.dedup)
+        was, settings = run.earlier.folder, run.earlier.manifests["dedup"].settings
+        before = dedup.pairs_before(was / "dedup", settings, was / "heads", _ranges_before(run), run.config.dedup)
     return dedup.deduplicate(
         folder,
         run.pool,
@@ -351,8 +359,11 @@ def _cluster(run: Run, folder: Folder) -> Written:
     chosen = partial(
         survivors.is_clustered, dedup_folder=run.folder / "dedup", folder=run.folder / "survivors", ranges=run.ranges
     )
+    c, before = run.config, None
+    if (was := _step_before(run, "cluster", cluster.VERSION, c.cluster)) is not None:
+        before = CellsBefore(was, partial(was_clustered, folder=was), _ranges_before(run))
     files, figures = cluster.cluster_images(
-        folder, run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster, run.config.execution
+        folder, run.pool, run.retrieval_encoder, run.ranges, chosen, c.cluster, c.execution, before
     )
     sizes = cluster.Clustering(folder).sizes()
     return files, {"images": int(sizes.sum())}, figures

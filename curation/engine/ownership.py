@@ -54,6 +54,8 @@ _FILES: dict[str, tuple[str, ...]] = {
         "level-*/*.npy",
         "members/*.npy",
         *(f"level-*/{name}" for name in (*_KMEANS, "assigned/assigned-*", "moved/map-*", "back/map-*")),
+        *(f"level-*/placed/{name}" for name in ("*.npy", "assigned/assigned-*", "moved/map-*", "back/map-*")),
+        "new/members-*.npy",
         *_CELLS,
     ),
     "retrieve": (

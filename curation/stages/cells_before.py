@@ -23,10 +23,10 @@ from curation.stages.members import CHUNK_ROWS, ImageRows, Members, write_member
 
 @dataclass(frozen=True)
 class CellsBefore:
-    """Cells of the run that is extended."""
+    """Cells or clusters of the run that is extended."""
 
     folder: Folder
-    """of its cells step"""
+    """of its step"""
     chosen: Callable[[int], np.ndarray]
     """number of a range -> bool by gid: the images that are in them"""
     ranges: Ranges
@@ -103,8 +103,8 @@ def grow_cells(
     execution: ExecutionConfig,
 ) -> list[File]:
     """Write the cells of all rows (`open_cells`), with the centroids of the run that is extended."""
-    added = partial(_added, chosen=chosen, before=before)
-    new = write_members(folder / "new", ranges, added, execution, "cells: new images")
+    is_new = partial(added, chosen=chosen, before=before)
+    new = write_members(folder / "new", ranges, is_new, execution, "cells: new images")
     centroids = before.cells.centroids
     source = GrownRows(before.cells, rows.members, rows, ImageRows(rows.images, rows.encoder, new))
     names = assign_rows(source.new, centroids, execution, folder / "assigned", "cells: assignment")
@@ -116,8 +116,8 @@ def grow_cells(
     return files
 
 
-def _added(number: int, chosen: Callable[[int], np.ndarray], before: CellsBefore) -> np.ndarray:
-    """bool by gid of a range: the images that the earlier cells do not have."""
+def added(number: int, chosen: Callable[[int], np.ndarray], before: CellsBefore) -> np.ndarray:
+    """bool by gid of a range: the chosen images that the earlier cells do not have."""
     bits = chosen(number)
     if number < len(before.ranges):
         was = before.chosen(number)
