@@ -106,6 +106,7 @@ def certify(
     Args:
         compare: the pool against a sample, in as many tasks as it likes; here, one range after the other, where absent.
         asking: the rows that ask; all where absent. Pairs of which neither end asks are none of the certificate's.
+            Where they are fewer than a first sample, none is drawn, and the law of sketches bounds the recall.
 
     Returns:
         the certificate, and the true pairs to check the finished join with.
@@ -122,7 +123,9 @@ def certify(
     enough = 3 * np.log(1 - _CONFIDENCE) / np.log(target_recall)  # thrice what certifies when every pair is found
     nprobe, recall, bound, radius = None, 1.0, 0.0, SKETCH_BITS
     truth, num_queries = no_true_pairs(), 0
-    rows, gids = _sample(cells, asking, max_queries, seed)
+    # A first sample would be all of them: to look at every pair by sketches costs no more than to look for settings.
+    is_few = len(asking) < cells.num_rows and len(asking) <= _FIRST_QUERIES + _QUERIES_AT_ONCE
+    rows, gids = _sample(cells, asking, 0 if is_few else max_queries, seed)
     while num_queries < len(rows):
         stop = min(num_queries + _more_queries(truth, num_queries, enough), len(rows))
         chosen = slice(num_queries, stop)

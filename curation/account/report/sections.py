@@ -307,6 +307,11 @@ def _recall(figures: Mapping[str, Any]) -> str:
         why = "No pair was missed: the pool is small enough to compare every image with every other."
         return f"<p class='claim'>100%</p><p>{pairs}. {why}</p>"
     probing = f"Each image was compared with the {f['nprobe']:,} groups of images nearest to it"
+    if f["basis"] == "law" and not f["num_queries"]:
+        return (
+            f"<p class='claim'>≥ {_share(f['measured_lower_bound'])}</p><p>{pairs}. The new images are few enough to "
+            "compare each with all; the bound follows from the law of the sign sketches that shorten the search.</p>"
+        )
     if f["basis"] == "law":
         return (
             f"<p class='claim'>≥ {_share(f['measured_lower_bound'])}</p><p>{pairs}. {probing}. Of {f['num_queries']:,} "

@@ -19,7 +19,7 @@ from curation.stages import join as join_stage
 from curation.stages.join import Extension, Joined, JoinSettings, join_pool
 from curation.stages.joined_before import JoinedBefore, find_new_rows
 
-DIM, OLD, NEW, RANGE_ROWS = 16, PIECE_ROWS + 3000, 8000, 30_000
+DIM, OLD, NEW, RANGE_ROWS = 16, PIECE_ROWS + 3000, 10_000, 30_000
 SETTINGS = JoinSettings(floor=0.9, target_recall=0.95, seed=3)
 EXECUTION = ExecutionConfig(workers=2, memory_gb=2)
 LOST = np.array([17, 40_000, OLD - 1])  # heads of the earlier run that are none any more
