@@ -116,12 +116,11 @@ def test_an_extension_that_is_killed_goes_on_to_the_same_bytes(runs, tmp_path, a
     process = started(out, str(root), str(root / "first"))
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / at).exists():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process.communicate()
     assert not (tmp_path / "killed/report.html").exists()
     release(out, str(root), str(root / "first"))
     assert written(out) == written(str(root / "second"))

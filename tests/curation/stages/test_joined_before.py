@@ -16,6 +16,7 @@ from curation.ops.components import component_labels
 from curation.ops.neighbours import PIECE_ROWS
 from curation.ops.recall import measured_recall
 from curation.stages import join as join_stage
+from curation.stages.dedup import DedupConfig
 from curation.stages.join import Extension, Joined, JoinSettings, join_pool
 from curation.stages.joined_before import JoinedBefore, find_new_rows
 
@@ -193,3 +194,14 @@ def test_few_new_images_meet_all(earlier, extended, tmp_path):
 def test_what_cannot_be_taken_over_is_said(earlier, version, floor, recall, why):
     told = replace(earlier[2]).refusal(version, floor, recall)
     assert (told is None) if why is None else why in told
+
+
+def test_the_floor_of_the_earlier_edges_is_kept():
+    """A higher threshold needs no new join, and a lower one only where its edges do not reach down to it."""
+    for config, highest in (
+        (DedupConfig(similarity_threshold=0.7), 0.7),
+        (DedupConfig(similarity_threshold=0.7, edge_floor=0.6), 0.6),
+    ):
+        assert config.highest_floor == highest
+        assert config.join(0.55).floor == 0.55
+    assert DedupConfig(similarity_threshold=0.7).join().floor == 0.65
