@@ -28,9 +28,9 @@ SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is us
 FILTER_S, HEADS_S, GROUPS_S = 0.8e-6, 3.1e-6, 2.0e-6
 UNION_S = 0.1e-6  # of the driver: heads and forests into union-find, labels out (0.02 without files)
 SHARD_PLAN_S, SHARD_PLAN_DRIVER_S = 12e-6, 1e-6  # for a kept row: 1 M rows of which 500,000 are kept
-# One process groups vectors by cell (curation.ops.cells.write_cells): 128-d to 1024-d, for a row and a dimension.
-GROUPED_S = 50e-9
-PWRITE_S, SHA256_BYTES_PER_S = 2e-6, 1.5e9
+# Vectors into files of cells (curation.stages.grouped), sketches for the most part: 5.3, 13 and 26 us a row of 128, 512
+# and 1024 dimensions, of all tasks (27 November 2026); for a row and a dimension.
+GROUPED_S = 26e-9
 SUMS_BYTES_PER_S = 1e9  # of k-means over tasks, merged by the driver
 # Reckoned from what the step reads and writes (Parquet with zstd: 0.3 and 0.5 us a row), not measured.
 SURVIVORS_S, BALANCE_S, DECIDE_S, REPORT_S = 2e-6, 1e-6, 4e-6, 2e-6
@@ -43,7 +43,7 @@ A100_JOIN_FLOPS = 125e12
 
 # Bytes of one row.
 INDEX_BYTES = 200.0  # index/*.parquet, zstd; 137 with short keys and metadata (9,400 images)
-SKETCH_AND_GID_BYTES = 40.0
+SKETCH_AND_GID_BYTES = 72.0
 EDGE_BYTES = 4.0  # zstd; edges and forest, at one edge for every five rows
 DEDUP_BYTES = 21.0  # representative, component, similarity, step
 DECISION_BYTES = 30.0  # zstd; 15 with short keys
@@ -205,12 +205,15 @@ def retrieve_work(num_seeds: float, num_rows: float, num_clusters: int, dim: int
     return on_either(flop, flop / RETRIEVE_FLOPS, A100_JOIN_FLOPS) + product_work(others, num_clusters, dim)
 
 
-def grouping_s(num_rows: float, num_cells: float, dim: int, buffer_bytes: float) -> float:
-    """Seconds of the driver to write vectors by cell, and to hash what it wrote."""
-    row = 2 * dim + SKETCH_AND_GID_BYTES
-    passes = -(-num_rows * 2 * row // buffer_bytes)
-    writes = 3 * min(num_cells * passes, num_rows)
-    return num_rows * (dim * GROUPED_S + row / SHA256_BYTES_PER_S) + writes * PWRITE_S
+def grouping_work(num_rows: float, dim: int) -> Work:
+    """Vectors into files of cells, by tasks."""
+    return Work(core_s=num_rows * dim * GROUPED_S)
+
+
+def grouping_requests(num_rows: float, num_chunks: float, dim: int) -> float:
+    """Of that exchange: see curation.stages.grouped, whose sizes these are."""
+    items = min(num_chunks, max(64.0, num_rows * 2 * dim / 2**30))
+    return exchange_requests(items, -(-num_rows * (2 * dim + SKETCH_AND_GID_BYTES) // 2**27)) + 2 * num_chunks
 
 
 def merging_s(num_clusters: float, dim: int, num_iterations: int, num_files: int = 64) -> float:

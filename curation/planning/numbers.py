@@ -113,9 +113,10 @@ class PlanNumbers:
         rows = min(self.pool.images, self.config.range_rows) * costs.RANGE_BYTES
         return max(rows, costs.BUCKET_COPIES * min(self.memory / 8, self.pool.images * 2 * costs.RANGE_BYTES))
 
-    def _part_bytes(self, dim: int) -> float:
-        """Vectors of a part, as stored and as float32."""
-        return self.pool.images / max(self.pool.num_parts, 1) * 6.0 * dim
+    def _grouping_bytes(self, dim: int) -> float:
+        """Vectors of a part, as stored and as float32; of a table of the exchange, which is sorted by bucket."""
+        table = min(self.memory / 8, 2.0**29, self.pool.images * 2.0 * dim)
+        return max(self.pool.images / max(self.pool.num_parts, 1) * 6.0 * dim, 3 * table)
 
     @staticmethod
     def _tables(count: int) -> str:

@@ -15,7 +15,6 @@ from curation.planning.words import encoder_words, filter_words, numbers, rule_w
 
 _SLICES = 1024  # of the pool's vectors, in decontamination and retrieval
 _JOIN_SHARE, _JOIN_ROWS_SHARE = 0.5, 0.75  # of execution.memory_gb for a run of the join, and of that for its rows
-_GROUPED_SHARE = 0.25  # of execution.memory_gb, that the driver holds of vectors
 
 
 class Plan(PlanNumbers):
@@ -110,21 +109,22 @@ class Plan(PlanNumbers):
         n, dim, k = self.pool.images, self._copies.dim, self.config.cells.kmeans
         cells, row = self.config.cells.num_cells(self.pool.images), 2 * dim + costs.SKETCH_AND_GID_BYTES
         training = min(n, k.points_per_cluster * cells)
-        buffer = min(self.memory * _GROUPED_SHARE, n * 2 * row + 1)
         return PlannedStep(
             name="cells",
             what=f"{cells:,} cells of the copy-detection vectors, about {n / cells:,.0f} images each",
             files="vectors, sketches",
             bytes=n * row,
-            work=costs.kmeans_work(training, cells, dim, k.num_iterations) + costs.product_work(n, cells, dim),
+            work=costs.kmeans_work(training, cells, dim, k.num_iterations)
+            + costs.product_work(n, cells, dim)
+            + costs.grouping_work(n, dim),
             images=n,
             tasks=self.pool.num_parts,
-            driver_s=costs.grouping_s(n, cells, dim, max(buffer, 1)) + costs.merging_s(cells, dim, k.num_iterations),
-            read=n * (2 * 2 * dim + row) + training * 2 * dim * (1 + k.num_iterations),
-            moved=n * (4 + 8) + training * 2 * dim,
-            requests=4 * self.pool.num_parts,
-            driver_bytes=buffer + 8.0 * cells * dim,
-            task_bytes=self._part_bytes(dim) + 8.0 * cells * dim,
+            driver_s=costs.merging_s(cells, dim, k.num_iterations),
+            read=n * 3 * 2 * dim + training * 2 * dim * (1 + k.num_iterations),
+            moved=n * (2 * dim + 20 + 12) + training * 2 * dim,
+            requests=4 * self.pool.num_parts + costs.grouping_requests(n, -(-n // 2**16), dim),
+            driver_bytes=8.0 * cells * dim,
+            task_bytes=self._grouping_bytes(dim) + 8.0 * cells * dim,
         )
 
     def join_rows(self) -> int:
@@ -244,27 +244,24 @@ class Plan(PlanNumbers):
             for shape in self.levels
         )
         first, row = self.levels[0], 2 * dim + costs.SKETCH_AND_GID_BYTES
-        buffer = min(self.memory * _GROUPED_SHARE, n * 2 * row + 1)
         # One process clusters the levels of a hierarchy that are not split; tasks do the others.
         whole = [shape.num_rows for shape in self.levels if shape.num_groups == 1 and len(self.levels) > 1]
-        driver_s = costs.grouping_s(n, self._retrieval_cells, dim, max(buffer, 1))
-        if len(self.levels) == 1:
-            driver_s += costs.merging_s(first.num_clusters, dim, k.num_iterations)
+        driver_s = costs.merging_s(first.num_clusters, dim, k.num_iterations) if len(self.levels) == 1 else 0.0
         at_once = min(first.num_clusters, 2**17) * dim * 8.0
         return PlannedStep(
             name="cluster",
             what=f"{levels} clusters of the distinct images; {k.num_iterations} iterations over {first.num_rows:,}",
             files=f"{3 * len(self.levels)} arrays, vectors",
             bytes=n * (4 + row) + 4.0 * dim * sum(shape.num_clusters for shape in self.levels),
-            work=work,
+            work=work + costs.grouping_work(n, dim),
             images=n,
             tasks=max(self.pool.num_parts, first.num_groups),
             driver_s=driver_s,
-            read=n * (2 * 2 * dim + row) + first.num_rows * 2 * dim * (1 + k.num_iterations),
-            moved=n * 12 + first.num_rows * 2 * dim,
-            requests=4 * self.pool.num_parts + self.num_ranges,
-            driver_bytes=max(max(whole, default=0) * dim * 6.0, buffer + at_once),
-            task_bytes=self._part_bytes(dim) + at_once,
+            read=n * 3 * 2 * dim + first.num_rows * 2 * dim * (1 + k.num_iterations),
+            moved=n * (2 * dim + 20 + 12) + first.num_rows * 2 * dim,
+            requests=4 * self.pool.num_parts + self.num_ranges + costs.grouping_requests(n, -(-n // 2**16), dim),
+            driver_bytes=at_once,
+            task_bytes=max(self._grouping_bytes(dim) + at_once, max(whole, default=0) * dim * 6.0),
         )
 
     def _retrieval(self) -> list[PlannedStep]:

@@ -1,6 +1,7 @@
 """What several test files of curation share: a real S3 server."""
 
 from collections.abc import Iterator
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -14,6 +15,8 @@ def s3() -> Iterator[fsspec.AbstractFileSystem]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    # Servers of one process share what they hold.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     patch = pytest.MonkeyPatch()
     patch.setenv("AWS_ACCESS_KEY_ID", "test")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
