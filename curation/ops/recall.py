@@ -101,7 +101,8 @@ def certify(
     vectors, bounds the recall.
 
     The first 1,024 sampled rows are compared with the whole pool by matrix product; further ones, too, but with
-    sketches of a radius that loses one pair in 10,000 at worst, which the bound accounts for.
+    sketches of a radius that loses one pair in 10,000 at worst, which the bound accounts for. Where only some rows ask,
+    all are compared by sketches, for products with the whole pool would cost as much as their join.
 
     Args:
         compare: the pool against a sample, in as many tasks as it likes; here, one range after the other, where absent.
@@ -129,7 +130,7 @@ def certify(
     while num_queries < len(rows):
         stop = min(num_queries + _more_queries(truth, num_queries, enough), len(rows))
         chosen = slice(num_queries, stop)
-        num_exact = max(_FIRST_QUERIES - num_queries, 0)
+        num_exact = max(_FIRST_QUERIES - num_queries, 0) if len(asking) == cells.num_rows else 0
         question = question_about(
             cells, rows[chosen], gids[chosen], floor, num_exact, sketch_radius(np.array([floor]), _TRUTH_LOSS),
             mirror=mirror, seed=seed,
