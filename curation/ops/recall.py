@@ -26,6 +26,7 @@ _CONFIDENCE = 0.95
 _FIRST_QUERIES = 1024  # compared by their vectors, the others by sketches
 _QUERIES_AT_ONCE = 8192
 _TRUTH_LOSS = 1e-4  # of the sketches that find the truth for all but the first queries
+_TRUTH_LOSS_OF_FEW = 1e-3  # where only some rows ask: of a narrower radius, at a third of the time
 _EXACT_ROWS = 2**14  # up to the pairs of so many, every pair is looked at in less time than a sample takes
 _ROWS_AT_ONCE = 2**20
 
@@ -102,7 +103,7 @@ def certify(
 
     The first 1,024 sampled rows are compared with the whole pool by matrix product; further ones, too, but with
     sketches of a radius that loses one pair in 10,000 at worst, which the bound accounts for. Where only some rows ask,
-    all are compared by sketches, for products with the whole pool would cost as much as their join.
+    all are compared by sketches, of a radius that may lose one in 1,000: the sample would cost more than their join.
 
     Args:
         compare: the pool against a sample, in as many tasks as it likes; here, one range after the other, where absent.
@@ -121,25 +122,28 @@ def certify(
             basis="exact",
         )  # fmt: skip
         return certificate, no_true_pairs()
-    enough = 3 * np.log(1 - _CONFIDENCE) / np.log(target_recall)  # thrice what certifies when every pair is found
+    all_ask = len(asking) == cells.num_rows
+    truth_loss = _TRUTH_LOSS if all_ask else _TRUTH_LOSS_OF_FEW
+    # Thrice what certifies when every pair is found; twice where few ask, whose probes cost less than a sample.
+    enough = (3 if all_ask else 2) * np.log(1 - _CONFIDENCE) / np.log(target_recall)
     nprobe, recall, bound, radius = None, 1.0, 0.0, SKETCH_BITS
     truth, num_queries = no_true_pairs(), 0
     # A first sample would be all of them: to look at every pair by sketches costs no more than to look for settings.
-    is_few = len(asking) < cells.num_rows and len(asking) <= _FIRST_QUERIES + _QUERIES_AT_ONCE
+    is_few = not all_ask and len(asking) <= _FIRST_QUERIES + _QUERIES_AT_ONCE
     rows, gids = _sample(cells, asking, 0 if is_few else max_queries, seed)
     while num_queries < len(rows):
         stop = min(num_queries + _more_queries(truth, num_queries, enough), len(rows))
         chosen = slice(num_queries, stop)
-        num_exact = max(_FIRST_QUERIES - num_queries, 0) if len(asking) == cells.num_rows else 0
+        num_exact = max(_FIRST_QUERIES - num_queries, 0) if all_ask else 0
         question = question_about(
-            cells, rows[chosen], gids[chosen], floor, num_exact, sketch_radius(np.array([floor]), _TRUTH_LOSS),
+            cells, rows[chosen], gids[chosen], floor, num_exact, sketch_radius(np.array([floor]), truth_loss),
             mirror=mirror, seed=seed,
         )  # fmt: skip
         truth = TruePairs(*map(np.concatenate, zip(truth, true_pairs(cells, question, compare, asking), strict=True)))
         num_queries = stop
         if effective_size(truth.query) >= enough:
             radius = sketch_radius(truth.similarity, (1 - target_recall) / 10)
-            nprobe, recall, bound = _descend(truth, cells.num_cells, radius, target_recall)
+            nprobe, recall, bound = _descend(truth, cells.num_cells, radius, target_recall, truth_loss)
             if nprobe is not None:
                 break
     basis = "sample"
@@ -279,12 +283,14 @@ def _more_queries(truth: TruePairs, num_queries: int, enough: float) -> int:
     return max(int(missing * num_queries / independent), _FIRST_QUERIES)
 
 
-def _descend(truth: TruePairs, num_cells: int, radius: int, target_recall: float) -> tuple[int | None, float, float]:
+def _descend(
+    truth: TruePairs, num_cells: int, radius: int, target_recall: float, truth_loss: float
+) -> tuple[int | None, float, float]:
     """(nprobe, recall, lower bound) of the last value, from all cells down, to meet the target; None if none does."""
     best: tuple[int | None, float, float] = (None, 0.0, 0.0)
     for nprobe in _descending(num_cells):
         recall, bound = _bounded(found_by(truth, nprobe, radius), truth.query)
-        bound *= 1 - _TRUTH_LOSS
+        bound *= 1 - truth_loss
         if bound < target_recall:
             break
         best = (nprobe, recall, bound)
