@@ -1,6 +1,7 @@
 """Every step of a run: its settings and inputs, and what it hands to its stage."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,8 +32,13 @@ from curation.stages import (
 from curation.stages import filter as filter_stage
 from curation.stages import heads as heads_stage
 from curation.stages.asking import asked_of
+from curation.stages.cells_before import CellsBefore
+from curation.stages.cluster_before import was_clustered
+from curation.stages.joined_before import JoinedBefore
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
+
+logger = logging.getLogger(__name__)
 
 STAGES = (
     "embed",
@@ -138,10 +144,10 @@ def plan_steps(run: Run) -> list[Step]:
         ),
         Step("heads", "heads", heads_stage.VERSION, {}, ("filter",), _heads),
         Step(
-            "cells", "cells", cells.VERSION, asdict(c.cells), ("embed/pool", "heads"),
+            "cells", "cells", cells.VERSION, {**asdict(c.cells), **extends}, ("embed/pool", "heads"),
             _cells,
         ),
-        Step("join", "join", join.VERSION, asdict(c.dedup.join()), ("cells",), _join),
+        Step("join", "join", join.VERSION, _join_settings(run), ("cells",), _join),
         Step("dedup", "dedup", dedup.VERSION, asdict(c.dedup), ("embed/pool", "filter", "heads", "join"), _dedup),
         *(
             Step(
@@ -158,8 +164,8 @@ def plan_steps(run: Run) -> list[Step]:
             ("heads", "dedup", *(f"decontaminate/{name}" for name in evaluations)), _survivors,
         ),
         Step(
-            "cluster", "cluster", cluster.VERSION, asdict(c.cluster), ("embed/pool", "dedup", "survivors:elected"),
-            _cluster,
+            "cluster", "cluster", cluster.VERSION, {**asdict(c.cluster), **extends},
+            ("embed/pool", "dedup", "survivors:elected"), _cluster,
         ),
     ]  # fmt: skip
     for name, (seed, _) in seeds.items():
@@ -267,18 +273,68 @@ def _heads(run: Run, folder: Folder) -> Written:
     return *heads_stage.find_heads(folder, run.folder / "filter", run.ranges, run.config.execution), {}
 
 
+def _step_before(run: Run, step: str, version: int, config: Any) -> Folder | None:
+    """The folder of a step of the run that is extended, where it was made in the same way."""
+    if run.earlier is None:
+        return None
+    manifest, wanted = run.earlier.manifests[step], json.loads(json.dumps(asdict(config)))
+    had = {name: value for name, value in manifest.settings.items() if name != "extends"}
+    if (manifest.version, had) == (version, wanted):
+        return run.earlier.folder / step
+    logger.info("%s: made anew, since %s was made in another way.", step, run.earlier.folder.url)
+    return None
+
+
+def _ranges_before(run: Run) -> Ranges:
+    assert run.earlier is not None
+    return Ranges(run.earlier.num_images, run.config.range_rows)
+
+
 def _cells(run: Run, folder: Folder) -> Written:
     chosen = partial(heads_stage.is_head, folder=run.folder / "heads", ranges=run.ranges)
-    c = run.config
-    return cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution), {}, {}
+    c, before = run.config, None
+    if run.earlier is not None and (was := _step_before(run, "cells", cells.VERSION, c.cells)) is not None:
+        had = partial(heads_stage.is_head, folder=run.earlier.folder / "heads", ranges=_ranges_before(run))
+        before = CellsBefore(was, had, _ranges_before(run))
+    files = cells.build_cells(folder, run.pool, run.copy_encoder, run.ranges, chosen, c.cells, c.execution, before)
+    return files, {}, {}
+
+
+def _joined_before(run: Run) -> tuple[JoinedBefore | None, str | None]:
+    """The join of the run that is extended, where its edges can be taken over, or why they cannot."""
+    if run.earlier is None:
+        return None, None
+    was = run.earlier.folder
+    before = JoinedBefore(was / "join", run.earlier.manifests["join"], was / "heads", _ranges_before(run))
+    dedup = run.config.dedup
+    why = before.refusal(join.VERSION, dedup.highest_floor, dedup.target_recall)
+    return (None, why) if why else (before, None)
+
+
+def _join_settings(run: Run) -> dict[str, Any]:
+    before, _ = _joined_before(run)
+    if before is None:
+        return asdict(run.config.dedup.join())
+    return {**asdict(run.config.dedup.join(before.floor)), "extends": before.manifest.hash()}
 
 
 def _join(run: Run, folder: Folder) -> Written:
-    mirror = load_encoder(run.config.embed.encoders()[-1]).mirror
-    return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), run.config.execution)
+    mirror, execution = load_encoder(run.config.embed.encoders()[-1]).mirror, run.config.execution
+    before, why = _joined_before(run)
+    if before is None:
+        if run.earlier is not None:
+            logger.info("join: nothing is taken over from %s: %s", run.earlier.folder.url, why)
+        return join.join_pool(folder, run.cells("cells"), mirror, run.config.dedup.join(), execution)
+    extension = join.Extension(before, run.folder / "heads", run.ranges)
+    settings = run.config.dedup.join(before.floor)
+    return join.join_pool(folder, run.cells("cells"), mirror, settings, execution, extension)
 
 
 def _dedup(run: Run, folder: Folder) -> Written:
+    before = None
+    if run.earlier is not None:
+        was, settings = run.earlier.folder, run.earlier.manifests["dedup"].settings
+        before = dedup.pairs_before(was / "dedup", settings, was / "heads", _ranges_before(run), run.config.dedup)
     return dedup.deduplicate(
         folder,
         run.pool,
@@ -290,6 +346,7 @@ def _dedup(run: Run, folder: Folder) -> Written:
         load_encoder(run.config.embed.encoders()[-1]).mirror,
         run.config.dedup,
         run.config.execution,
+        before,
     )
 
 
@@ -331,8 +388,11 @@ def _cluster(run: Run, folder: Folder) -> Written:
     chosen = partial(
         survivors.is_clustered, dedup_folder=run.folder / "dedup", folder=run.folder / "survivors", ranges=run.ranges
     )
+    c, before = run.config, None
+    if (was := _step_before(run, "cluster", cluster.VERSION, c.cluster)) is not None:
+        before = CellsBefore(was, partial(was_clustered, folder=was), _ranges_before(run))
     files, figures = cluster.cluster_images(
-        folder, run.pool, run.retrieval_encoder, run.ranges, chosen, run.config.cluster, run.config.execution
+        folder, run.pool, run.retrieval_encoder, run.ranges, chosen, c.cluster, c.execution, before
     )
     sizes = cluster.Clustering(folder).sizes()
     return files, {"images": int(sizes.sum())}, figures

@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale join [--rows N]      cells, join and components of synthetic vectors
     python -m benchmarks.scale index [--rows N]     a synthetic index, from filters to the plan of shards
+    python -m benchmarks.scale extend [--rows N]    a run that extends another by a tenth, beside a whole one
 
 Each ends with one line of JSON: seconds, processor seconds, driver_gb (peak resident memory of the driver), task_gb (of
 the largest worker), bytes read and written, recall.

@@ -31,7 +31,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "exclude": (_RANGE,),
     "filter": (_RANGE,),
     "heads": (_RANGE,),
-    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "assigned/*.npy"),
+    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "new/members-*.npy", "assigned/*.npy"),
     "join": (
         "certificate.json",
         "truth.parquet",
@@ -39,6 +39,9 @@ _FILES: dict[str, tuple[str, ...]] = {
         "done/part-*.json",
         "edges/part-*.parquet",
         "forest/part-*.parquet",
+        "new/rows-*.npy",
+        "before/members-*.npy",
+        "lost/members-*.npy",
     ),
     "dedup": (
         _RANGE,
@@ -52,6 +55,8 @@ _FILES: dict[str, tuple[str, ...]] = {
         "level-*/*.npy",
         "members/*.npy",
         *(f"level-*/{name}" for name in (*_KMEANS, "assigned/assigned-*", "moved/map-*", "back/map-*")),
+        *(f"level-*/placed/{name}" for name in ("*.npy", "assigned/assigned-*", "moved/map-*", "back/map-*")),
+        "new/members-*.npy",
         *_CELLS,
     ),
     "retrieve": (

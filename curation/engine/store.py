@@ -98,16 +98,20 @@ def adopt(folder: Folder, earlier: Folder, execution: ExecutionConfig) -> None:
     names = earlier.names()
     files = [file.path for of_part in registered(earlier).values() for file in of_part]
     files += [name for name in names if name.startswith("done/")]
-    todo = [name for name in files if name not in there]
-    jobs = [todo[i : i + _TAKEN_AT_ONCE] for i in range(0, len(todo), _TAKEN_AT_ONCE)]
-    run_tasks(_take, jobs, folder, earlier, execution=execution, label="earlier release", unit="files",
-              weights=list(map(len, jobs)))  # fmt: skip
+    take_files([name for name in files if name not in there], folder, earlier, execution)
     for name in names:  # last, for who finds numbers takes their parts for whole
         if name.startswith(f"{_REGISTRY}/"):
             folder.take(name, earlier)
 
 
-def _take(names: list[str], folder: Folder, earlier: Folder) -> None:
+def take_files(names: Sequence[str], folder: Folder, earlier: Folder, execution: ExecutionConfig) -> None:
+    """Take files over from a folder of an earlier run, in tasks."""
+    jobs = [names[i : i + _TAKEN_AT_ONCE] for i in range(0, len(names), _TAKEN_AT_ONCE)]
+    run_tasks(_take, jobs, folder, earlier, execution=execution, label="earlier release", unit="files",
+              weights=list(map(len, jobs)))  # fmt: skip
+
+
+def _take(names: Sequence[str], folder: Folder, earlier: Folder) -> None:
     for name in names:
         folder.take(name, earlier)
 

@@ -55,19 +55,19 @@ class Counts(NamedTuple):
 
 
 class Asking(NamedTuple):
-    """The rows that ask: one consecutive run of the cells' order.
+    """The rows that ask.
 
     Attributes:
         vectors: uint16 [Q, D], the bits of their float16 values.
         signs: uint16 [D], 0x8000 where the mirror turns a coordinate; all 0 for the rows as they are.
         sketches: uint64 [Q, 8], of the turned vectors.
-        first_row: of the run.
+        rows: int64 [Q], which rows of the cells they are, ascending.
     """
 
     vectors: np.ndarray
     signs: np.ndarray
     sketches: np.ndarray
-    first_row: int
+    rows: np.ndarray
 
 
 def empty_lists(num_rows: int) -> Lists:
@@ -188,7 +188,7 @@ def still_asking(rows, counts):
 
 
 @njit(cache=True, nogil=True)
-def settle(pairs, rows, vectors, members, gids, member_row, asking_row, floor, mirrored, counts, lists):
+def settle(pairs, rows, vectors, members, gids, member_row, asking_rows, floor, mirrored, counts, lists):
     """Decide candidates of one cell by their exact similarity, and keep them; returns how many rows are done.
 
     Args:
@@ -196,12 +196,12 @@ def settle(pairs, rows, vectors, members, gids, member_row, asking_row, floor, m
             from one call to the next.
         rows: the asking rows; vectors float32 [len(rows), D] are theirs.
         members: float32 [n, D], gids [n]; row member_row and following of the cells.
-        asking_row: row of the cells that asking row 0 is, which is no match of itself.
+        asking_rows: row of the cells that each asking row is, which is no match of itself.
     """
     num_done = 0
     for i in range(pairs.shape[0]):
         row, member = rows[pairs[i, 0]], pairs[i, 1]
-        if asking_row + row == member_row + member or is_done(row, counts):
+        if asking_rows[row] == member_row + member or is_done(row, counts):
             continue
         similarity = exact_dot(vectors[pairs[i, 0]], members[member])
         if similarity >= floor:
@@ -210,11 +210,11 @@ def settle(pairs, rows, vectors, members, gids, member_row, asking_row, floor, m
 
 
 @njit(cache=True, nogil=True)
-def settle_exact(query, member, similarity, rows, gids, member_row, asking_row, mirrored, counts, lists):
+def settle_exact(query, member, similarity, rows, gids, member_row, asking_rows, mirrored, counts, lists):
     """`settle` for pairs whose exact similarity [P] is known, and reaches the floor: index into rows, and members."""
     for i in range(query.size):
         row = rows[query[i]]
-        if asking_row + row != member_row + member[i] and not is_done(row, counts):
+        if asking_rows[row] != member_row + member[i] and not is_done(row, counts):
             _take(row, gids[member[i]] * 2 + mirrored, similarity[i], member_row + member[i], counts, lists)
 
 
@@ -327,7 +327,7 @@ def meet_by_sketch(
                 rough_dots(wide, members, candidates[:num_candidates], rough)
                 num_candidates = passed(rough[:num_candidates], rough_floor, candidates)
                 num_done = settle(
-                    candidates[:num_candidates], rows, wide, members, gids, first_row, asking.first_row, floor,
+                    candidates[:num_candidates], rows, wide, members, gids, first_row, asking.rows, floor,
                     mirrored, counts, lists,
                 )  # fmt: skip
                 if num_done > 0:

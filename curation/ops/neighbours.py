@@ -1,6 +1,7 @@
-"""The self-join: for a run of rows, the near rows in the cells that each probes, at most 64 and the first of all.
+"""The self-join: for some rows, the near rows in the cells that each probes, at most 64 and the first of all.
 
-A run is as long as memory allows, millions of rows: its vectors stay as float16 with their sketches and their probes,
+All rows ask, or, where others have asked before, the new ones alone. A run of those that ask is as long as memory
+allows, millions of rows: its vectors stay as float16 with their sketches and their probes,
 a byte each, and the cells pass by in tiles, once for the rows as they are and mirrored together. So N rows are read
 N / run times, and nothing that is found depends on the length of a run, a tile or a call.
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from curation.ops.torch_tiles import Rows
 
 PIECE_ROWS = 2**16
-"""Rows, in the cells' order, whose edges are listed together: a file of the join, whatever run they were found in."""
+"""Rows that ask, in the cells' order, whose edges are listed together: a file of the join, whatever run found them."""
 
 _MAX_TILE_BYTES = 2**25
 _MEMBERS_AT_ONCE = 2**10  # of a cell in one product: a row that has found enough is left out of the next
@@ -61,7 +62,7 @@ class Neighbours(NamedTuple):
     """What a run of rows has found.
 
     Attributes:
-        start, stop: the run.
+        start, stop: the run, counted among all rows that ask.
         gids: int64 [Q], of its rows.
         lists: see curation.ops.neighbour_kernels.
         bytes_read: of the cells.
@@ -108,21 +109,23 @@ class _Way(NamedTuple):
 
 def near_rows(
     cells: Cells,
-    start: int,
-    stop: int,
+    rows: np.ndarray,
     floor: float,
     nprobe: int,
     sketch_radius: int | None = None,
     *,
+    start: int = 0,
     mirror: np.ndarray | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str | None = None,
 ) -> Neighbours:
-    """Ask for the rows start to stop, on one thread.
+    """Ask for some rows of the cells, on one thread: each looks at all rows, those that do not ask too.
 
-    A pair is found when one end looks at the other: over all runs, either may be the one.
+    A pair is found when one end looks at the other: over all runs, either may be the one, if both ask.
 
     Args:
+        rows: int64 [Q], ascending, a run of those that ask.
+        start: how many ask before them; it cuts the pieces, and changes nothing that is found.
         floor: cosine; pairs at or above it are found.
         sketch_radius: pairs whose sketches differ in more bits are not looked at; None looks at all.
         mirror: signs [D] that turn an embedding into that of the flipped image; each row then asks both ways, and the
@@ -133,16 +136,16 @@ def near_rows(
     check_join(cells, nprobe, sketch_radius)
     if mirror is not None:
         check_mirror(mirror, cells.dim)
-    half = cells.read_half(start, stop)
+    half, own_sketches, own_gids = _read_at(cells, rows)
     signs = [None] if mirror is None else [None, mirror]
-    ways = [_way(cells, half, start, nprobe, sign, device) for sign in signs]
+    ways = [_way(cells, rows, half, own_sketches, nprobe, sign, device) for sign in signs]
     asked = None if device is None else _asked_on(device, half, ways, mirror, sketch_radius)
-    lists = empty_lists(stop - start)
-    bytes_read = (stop - start) * cells.row_bytes
+    lists = empty_lists(len(rows))
+    bytes_read = len(rows) * cells.row_bytes
     for tile in _tiles(cells, ways, max_memory_bytes):
         bytes_read += (tile.stop - tile.start) * cells.row_bytes
         if asked is not None:
-            _meet_on_device(asked, cells, tile, ways, start, floor, sketch_radius, lists)
+            _meet_on_device(asked, cells, tile, ways, floor, sketch_radius, lists)
             continue
         members, gids = cells.read(tile.start, tile.stop), cells.read_gids(tile.start, tile.stop)
         sketches = None if sketch_radius is None else cells.read_sketches(tile.start, tile.stop)
@@ -165,7 +168,7 @@ def near_rows(
                         members[piece], gids[piece], way, order[low:high], tile.start + first, floor, mirrored, lists,
                         max_memory_bytes,
                     )  # fmt: skip
-    return Neighbours(start, stop, cells.read_gids(start, stop), lists, bytes_read)
+    return Neighbours(start, start + len(rows), own_gids, lists, bytes_read)
 
 
 def run_rows(cells: Cells, nprobe: int, mirror: bool, max_memory_bytes: int) -> int:
@@ -175,7 +178,7 @@ def run_rows(cells: Cells, nprobe: int, mirror: bool, max_memory_bytes: int) -> 
     """
     ways = 2 if mirror else 1
     probes = code_width(nprobe, cells.num_cells) + 8 if nprobe < cells.num_cells else 4
-    row = 2 * cells.dim + ways * (8 * SKETCH_WORDS + probes + 5) + 12 * MAX_NEIGHBOURS + 34
+    row = 2 * cells.dim + ways * (8 * SKETCH_WORDS + probes + 5) + 12 * MAX_NEIGHBOURS + 42
     return max(max_memory_bytes * 3 // 4 // row // PIECE_ROWS, 1) * PIECE_ROWS
 
 
@@ -196,8 +199,8 @@ def self_pairs(
     found = []
     for low in range(start, stop, step):
         run = near_rows(
-            cells, low, min(low + step, stop), similarity_threshold, nprobe, sketch_radius, mirror=mirror,
-            max_memory_bytes=max_memory_bytes, device=device,
+            cells, np.arange(low, min(low + step, stop)), similarity_threshold, nprobe, sketch_radius, start=low,
+            mirror=mirror, max_memory_bytes=max_memory_bytes, device=device,
         )  # fmt: skip
         found += [edges for _, edges, _ in run.pieces()]
     return merge_pairs(found)
@@ -227,7 +230,7 @@ def _meet_by_product(
         vectors = widen_rows(way.asking, rows)
         pairs = near_by_product(vectors, members, floor)
         settle(
-            pairs, rows, vectors, members, gids, first_row, way.asking.first_row, np.float32(floor), mirrored,
+            pairs, rows, vectors, members, gids, first_row, way.asking.rows, np.float32(floor), mirrored,
             way.counts, lists,
         )  # fmt: skip
 
@@ -248,7 +251,6 @@ def _meet_on_device(
     cells: Cells,
     tile: _Tile,
     ways: list[_Way],
-    first_row: int,
     floor: float,
     radius: int | None,
     lists: Lists,
@@ -271,29 +273,53 @@ def _meet_on_device(
                 rows_on_device, rows, members, int(bounds[cell]), int(bounds[cell + 1]), floor, radius,
                 most=MAX_NEIGHBOURS + 1,
             ):  # fmt: skip
-                settle_exact(query, member, similarity, rows, gids, tile.start, first_row, mirrored, way.counts, lists)
+                settle_exact(
+                    query, member, similarity, rows, gids, tile.start, way.asking.rows, mirrored, way.counts, lists
+                )
+
+
+def _read_at(cells: Cells, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors as they are stored, sketches and gids of ascending rows, read in runs with all that lies between."""
+    half = np.empty((len(rows), cells.dim), np.float16)
+    sketches, gids = np.empty((len(rows), SKETCH_WORDS), np.uint64), np.empty(len(rows), np.int64)
+    low = 0
+    while low < len(rows):
+        first = int(rows[low])
+        high = int(np.searchsorted(rows, first + _ROWS_AT_ONCE))
+        span, own = (first, int(rows[high - 1]) + 1), rows[low:high] - first
+        half[low:high] = cells.read_half(*span)[own]
+        sketches[low:high] = cells.read_sketches(*span)[own]
+        gids[low:high] = cells.read_gids(*span)[own]
+        low = high
+    return half, sketches, gids
 
 
 def _way(
-    cells: Cells, half: np.ndarray, start: int, nprobe: int, mirror: np.ndarray | None, device: str | None
+    cells: Cells,
+    rows: np.ndarray,
+    half: np.ndarray,
+    own_sketches: np.ndarray,
+    nprobe: int,
+    mirror: np.ndarray | None,
+    device: str | None,
 ) -> _Way:
     """Probes are found, and mirrored sketches made, a few rows at a time."""
     num_rows = len(half)
     signs = np.zeros(cells.dim, np.uint16) if mirror is None else np.where(mirror < 0, 0x8000, 0).astype(np.uint16)
     is_own = mirror is None
-    sketches = cells.read_sketches(start, start + num_rows) if is_own else np.empty((num_rows, SKETCH_WORDS), np.uint64)
+    sketches = own_sketches if is_own else np.empty((num_rows, SKETCH_WORDS), np.uint64)
     probes = _Probes(num_rows, nprobe, cells.num_cells)
     for low in range(0, num_rows, _ROWS_AT_ONCE):
-        rows = slice(low, low + _ROWS_AT_ONCE)
+        block = slice(low, low + _ROWS_AT_ONCE)
         if is_own and nprobe == cells.num_cells:
             break
-        asked = widened(half[rows])
+        asked = widened(half[block])
         asked = asked if is_own else asked * mirror.astype(np.float32)
         if not is_own:
-            sketches[rows] = cells.sketch(asked)
+            sketches[block] = cells.sketch(asked)
         if nprobe < cells.num_cells:
             probes.add(low, nearest_cells(asked, cells.centroids, nprobe, 1, device))
-    asking = Asking(half.view(np.uint16), signs, sketches, start)
+    asking = Asking(half.view(np.uint16), signs, sketches, rows)
     return _Way(asking, probes, Counts(np.zeros(num_rows, np.int32), np.zeros(num_rows, np.uint8)))
 
 

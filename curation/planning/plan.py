@@ -49,6 +49,11 @@ def describe(run: Run, cluster: Cluster | None = None, described: Mapping[str, S
     console = Console(file=lines, width=_WIDTH, no_color=True, highlight=False)
     console.print(_reads(plan), _does(steps, states))
     console.print(_takes(todo, plan) if todo else "Everything is done: the run would read the manifests and stop.\n")
+    if run.earlier is not None:
+        notes.append(
+            f"--extend {run.earlier.folder.url}: the costs are those of a whole run. Only new parts are "
+            "embedded, and only new images look for cells, pairs and clusters."
+        )
     for line in [*_left_out(run), *_totals(run, plan, todo), *plan.notes(), *notes]:
         console.print(line, soft_wrap=True)
     return lines.getvalue().rstrip()

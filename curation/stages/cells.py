@@ -12,6 +12,7 @@ from curation.engine.manifest import File
 from curation.engine.ranges import Ranges
 from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig
+from curation.stages.cells_before import CellsBefore, grow_cells
 from curation.stages.grouped import write_cells
 from curation.stages.kmeans import FILES, KMeansConfig, assign_rows, train_centroids
 from curation.stages.members import ImageRows, write_members
@@ -43,11 +44,21 @@ def build_cells(
     chosen: Callable[[int], np.ndarray],
     config: CellsConfig,
     execution: ExecutionConfig,
+    before: CellsBefore | None = None,
 ) -> list[File]:
-    """Cluster the `chosen` images (`write_members`), and write their vectors grouped by cell (`open_cells`)."""
+    """Cluster the `chosen` images (`write_members`), and write their vectors grouped by cell (`open_cells`).
+
+    Args:
+        before: cells of an earlier run to be kept: only images that it does not have look for theirs. Where there are
+            twice as many images or more, cells are made anew.
+    """
     members = write_members(folder / "members", ranges, chosen, execution, "cells: images")
     source = ImageRows(images, encoder, members)
     num_cells = config.num_cells(len(source))
+    if before is not None and num_cells < 2 * before.cells.num_cells:
+        files = grow_cells(folder, source, before, ranges, chosen, execution)
+        (folder / "members").clear(("members-*.npy",))
+        return files
     centroids = train_centroids(source, num_cells, config.kmeans, execution, folder / "kmeans", "cells: k-means")
     names = assign_rows(source, centroids, execution, folder / "assigned", "cells: assignment")
     files = write_cells(folder, source, partial(_assigned, folder / "assigned", names), centroids, execution, "cells")

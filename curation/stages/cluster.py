@@ -22,6 +22,8 @@ from curation.ops.hierarchy import clamp_levels, cluster_level, stream
 from curation.ops.kmeans import balance
 from curation.ops.nearest import assign
 from curation.stages.asking import pieces
+from curation.stages.cells_before import CellsBefore
+from curation.stages.cluster_before import keep_levels, num_clusters
 from curation.stages.grouped import write_cells
 from curation.stages.kmeans import FILES, KMeansConfig, assign_rows, read_sample, train_centroids, write_sample
 from curation.stages.members import CentroidRows, ImageRows, RowSource, write_members
@@ -182,32 +184,40 @@ def cluster_images(
     chosen: Callable[[int], np.ndarray],
     config: ClusterConfig,
     execution: ExecutionConfig,
+    before: CellsBefore | None = None,
 ) -> tuple[list[File], dict[str, Any]]:
     """Cluster the `chosen` images (`write_members`): write the levels (`Clustering`), and vectors grouped by cluster.
 
     Where the finest level is split, vectors are grouped by its groups.
+
+    Args:
+        before: clusters of an earlier run of this config, to be kept unless so many images are there that twice as many
+            clusters would be made.
     """
     members = write_members(folder / "members", ranges, chosen, execution, "cluster: images")
     rows = ImageRows(images, encoder, members)
     source: RowSource = rows
     shapes = config.shapes_for(len(members))
-    for number, shape in enumerate(shapes):
-        level = folder / f"level-{number + 1}"
-        _make_level(level, source, shape, number, len(shapes) == 1, ranges, config, execution)
-        source = _centroids_of(level)
-        ranges = Ranges(len(source))
+    if before is not None and shapes[0].num_clusters < 2 * num_clusters(before.folder):
+        keep_levels(folder, rows, before, ranges, chosen, execution)
+    else:
+        for number, shape in enumerate(shapes):
+            level = folder / f"level-{number + 1}"
+            _make_level(level, source, shape, number, len(shapes) == 1, ranges, config, execution)
+            source = _centroids_of(level)
+            ranges = Ranges(len(source))
     clustering, first = Clustering(folder), folder / "level-1"
-    sizes = clustering.sizes()
+    sizes, num_levels = clustering.sizes(), clustering.num_levels
     centroids, base = first.read_array("centroids-00000.npy"), None
-    if shapes[0].num_groups > 1:
+    if first.exists("groups.npy"):
         centroids, base = first.read_array("groups.npy"), _centroids_of(first).base
     cells_of = partial(_clusters_of_chunk, clustering, rows, base)
     files = write_cells(folder, rows, cells_of, centroids, execution, "cluster: vectors")
     figures = {
-        "levels": [len(clustering.sizes(level + 1)) for level in range(len(shapes))],
+        "levels": [len(clustering.sizes(level + 1)) for level in range(num_levels)],
         "balance": {name: float(value) for name, value in balance(sizes)._asdict().items()},
     }
-    for number in range(len(shapes)):
+    for number in range(num_levels):
         (folder / f"level-{number + 1}/kmeans").clear(FILES)
         (folder / f"level-{number + 1}/assigned").clear(("assigned-*",))
     (folder / "members").clear(("members-*.npy",))

@@ -1,5 +1,6 @@
 """dedup: the cascade. Same bytes, near perceptual hashes, near embeddings; then components, one image kept of each."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from curation.ops.randomness import hash_uint64
 from curation.ops.recall import measured_recall
 from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
 from curation.stages.join import Joined, JoinSettings, default_floor
-from curation.stages.perceptual import perceptual_pairs, second_opinion
+from curation.stages.perceptual import PairsBefore, perceptual_pairs, second_opinion
 
 VERSION = 2
 _NEAR_MISS_SAMPLE = 4096
@@ -76,9 +77,19 @@ class DedupConfig:
                 "linked pairs would be lost. Lower it, or leave it out."
             )
 
-    def join(self) -> JoinSettings:
-        """What of these settings the join depends on."""
-        floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
+    @property
+    def highest_floor(self) -> float:
+        """Edges that reach down to there would do."""
+        return self.similarity_threshold if self.edge_floor is None else self.edge_floor
+
+    def join(self, floor: float | None = None) -> JoinSettings:
+        """What of these settings the join depends on.
+
+        Args:
+            floor: of the edges that a run takes over from one that it extends.
+        """
+        if floor is None:
+            floor = default_floor(self.similarity_threshold) if self.edge_floor is None else self.edge_floor
         return JoinSettings(floor=floor, target_recall=self.target_recall, seed=self.seed)
 
 
@@ -93,6 +104,7 @@ def deduplicate(
     mirror: np.ndarray | None,
     config: DedupConfig,
     execution: ExecutionConfig,
+    before: PairsBefore | None = None,
 ) -> tuple[list[File], dict[str, int], dict[str, Any]]:
     """Group the images that passed the filters and choose one of each group: see `groups.SCHEMA` for what is written.
 
@@ -100,6 +112,7 @@ def deduplicate(
         filtered, heads: folders of those stages.
         joined: the edges of the heads.
         mirror: signs that turn a vector into that of the flipped image, or None.
+        before: pairs of near hashes that need not be looked for (`pairs_before`).
     """
     perceptual: list[EdgeFiles] = []
     num_perceptual, threshold = 0, config.similarity_threshold
@@ -107,8 +120,9 @@ def deduplicate(
     num_images = joined_counts["images"]
     if num_images <= config.perceptual_rows:
         num_perceptual = perceptual_pairs(
-            folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution
-        )
+            folder, _PERCEPTUAL, filtered, heads, ranges, pool, encoder, config.perceptual_distance, execution,
+            before,
+        )  # fmt: skip
         perceptual.append(EdgeFiles(folder, [_PERCEPTUAL], -2.0))
     names = [f"edges/{piece}" for piece in joined.pieces()]
     if num_images > config.perceptual_rows:
@@ -161,8 +175,23 @@ def deduplicate(
         "measured_lower_bound": bound,
         "measured_together": float(together.mean()) if len(together) else 1.0,  # of true pairs, in one component
         "similarity_threshold": config.similarity_threshold,
+        **joined.covered(),
     }
     return files, counts, figures
+
+
+def pairs_before(
+    folder: Folder, settings: Mapping[str, Any], heads: Folder, ranges: Ranges, config: DedupConfig
+) -> PairsBefore | None:
+    """The pairs of near hashes of the run that is extended; None where it has others than those of this config.
+
+    Args:
+        folder, settings: of its dedup step.
+        heads, ranges: of what it compared.
+    """
+    if settings["perceptual_distance"] != config.perceptual_distance or not folder.exists(_PERCEPTUAL):
+        return None
+    return PairsBefore(folder, _PERCEPTUAL, heads, ranges)
 
 
 def _num_edges(name: str, edges: EdgeFiles) -> int:

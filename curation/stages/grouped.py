@@ -49,7 +49,7 @@ def write_cells(
 
     Args:
         folder: of the stage; files go to `cells/` in it, the exchange's own to `exchange/`.
-        source: float16 rows of norm 1.
+        source: float16 rows of norm 1; its bounds cut large cells.
         centroids: [K, D].
         seed: of the sketches.
 
@@ -73,10 +73,10 @@ def write_cells(
     row_bytes = 2 * dim + 8 * SKETCH_WORDS + 8
     rows_per_file = max(_FILE_BYTES // row_bytes, 1)
     large = np.flatnonzero(sizes > rows_per_file)
-    by_chunk = np.zeros((0, len(large)), np.int64)
+    by_interval = np.zeros((0, len(large)), np.int64)
     if len(large):
-        by_chunk = np.concatenate(run_tasks(_sizes_by_chunk, items, cells_of, large, weights=weights, **told))
-    starts, first_rows = _cut(sizes, large, by_chunk, first_ids, rows_per_file)
+        by_interval = sum(run_tasks(_sizes_by_id, items, source, cells_of, large, first_ids, weights=weights, **told))
+    starts, first_rows = _cut(sizes, large, by_interval, first_ids, rows_per_file)
     table_bytes = min(int(execution.memory_gb * 1e9 / 8), _MOST_TABLE_BYTES)
     names = [f"rows-{number:05d}.json" for number in range(len(starts))]
     exchange(
@@ -168,27 +168,33 @@ def _sizes(item: Item, cells_of: CellsOf, num_cells: int) -> np.ndarray:
     return sum((np.bincount(cells_of(*chunk), minlength=num_cells) for chunk in item), np.zeros(num_cells, int))
 
 
-def _sizes_by_chunk(item: Item, cells_of: CellsOf, cells: np.ndarray) -> np.ndarray:
-    """int64 [chunks of the item, cells]."""
-    counts = np.zeros((len(item), len(cells)), np.int64)
-    for row, chunk in enumerate(item):
-        counts[row] = np.bincount(cells_of(*chunk), minlength=int(cells[-1]) + 1)[cells]
+def _sizes_by_id(
+    item: Item, source: RowSource, cells_of: CellsOf, cells: np.ndarray, first_ids: np.ndarray
+) -> np.ndarray:
+    """int64 [intervals of ids, cells]."""
+    counts = np.zeros((len(first_ids), len(cells)), np.int64)
+    for number, chunk in item:
+        of_row = cells_of(number, chunk)
+        at = np.minimum(np.searchsorted(cells, of_row), len(cells) - 1)
+        here = cells[at] == of_row
+        interval = np.searchsorted(first_ids, source.ids(chunk)[here], side="right") - 1
+        np.add.at(counts, (interval, at[here]), 1)
     return counts
 
 
 def _cut(
-    sizes: np.ndarray, large: np.ndarray, by_chunk: np.ndarray, first_ids: np.ndarray, rows_per_file: int
+    sizes: np.ndarray, large: np.ndarray, by_interval: np.ndarray, first_ids: np.ndarray, rows_per_file: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where files begin: the key of each one's first row, int64 [files], and its number, int64 [files + 1].
 
-    Whole cells, as many as fit; of a large cell, the rows of whole chunks.
+    Whole cells, as many as fit; of a large cell, the rows of whole intervals of ids.
     """
     starts, rows, held, at = [0], [0], 0, 0
     column_of = {cell: column for column, cell in enumerate(large.tolist())}
     for cell, size in enumerate(sizes.tolist()):
         pieces = [(0, size)]
         if cell in column_of:
-            pieces = list(zip(first_ids.tolist(), by_chunk[:, column_of[cell]].tolist(), strict=True))
+            pieces = list(zip(first_ids.tolist(), by_interval[:, column_of[cell]].tolist(), strict=True))
         for first_id, count in pieces:
             if held and held + count > rows_per_file:
                 starts.append(_key(cell, first_id))

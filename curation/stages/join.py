@@ -1,6 +1,7 @@
 """join: the edges of the pool. Every pair of near embeddings down to a floor, with its similarity, and its certificate.
 
-Edges serve every threshold at or above the floor: another one is a filter (Joined), and no new join.
+Edges serve every threshold at or above the floor: another one is a filter (Joined), and no new join. A run that extends
+another takes over the edges of that, and only new images ask (stages/joined_before.py).
 """
 
 import json
@@ -16,12 +17,15 @@ import pyarrow.compute as pc
 from curation.engine.devices import num_at_once, run_on, task_device
 from curation.engine.folder import Folder
 from curation.engine.manifest import MANIFEST_NAME, File, Manifest
+from curation.engine.ranges import Ranges
 from curation.engine.workers import ExecutionConfig
 from curation.ops.cells import Cells
 from curation.ops.components import spanning_forest
 from curation.ops.neighbours import PIECE_ROWS, near_rows, run_rows
-from curation.ops.recall import Certificate, are_among, certify, found_by
+from curation.ops.recall import AllRows, Certificate, are_among, certify, found_by
 from curation.ops.true_pairs import Hits, Question, TruePairs, hits_in_range
+from curation.stages import joined_before
+from curation.stages.joined_before import JoinedBefore, NewRows
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ _MEMORY_SHARE = (
 )
 _CERTIFIED_TOGETHER = 2**20  # rows that a task compares with the sample
 _EDGE_MARGIN = 0.05
+_OF_EXTENSION = ("new_images", "earlier_edges", "earlier_lower_bound")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class JoinSettings:
 
 @dataclass(frozen=True)
 class Joined:
-    """What the join stage wrote: a file for each 65,536 rows of the cells, by name. Pairs (a, b) are gids, a < b.
+    """What the join stage wrote: a file for each 65,536 rows that asked, by name. Pairs (a, b) are gids, a < b.
 
     A pair stands once in a file, and may stand in two.
     """
@@ -58,6 +63,11 @@ class Joined:
     def counts(self) -> dict[str, int]:
         """images (that were compared), edges, forest edges, and capped images: those that may have more pairs."""
         return Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).counts
+
+    def covered(self) -> dict[str, Any]:
+        """Of a join that takes over that of an earlier run, what it says of itself: see `join_pool`."""
+        figures = Manifest.from_json(self.folder.read_bytes(MANIFEST_NAME).decode()).figures
+        return {name: figures[name] for name in _OF_EXTENSION if name in figures}
 
     def edges(self, piece: str, threshold: float) -> pa.Table:
         """a, b, similarity, mirrored of the pairs at or above the threshold."""
@@ -84,29 +94,60 @@ def default_floor(similarity_threshold: float) -> float:
     return round(max(similarity_threshold - _EDGE_MARGIN, -1.0), 6)
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A join that takes over another's edges."""
+
+    before: JoinedBefore
+    heads: Folder
+    """what this one compares"""
+    ranges: Ranges
+
+
 def join_pool(
-    folder: Folder, cells: Cells, mirror: np.ndarray | None, settings: JoinSettings, execution: ExecutionConfig
+    folder: Folder,
+    cells: Cells,
+    mirror: np.ndarray | None,
+    settings: JoinSettings,
+    execution: ExecutionConfig,
+    extension: Extension | None = None,
 ) -> tuple[list[File], dict[str, int], dict[str, Any]]:
     """Certify, then find every row's neighbours; see Joined for what is written.
 
     Args:
         cells: the copy encoder's vectors of the images that are compared.
         mirror: signs that turn a vector into that of the flipped image, or None.
+        extension: whose edges to take over, down to the same floor; the certificate is then of pairs with an image that
+            is new, found from it. Figures say how many are new (new_images), how many edges are not of them
+            (earlier_edges), and what is certified of those (earlier_lower_bound).
     """
+    asking: AllRows | NewRows = AllRows(cells.num_rows)
+    done: list[dict[str, Any]] = []
+    if extension is not None:
+        before = extension.before
+        asking = joined_before.find_new_rows(folder, cells, before, execution)
+        done = joined_before.take_edges(folder, before, extension.heads, extension.ranges, execution)
+    base, figures = len(done), {}
     if not folder.exists("certificate.json"):
-        _certify(folder, cells, mirror, settings, execution)
+        _certify(folder, cells, mirror, settings, execution, asking)
     certificate, truth = Joined(folder).certificate(), _read_truth(folder.read_table("truth.parquet"))
-    names = [f"part-{number:06d}" for number in range(-(-cells.num_rows // PIECE_ROWS))]
+    names = [f"part-{base + number:06d}" for number in range(-(-len(asking) // PIECE_ROWS))]
     there = set((folder / "done").names())
-    done = [json.loads(folder.read_bytes(f"done/{name}.json")) for name in names if f"{name}.json" in there]
+    if extension is not None:
+        figures["new_images"] = len(asking)
+        figures["earlier_edges"] = sum(piece["edges"] for piece in done)
+        bounds = [extension.before.manifest.figures[name] for name in ("lower_bound", "earlier_lower_bound")
+                  if name in extension.before.manifest.figures]  # fmt: skip
+        figures["earlier_lower_bound"] = min(bounds)
+    done += [json.loads(folder.read_bytes(f"done/{name}.json")) for name in names if f"{name}.json" in there]
     missing = [number for number, name in enumerate(names) if f"{name}.json" not in there]
     memory = int(execution.memory_gb * 1e9 * _MEMORY_SHARE)
     device = task_device(execution)
-    fair = -(-cells.num_rows // (2 * num_at_once(device, execution)))  # or a pool of few runs would leave workers idle
+    fair = -(-len(asking) // (2 * num_at_once(device, execution)))  # or a pool of few runs would leave workers idle
     rows = min(run_rows(cells, certificate.nprobe, mirror is not None, memory), -(-fair // PIECE_ROWS) * PIECE_ROWS)
     jobs = [
-        (run[0] * PIECE_ROWS, min((run[-1] + 1) * PIECE_ROWS, cells.num_rows))
-        for run in _consecutive(missing, rows // PIECE_ROWS)
+        (run[0] * PIECE_ROWS, min((run[-1] + 1) * PIECE_ROWS, len(asking)))
+        for run in _consecutive(missing, max(rows // PIECE_ROWS, 1))
     ]
     bytes_read = 0
     for pieces, run_bytes in run_on(
@@ -115,6 +156,8 @@ def join_pool(
         jobs,
         folder,
         cells,
+        asking,
+        base,
         mirror,
         settings.floor,
         certificate,
@@ -137,11 +180,19 @@ def join_pool(
     files += [_write_truth(folder, "found.parquet", truth, found)]
     totals = ("edges", "forest edges", "capped images")
     counts = {"images": cells.num_rows, **{name: sum(piece[name] for piece in done) for name in totals}}
-    return files, counts, {**asdict(certificate), "floor": settings.floor}
+    if extension is not None:
+        counts["capped images"] += extension.before.manifest.counts["capped images"]
+        joined_before.clear(folder)
+    return files, counts, {**asdict(certificate), "floor": settings.floor, **figures}
 
 
 def _certify(
-    folder: Folder, cells: Cells, mirror: np.ndarray | None, settings: JoinSettings, execution: ExecutionConfig
+    folder: Folder,
+    cells: Cells,
+    mirror: np.ndarray | None,
+    settings: JoinSettings,
+    execution: ExecutionConfig,
+    asking: AllRows | NewRows,
 ) -> None:
     """Write truth.parquet and then certificate.json, so that a join that goes on goes on with the same."""
     memory = int(execution.memory_gb * 1e9 * _MEMORY_SHARE)
@@ -165,7 +216,7 @@ def _certify(
         )
 
     certificate, truth = certify(
-        cells, settings.floor, settings.target_recall, seed=settings.seed, mirror=mirror, compare=compare
+        cells, settings.floor, settings.target_recall, seed=settings.seed, mirror=mirror, compare=compare, asking=asking
     )
     _write_truth(folder, "truth.parquet", truth, None)
     folder.write_bytes("certificate.json", json.dumps(asdict(certificate)).encode())
@@ -181,6 +232,8 @@ def _join_run(
     job: tuple[int, int],
     folder: Folder,
     cells: Cells,
+    asking: AllRows | NewRows,
+    base: int,
     mirror: np.ndarray | None,
     floor: float,
     certificate: Certificate,
@@ -188,25 +241,28 @@ def _join_run(
     memory_bytes: int,
     device: str | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Join the rows of a job, and write the files of its pieces; done/ last, with what the stage needs to know.
+    """Join the asking rows [start, stop), and write the files of their pieces; done/ last, with what the stage needs.
+
+    Args:
+        base: the number of the first piece of all.
 
     Returns:
         the contents of done/, and the bytes read, which depend on the memory and so are no part of the result.
     """
     run = near_rows(
-        cells, *job, floor, certificate.nprobe, certificate.sketch_radius, mirror=mirror, max_memory_bytes=memory_bytes,
-        device=device,
+        cells, asking.numbered(*job), floor, certificate.nprobe, certificate.sketch_radius, start=job[0], mirror=mirror,
+        max_memory_bytes=memory_bytes, device=device,
     )  # fmt: skip
     done = []
     for number, edges, capped in run.pieces():
-        name = f"part-{number:06d}"
+        name = f"part-{base + number:06d}"
         tree = spanning_forest(edges.a, edges.b, edges.similarity)
         forest = {column: getattr(edges, column)[tree] for column in ("a", "b", "similarity")}
         tables = {"edges": pa.table(edges._asdict()), "forest": pa.table(forest)}
         files = [folder.write_table(f"{kind}/{name}.parquet", table) for kind, table in tables.items()]
         ends = np.isin(truth.query, capped) | np.isin(truth.gid, capped)
         piece = {
-            "number": number,
+            "number": base + number,
             "files": [asdict(file) for file in files],
             "found": np.flatnonzero(are_among(edges, truth)).tolist(),
             "capped_ends": np.flatnonzero(ends).tolist(),

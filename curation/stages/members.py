@@ -38,6 +38,19 @@ class Members:
             found.append(np.flatnonzero(bits[low:high]) + first + low)
         return np.concatenate(found)
 
+    def include(self, gids: np.ndarray) -> np.ndarray:
+        """bool: which of some images take part, one range of those that have any in memory at a time."""
+        found = np.zeros(len(gids), bool)
+        number_of = gids // self.ranges.size
+        for number in np.unique(number_of[gids < self.ranges.num_rows]).tolist():
+            if self.counts[number]:
+                own = np.flatnonzero(number_of == number)
+                first, last = self.ranges.bounds(number)
+                own = own[gids[own] < last]
+                bits, at = self.folder.read_array(_name(number)), gids[own] - first
+                found[own] = bits[at >> 3] >> (7 - (at & 7)).astype(np.uint8) & 1 > 0
+        return found
+
 
 def write_members(
     folder: Folder, ranges: Ranges, chosen: Callable[[int], np.ndarray], execution: ExecutionConfig, label: str

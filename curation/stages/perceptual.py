@@ -1,6 +1,7 @@
 """Pairs of near perceptual hashes: all against all for as many images as one core compares in minutes.
 
-Beyond, the hash is a second opinion: on pairs that the join knows, between its floor and the threshold.
+Beyond, the hash is a second opinion: on pairs that the join knows, between its floor and the threshold. Where a run
+extends another, the pairs of that are taken over, and only new images are compared with all.
 """
 
 from collections.abc import Iterator
@@ -15,15 +16,25 @@ from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, column_values
 from curation.engine.workers import ExecutionConfig, run_pieces
-from curation.ops.hashes import MIN_QUALITY, hash_distances, hash_pairs
+from curation.ops.hashes import MIN_QUALITY, hash_distances, hash_matches, hash_pairs
 from curation.stages.filter import read_range
 from curation.stages.groups import EdgeFiles
-from curation.stages.heads import read_heads
+from curation.stages.heads import is_head, read_heads
 from curation.stages.members import unit_rows
 
 _COLUMNS = ["pdq", "pdq_quality", "pdq_mirrored"]
 _PAIRS_AT_ONCE = 1 << 16
 _TRAVELLER_BYTES = 110  # of a pair with the hashes of its first image
+
+
+@dataclass(frozen=True)
+class PairsBefore:
+    """All pairs of near hashes of the run that is extended, and what it compared."""
+
+    folder: Folder
+    name: str
+    heads: Folder
+    ranges: Ranges
 
 
 def perceptual_pairs(
@@ -36,13 +47,17 @@ def perceptual_pairs(
     encoder: str,
     max_distance: int,
     execution: ExecutionConfig,
+    before: PairsBefore | None = None,
 ) -> int:
     """Write a file of pairs of heads within max_distance bits: a, b, similarity (cosine, for the record), distance.
 
     One task of about 200 bytes a head. Returns the number of pairs.
+
+    Args:
+        before: pairs of the same distance, so that only heads which it did not compare need be.
     """
     run_pieces(
-        _write_pairs, [None], [name], folder, filtered, heads, ranges, pool, encoder, max_distance,
+        _write_pairs, [None], [name], folder, filtered, heads, ranges, pool, encoder, max_distance, before,
         execution=execution, label="dedup: near hashes", unit="tables",
     )  # fmt: skip
     return folder.num_rows(name)
@@ -155,6 +170,7 @@ def _write_pairs(
     pool: ImageSet,
     encoder: str,
     max_distance: int,
+    before: PairsBefore | None,
 ) -> None:
     gids, hashes, quality, mirrored = [], [], [], []
     for number in range(len(ranges)):
@@ -166,10 +182,44 @@ def _write_pairs(
         hashes.append(column_values(table["pdq"]))
         quality.append(table["pdq_quality"].fill_null(0).to_numpy())
         mirrored.append(column_values(table["pdq_mirrored"]))
-    gid = np.concatenate(gids)
-    a, b, distance = hash_pairs(np.concatenate(hashes), np.concatenate(quality), max_distance, np.concatenate(mirrored))
-    similarity = _similarity(pool, encoder, gid[a], gid[b])
-    folder.write_table(name, pa.table({"a": gid[a], "b": gid[b], "similarity": similarity, "distance": distance}))
+    gid, words, flipped = np.concatenate(gids), np.concatenate(hashes), np.concatenate(mirrored)
+    trusted = np.concatenate(quality)
+    if before is None:
+        a, b, distance = hash_pairs(words, trusted, max_distance, flipped)
+        pairs = _described(pool, encoder, gid[a], gid[b], distance)
+    else:
+        compared = np.concatenate([np.zeros(0, np.int64), *(_heads(before, n) for n in range(len(before.ranges)))])
+        new = np.flatnonzero(~np.isin(gid, compared))
+        own = [
+            hash_matches(words[new], trusted[new], words, trusted, max_distance, flipped[new]),
+            hash_matches(words[new], trusted[new], flipped, trusted, max_distance),
+        ]
+        asked, other, distance = (np.concatenate(column) for column in zip(*own, strict=True))
+        ends = gid[new][asked], gid[other]
+        a, b, distance = _once(np.minimum(*ends), np.maximum(*ends), distance)
+        known = before.folder.read_table(before.name)
+        stay = np.isin(known["a"].to_numpy(), gid) & np.isin(known["b"].to_numpy(), gid)
+        pairs = pa.concat_tables([known.filter(pa.array(stay)), _described(pool, encoder, a, b, distance)])
+        pairs = pairs.sort_by([("a", "ascending"), ("b", "ascending")])
+    folder.write_table(name, pairs)
+
+
+def _heads(before: PairsBefore, number: int) -> np.ndarray:
+    return np.flatnonzero(is_head(number, before.heads, before.ranges)) + before.ranges.bounds(number)[0]
+
+
+def _once(a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each pair of two different ends once, at its least distance."""
+    order = np.lexsort((distance, b, a))
+    order = order[a[order] != b[order]]
+    a, b, distance = a[order], b[order], distance[order]
+    first = np.ones(len(a), bool)
+    first[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    return a[first], b[first], distance[first]
+
+
+def _described(pool: ImageSet, encoder: str, a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> pa.Table:
+    return pa.table({"a": a, "b": b, "similarity": _similarity(pool, encoder, a, b), "distance": distance})
 
 
 def _similarity(pool: ImageSet, encoder: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -67,6 +67,32 @@ def split_level(
     )  # fmt: skip
 
 
+def place_rows(
+    source: RowSource, kept: Folder, ranges: Ranges, execution: ExecutionConfig, folder: Folder, label: str
+) -> None:
+    """Find the clusters of rows in a level that is made: their group, and in it the nearest centroid.
+
+    Writes to `folder`: assignment-RRRRR.npy int32 for each range of ids, -1 for all that are no rows of the source.
+
+    Args:
+        kept: what `split_level` wrote.
+    """
+    coarse = kept.read_array("groups.npy")
+    device, num_groups = task_device(execution), len(coarse)
+    exchange(
+        source.chunks(), _to_groups, num_groups, _place_group, source, coarse, kept, folder, device,
+        scratch=folder / "moved",
+        outputs=(folder / "assigned", [f"assigned-{number:05d}.parquet" for number in range(num_groups)]),
+        sort_by=["id"], execution=execution, label=label, unit="rows", weights=source.weights(),
+        map_device=device, reduce_device=device,
+    )  # fmt: skip
+    exchange(
+        range(num_groups), _to_ranges, len(ranges), _write_range, folder, group_base(kept, num_groups), ranges,
+        scratch=folder / "back", outputs=(folder, [f"assignment-{number:05d}.npy" for number in range(len(ranges))]),
+        sort_by=["id"], execution=execution, label=f"{label}: assignment", unit="groups",
+    )  # fmt: skip
+
+
 def group_base(folder: Folder, num_groups: int) -> np.ndarray:
     """int64 [G + 1]: the number of each group's first cluster, then that of all clusters."""
     sizes = [len(folder.read_array(f"sizes-{number:05d}.npy")) for number in range(num_groups)]
@@ -74,13 +100,13 @@ def group_base(folder: Folder, num_groups: int) -> np.ndarray:
 
 
 def _to_groups(
-    chunk: Any, source: RowSource, coarse: np.ndarray, group: Group, folder: Folder, device: str | None
+    chunk: Any, source: RowSource, coarse: np.ndarray, _: Group | Folder, folder: Folder, device: str | None
 ) -> Iterator[pa.Table]:
     parts = list(source.read(chunk))
     if not parts:
         return
     ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-    cell, _ = assign(unit(rows), coarse, num_threads=1, device=device)
+    cell = assign(unit(rows), coarse, num_threads=1, device=device)[0]
     width = rows.shape[1] * rows.itemsize
     vectors = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.tobytes())])
     yield pa.table({"id": ids, "vector": vectors, BUCKET: cell.astype(np.int32)})
@@ -98,12 +124,9 @@ def _cluster_group(
     centroids, sizes = np.zeros((0, coarse.shape[1]), np.float32), np.zeros(0, np.int64)
     ids = cluster = np.zeros(0, np.int64)
     if table.num_rows:
-        ids, vectors = table["id"].to_numpy(), table["vector"].combine_chunks()
-        width = vectors.type.byte_width
-        kind = np.float16 if width == 2 * coarse.shape[1] else np.float32
-        rows = np.frombuffer(vectors.buffers()[1], kind, len(ids) * width // kind().itemsize, vectors.offset * width)
+        ids = table["id"].to_numpy()
         level = cluster_group(
-            unit(rows.reshape(len(ids), -1)), group.num_clusters, group.num_resamplings, 0, group.num_iterations,
+            _unit_rows(table, coarse.shape[1]), group.num_clusters, group.num_resamplings, 0, group.num_iterations,
             stream(group.seed, number), "cosine", "kmeans++", ids, group.most_rows, num_threads=1,
             device=device,
         )  # fmt: skip
@@ -113,6 +136,34 @@ def _cluster_group(
     )
     folder.write_array(f"sizes-{number:05d}.npy", sizes)
     folder.write_array(f"centroids-{number:05d}.npy", centroids)
+
+
+def _place_group(
+    number: int,
+    table: pa.Table,
+    source: RowSource,
+    coarse: np.ndarray,
+    kept: Folder,
+    folder: Folder,
+    device: str | None,
+) -> None:
+    ids = cluster = np.zeros(0, np.int64)
+    centroids = kept.read_array(f"centroids-{number:05d}.npy")
+    if table.num_rows:
+        ids = table["id"].to_numpy()
+        cluster, _ = assign(_unit_rows(table, coarse.shape[1]), centroids, num_threads=1, device=device)
+    folder.write_table(
+        f"assigned/assigned-{number:05d}.parquet", pa.table({"id": ids, "cluster": cluster.astype(np.int32)})
+    )
+
+
+def _unit_rows(table: pa.Table, dim: int) -> np.ndarray:
+    """The vectors of moved rows: float32 [N, D] of norm 1."""
+    vectors = table["vector"].combine_chunks()
+    width = vectors.type.byte_width
+    kind = np.float16 if width == 2 * dim else np.float32
+    rows = np.frombuffer(vectors.buffers()[1], kind, len(vectors) * width // kind().itemsize, vectors.offset * width)
+    return unit(rows.reshape(len(vectors), -1))
 
 
 def _to_ranges(number: int, folder: Folder, base: np.ndarray, ranges: Ranges) -> Iterator[pa.Table]:

@@ -283,15 +283,35 @@ def _dimensions(picture: Picture) -> str:
 
 def recall(figures: Mapping[str, Any]) -> str:
     """What share of the near-duplicate pairs was found, and how that is known."""
+    f = figures["dedup"]
+    told = _recall(figures)
+    if "new_images" not in f:
+        return told
+    return told + (
+        f"<p>That is about pairs of which an image is new in this release ({f['new_images']:,} were compared with "
+        f"all): {f['earlier_edges']:,} edges among the others are those of the run that this one extends, of whose "
+        f"pairs at least {_share(f['earlier_lower_bound'])} were found with 95% confidence.</p>"
+    )
+
+
+def _recall(figures: Mapping[str, Any]) -> str:
     f, target = figures["dedup"], figures["config"]["dedup"]["target_recall"]
     pairs = (
         f"{f['embedding pairs']:,} pairs of images at or above cosine {f['similarity_threshold']:g} were linked, each "
         "re-scored exactly"
     )
+    if f["basis"] == "exact" and "new_images" in f:
+        why = "No pair was missed: the new images are few enough to compare each with every other."
+        return f"<p class='claim'>100%</p><p>{pairs}. {why}</p>"
     if f["basis"] == "exact":
         why = "No pair was missed: the pool is small enough to compare every image with every other."
         return f"<p class='claim'>100%</p><p>{pairs}. {why}</p>"
     probing = f"Each image was compared with the {f['nprobe']:,} groups of images nearest to it"
+    if f["basis"] == "law" and not f["num_queries"]:
+        return (
+            f"<p class='claim'>≥ {_share(f['measured_lower_bound'])}</p><p>{pairs}. The new images are few enough to "
+            "compare each with all; the bound follows from the law of the sign sketches that shorten the search.</p>"
+        )
     if f["basis"] == "law":
         return (
             f"<p class='claim'>≥ {_share(f['measured_lower_bound'])}</p><p>{pairs}. {probing}. Of {f['num_queries']:,} "

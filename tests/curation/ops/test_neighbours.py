@@ -7,6 +7,7 @@ import pytest
 
 from curation.ops import neighbours
 from curation.ops.cells import cells_from_arrays, nearest_cells
+from curation.ops.join import merge_pairs
 from curation.ops.neighbour_kernels import MAX_HITS, MAX_NEIGHBOURS, code_width, decode_probes, encode_probes
 from curation.ops.neighbours import near_rows, self_pairs
 from curation.ops.sketches import radius_needed
@@ -34,8 +35,8 @@ def crowd(num_rows, num_alone, num_cells=NUM_CELLS, seed=0):
     return cells_from_arrays(half, gids, own, centroids), mirror
 
 
-def reference(cells, nprobe, radius, mirror):
-    """{(row, neighbour gid): (similarity, mirrored)} that each row keeps, and who is capped: from the definition."""
+def reference(cells, nprobe, radius, mirror, asks=None):
+    """The edges (a, b, similarity, mirrored) that the rows which ask keep, and who is capped: from the definition."""
     x, gids = cells.read(0, cells.num_rows), cells.read_gids(0, cells.num_rows)
     found = [{} for _ in x]
     leader = [None] * len(x)
@@ -44,7 +45,7 @@ def reference(cells, nprobe, radius, mirror):
         similarity = (asked.astype(np.float64) @ x.astype(np.float64).T).astype(np.float32)
         probes = nearest_cells(asked, cells.centroids, nprobe)
         sketches, own = cells.sketch(asked), cells.sketch(x)
-        for row in range(len(x)):
+        for row in range(len(x)) if asks is None else asks.tolist():
             total = 0
             near = np.ones(len(x), bool)
             if radius is not None:
@@ -96,18 +97,44 @@ def test_caps_are_the_definition(small, nprobe, radius, with_mirror):
     for memory, device in [(2**22, None), (200_000, None), (2**22, "cpu"), (100_000, "cpu")]:
         kind = {"mirror": mirror, "max_memory_bytes": memory, "device": device}
         assert as_list(self_pairs(cells, 0, cells.num_rows, FLOOR, nprobe, radius, **kind)) == edges
-        run = near_rows(cells, 0, cells.num_rows, FLOOR, nprobe, radius, **kind)
+        run = near_rows(cells, np.arange(cells.num_rows), FLOOR, nprobe, radius, **kind)
         np.testing.assert_array_equal(np.concatenate([rows for _, _, rows in run.pieces()]), capped)
+
+
+@pytest.mark.usefixtures("torch_on_one_thread")
+@pytest.mark.parametrize(("nprobe", "radius"), [(5, 170), (5, None), (NUM_CELLS, 170)])
+def test_some_rows_ask_all(small, nprobe, radius, monkeypatch):
+    """Those that ask find what they find when all do; pieces are cut among them."""
+    cells, mirror = small
+    asks = np.sort(np.random.default_rng(1).choice(cells.num_rows, 230, replace=False))
+    edges, capped = reference(cells, nprobe, radius, mirror, asks)
+    monkeypatch.setattr(neighbours, "PIECE_ROWS", 100)
+    for memory, device, cuts in [(2**22, None, (0, 230)), (200_000, None, (0, 100, 230)), (100_000, "cpu", (0, 230))]:
+        found, numbers, cap = [], [], []
+        for start, stop in pairwise(cuts):
+            run = near_rows(
+                cells, asks[start:stop], FLOOR, nprobe, radius, start=start, mirror=mirror, max_memory_bytes=memory,
+                device=device,
+            )  # fmt: skip
+            for number, pairs, of_capped in run.pieces():
+                found, numbers, cap = [*found, pairs], [*numbers, number], [*cap, of_capped]
+        assert numbers == [0, 1, 2]
+        assert as_list(merge_pairs(found)) == edges
+        np.testing.assert_array_equal(np.concatenate(cap), capped)
 
 
 def test_pieces_are_the_same_whatever_the_run(small, monkeypatch):
     cells, mirror = small
     monkeypatch.setattr(neighbours, "PIECE_ROWS", 100)
-    whole = {n: (as_list(e), c.tolist()) for n, e, c in near_rows(cells, 0, 850, FLOOR, 5, 170, mirror=mirror).pieces()}
+
+    def pieces(start, stop):
+        return near_rows(cells, np.arange(start, stop), FLOOR, 5, 170, start=start, mirror=mirror).pieces()
+
+    whole = {n: (as_list(e), c.tolist()) for n, e, c in pieces(0, 850)}
     assert sorted(whole) == list(range(9))
     for bounds in [(0, 100, 300, 850), (0, 600, 700, 800, 850)]:
         for start, stop in pairwise(bounds):
-            for number, edges, capped in near_rows(cells, start, stop, FLOOR, 5, 170, mirror=mirror).pieces():
+            for number, edges, capped in pieces(start, stop):
                 assert (as_list(edges), capped.tolist()) == whole[number]
     for edges, _ in whole.values():
         assert len({edge[:2] for edge in edges}) == len(edges)
@@ -139,7 +166,7 @@ def test_time_and_memory_of_a_crowd_grow_with_its_size():
     rng = np.random.default_rng(0)
     x = unit(unit(rng.standard_normal((1, DIM))) + 0.3 * unit(rng.standard_normal((20_000, DIM)))).astype(np.float16)
     cells = cells_from_arrays(x, np.arange(20_000), np.zeros(20_000, int), x[:1].astype(np.float32))
-    run = near_rows(cells, 0, 20_000, FLOOR, 1, 200)
+    run = near_rows(cells, np.arange(20_000), FLOOR, 1, 200)
     ((_, edges, capped),) = run.pieces()
     assert len(capped) == 20_000
     assert len(edges.a) <= 65 * 20_000

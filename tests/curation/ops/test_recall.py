@@ -7,7 +7,8 @@ from scipy.stats import binom
 from curation.ops import recall
 from curation.ops import true_pairs as true_pairs_module
 from curation.ops.cells import cells_from_arrays, nearest_cells
-from curation.ops.neighbours import self_pairs
+from curation.ops.join import merge_pairs
+from curation.ops.neighbours import near_rows, self_pairs
 from curation.ops.recall import (
     are_among,
     certify,
@@ -194,3 +195,54 @@ def test_a_crowd_is_not_compared_pair_by_pair(device, monkeypatch):
 def test_target_must_be_a_proportion():
     with pytest.raises(ValueError, match="target_recall must lie between 0 and 1, got 1"):
         certify(planted(500, 10), 0.75, 1.0)
+
+
+def test_new_rows_alone_ask(monkeypatch):
+    """The certificate is about pairs with a new end, found from those of its ends that ask; it keeps its promise."""
+    monkeypatch.setattr(recall, "_EXACT_ROWS", 1000)
+    monkeypatch.setattr(recall, "_QUERIES_AT_ONCE", 2000)
+    cells = planted(20_000, 6000)
+    gids = cells.read_gids(0, cells.num_rows)
+    new = np.flatnonzero(gids % 5 == 0)
+
+    class New:
+        def __len__(self):
+            return len(new)
+
+        def between(self, start, stop):
+            return new[(new >= start) & (new < stop)]
+
+    certificate, truth = certify(cells, 0.75, 0.95, seed=1, asking=New())
+    assert certificate.basis == "sample"
+    assert np.isin(truth.query, gids[new]).all()
+    is_new = np.isin(truth.gid, gids[new])
+    assert 0 < is_new.sum() < len(is_new)
+    assert (truth.rank[~is_new, 1] == cells.num_cells).all()
+    assert (truth.rank[is_new, 1] < cells.num_cells).all()
+    assert (truth.rank[:, 0] < cells.num_cells).all()
+    found = [p for _, p, _ in near_rows(cells, new, 0.75, certificate.nprobe, certificate.sketch_radius).pieces()]
+    hits = are_among(merge_pairs(found), truth)
+    np.testing.assert_array_equal(hits, found_by(truth, certificate.nprobe, certificate.sketch_radius))
+    assert measured_recall(hits, truth)[0] == pytest.approx(certificate.recall)
+    assert certificate.nprobe >= certify(cells, 0.75, 0.95, seed=1)[0].nprobe
+
+
+def test_few_new_rows_meet_all_by_sketches(monkeypatch):
+    """No sample, for that would be all of them; the law bounds what the sketches lose."""
+    monkeypatch.setattr(recall, "_EXACT_ROWS", 1000)
+    cells = planted(16_000, 4000)
+    gids = cells.read_gids(0, cells.num_rows)
+    new = np.flatnonzero(gids % 20 == 0)
+
+    class New:
+        def __len__(self):
+            return len(new)
+
+        def between(self, start, stop):
+            return new[(new >= start) & (new < stop)]
+
+    certificate, truth = certify(cells, 0.75, 0.99, asking=New())
+    assert (certificate.basis, certificate.nprobe, certificate.num_queries, len(truth.gid)) == ("law", 64, 0, 0)
+    found = [p for _, p, _ in near_rows(cells, new, 0.75, 64, certificate.sketch_radius).pieces()]
+    brute = [p for _, p, _ in near_rows(cells, new, 0.75, 64, None).pieces()]
+    assert len(merge_pairs(found).a) >= certificate.lower_bound * len(merge_pairs(brute).a) > 100
