@@ -86,6 +86,11 @@ class GrownRows:
             stay, gids = self._stay(start, stop)
             yield gids, self.cells.read_half(start, stop)[stay]
 
+    def sketches(self, chunk: tuple[bool, int, int]) -> np.ndarray | None:
+        """uint64 [n, 8], of images that stay."""
+        is_new, start, stop = chunk
+        return None if is_new else self.cells.read_sketches(start, stop)[self._stay(start, stop)[0]]
+
     def cells_of(self, folder: Folder, names: dict[int, str], number: int, chunk: tuple[bool, int, int]) -> np.ndarray:
         """int64: of the images that stay, the cell that they are in; of new ones, what was found for them, by chunk."""
         is_new, start, stop = chunk
@@ -110,7 +115,7 @@ def grow_cells(
     names = assign_rows(source.new, centroids, execution, folder / "assigned", "cells: assignment")
     first = len(source.chunks()) - len(names)
     cells_of: Any = partial(source.cells_of, folder / "assigned", dict(enumerate(names, first)))
-    files = write_cells(folder, source, cells_of, centroids, execution, "cells")
+    files = write_cells(folder, source, cells_of, centroids, execution, "cells", source.sketches)
     (folder / "assigned").clear(("assigned-*.npy",))
     (folder / "new").clear(("members-*.npy",))
     return files

@@ -33,6 +33,8 @@ Item = list[tuple[int, Any]]
 """Chunks of a source, each with its number."""
 CellsOf = Callable[[int, Any], np.ndarray]
 """(number, chunk) of a source -> the cell of each of the chunk's ids; tasks call it."""
+Known = Callable[[Any], np.ndarray | None]
+"""chunk of a source -> the sketches of its rows, uint64 [n, 8], or None where they are to be made; tasks call it."""
 
 
 def write_cells(
@@ -42,6 +44,7 @@ def write_cells(
     centroids: np.ndarray,
     execution: ExecutionConfig,
     label: str,
+    known: Known | None = None,
     *,
     seed: int = 0,
 ) -> list[File]:
@@ -51,6 +54,7 @@ def write_cells(
         folder: of the stage; files go to `cells/` in it, the exchange's own to `exchange/`.
         source: float16 rows of norm 1; its bounds cut large cells.
         centroids: [K, D].
+        known: sketches of this seed that need not be made, of whole chunks.
         seed: of the sketches.
 
     Raises:
@@ -80,8 +84,8 @@ def write_cells(
     table_bytes = min(int(execution.memory_gb * 1e9 / 8), _MOST_TABLE_BYTES)
     names = [f"rows-{number:05d}.json" for number in range(len(starts))]
     exchange(
-        items, _rows_of_item, len(starts), _write_file, source, cells_of, starts, table_bytes,
-        out, sketch_directions(dim, seed),
+        items, _rows_of_item, len(starts), _write_file, source, cells_of, known, starts, table_bytes, out,
+        sketch_directions(dim, seed),
         scratch=folder / "exchange" / "cells", outputs=(out / "done", names), sort_by=["cell", "gid"],
         execution=execution, label=label, unit="rows", weights=weights,
     )  # fmt: skip
@@ -213,18 +217,28 @@ def _rows_of_item(
     item: Item,
     source: RowSource,
     cells_of: CellsOf,
+    known: Known | None,
     starts: np.ndarray,
     table_bytes: int,
-    *_: Any,
+    out: Folder,
+    directions: np.ndarray,
 ) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     for number, chunk in item:
         cells, at = cells_of(number, chunk).astype(np.int64), 0
+        sketches = known(chunk) if known is not None else None
         for gids, rows in source.read(chunk):
-            own = cells[at : at + len(gids)]
+            here = slice(at, at + len(gids))
             at += len(gids)
-            bucket = np.searchsorted(starts, _key(own, gids), side="right") - 1
-            held.append(pa.table({BUCKET: bucket, "cell": own, "gid": gids, "vector": _as_bytes(rows)}))
+            half = np.ascontiguousarray(rows, np.float16)
+            columns = {
+                BUCKET: np.searchsorted(starts, _key(cells[here], gids), side="right") - 1,
+                "cell": cells[here],
+                "gid": gids,
+                "sketch": _as_bytes(sketches_of(half, directions) if sketches is None else sketches[here]),
+                "vector": _as_bytes(half),
+            }
+            held.append(pa.table(columns))
         if sum(table.nbytes for table in held) >= table_bytes:
             yield pa.concat_tables(held)
             held = []
@@ -233,9 +247,16 @@ def _rows_of_item(
 
 
 def _as_bytes(rows: np.ndarray) -> pa.Array:
-    half = np.ascontiguousarray(rows, np.float16)
-    kind = pa.binary(half.itemsize * half.shape[1])
-    return pa.FixedSizeBinaryArray.from_buffers(kind, len(half), [None, pa.py_buffer(half)])
+    kind = pa.binary(rows.itemsize * rows.shape[1])
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+
+
+def _bytes_of(column: pa.ChunkedArray) -> memoryview:
+    """Of all rows of a column of _as_bytes, one after the other."""
+    whole = column.combine_chunks()
+    [array] = whole.chunks if isinstance(whole, pa.ChunkedArray) else [whole]
+    width = array.type.byte_width
+    return memoryview(array.buffers()[1])[array.offset * width : (array.offset + len(array)) * width]
 
 
 def _write_file(
@@ -243,6 +264,7 @@ def _write_file(
     table: pa.Table,
     source: RowSource,
     cells_of: CellsOf,
+    known: Known | None,
     starts: np.ndarray,
     table_bytes: int,
     out: Folder,
@@ -250,12 +272,7 @@ def _write_file(
 ) -> None:
     content = b""
     if table.num_rows:
-        vectors = table["vector"].combine_chunks()
-        [half] = vectors.chunks if isinstance(vectors, pa.ChunkedArray) else [vectors]
-        width = half.type.byte_width
-        values = np.frombuffer(half.buffers()[1], np.float16, len(half) * width // 2, offset=half.offset * width)
-        values = values.reshape(len(half), -1)
         gids = table["gid"].to_numpy().astype(np.int64)
-        content = b"".join(part.tobytes() for part in (gids, sketches_of(values, directions), values))
+        content = b"".join((gids.tobytes(), _bytes_of(table["sketch"]), _bytes_of(table["vector"])))
     written = out.write_bytes(f"rows-{bucket:05d}.bin", content, rows=table.num_rows)
     (out / "done").write_bytes(f"rows-{bucket:05d}.json", json.dumps(asdict(written)).encode())
