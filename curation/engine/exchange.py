@@ -8,7 +8,6 @@ on workers: pieces are read in the order of items, and then sorted.
 Measured against Ray Data's hash shuffle: `python -m benchmarks.exchange`.
 """
 
-import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -199,9 +198,8 @@ def _reduce(
 
 def _gathered(maps: Sequence[str], pieces: Sequence[np.ndarray], scratch: Folder, sort_by: list[str]) -> pa.Table:
     def read(file: int, offset: int, size: int) -> pa.Table:
-        with pa.ipc.open_stream(
-            io.BytesIO(scratch.read_range(_rows_file(maps[file]), offset, offset + size))
-        ) as reader:
+        content = scratch.read_range(_rows_file(maps[file]), offset, offset + size)
+        with pa.ipc.open_stream(pa.py_buffer(content)) as reader:  # its columns lie in these bytes
             return reader.read_all()
 
     if not len(pieces[0]):

@@ -24,7 +24,7 @@ JOIN_ROW_S = 14e-6
 HASHES_PER_S = 0.3e9  # near perceptual hashes, of which 6.2e-3 N^2 are compared bit by bit
 RETRIEVE_FLOPS = 74e9  # curation.ops.join.nearest, 256-d, 250 rows a cell
 SHARD_BYTES_PER_S = 800e6  # sha256 and tar in memory; a disk or a network is usually slower
-# By `python -m benchmarks.scale index` at 1, 3 and 10 million rows, 27 November 2026: seconds of all tasks for a row.
+# By `python -m benchmarks.scale index` at 1 to 30 million rows, 27 November 2026: seconds of all tasks for a row.
 FILTER_S, HEADS_S, GROUPS_S, SURVIVORS_S, DECIDE_S = 0.7e-6, 2.8e-6, 1.8e-6, 0.3e-6, 2.0e-6
 UNION_S = 0.1e-6  # of the driver: heads and forests into union-find, labels out (0.02 without files)
 SHARD_PLAN_S, SHARD_PLAN_DRIVER_S = 7e-6, 1e-6  # for a kept row, of a pool of which a quarter is kept: same

@@ -280,7 +280,7 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     images = np.frombuffer(rows["image"].cast(pa.binary(_IMAGE.itemsize)).combine_chunks().buffers()[1], _IMAGE)
     is_head = head == gid
     node = gid[is_head]
-    edges = _edges_of(table.filter(pc.invert(is_image)), node)
+    edges = _edges_of(table.select(["a", "b", "similarity"]).filter(pc.invert(is_image)), node)
     del table, rows
     keys = _priorities(work, images[is_head], label[is_head], node)
     degree = sum((np.bincount(end, minlength=len(node)) for *ends, _ in edges for end in ends), np.zeros(len(node)))
@@ -319,7 +319,7 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
 def _edges_of(links: pa.Table, node: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Edges among places in `node` (gids, ascending), some rows at a time: 12 bytes each."""
     edges = []
-    for batch in links.select(["a", "b", "similarity"]).to_batches(_BATCH):
+    for batch in links.to_batches(_BATCH):
         ends = (np.searchsorted(node, batch[name].to_numpy()).astype(np.int32) for name in ("a", "b"))
         edges.append((*ends, batch["similarity"].to_numpy().copy()))
     return edges
