@@ -179,7 +179,7 @@ class Plan(PlanNumbers):
 
     def _dedup(self) -> PlannedStep:
         c, n, ranges, pieces = self.config.dedup, self.pool.images, self.num_ranges, -(-self.pool.images // PIECE_ROWS)
-        buckets = buckets_for(n / 5 * 40 + n / 8 * 160, self.config.execution)
+        buckets = buckets_for(4 * (n / 5 * 40 + n / 8 * 160), self.config.execution)
         cut = buckets_for(n / 5 * 40, self.config.execution)
         near = costs.perceptual_work(n / 2, n).core_s if n <= c.perceptual_rows else 0.0
         return PlannedStep(

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("step", pa.uint8()),  # index into STEPS: what made it a copy of its representative
     ]
 )
+_FINER = 4  # buckets of components than fit
 _LABELS = "piece-labels.i64"
 _EDGE_BYTES, _IMAGE_BYTES = 80, 320  # of a row while it is sorted and grouped: twice what travels
 _READ_BYTES = 700  # of an image while it is looked for who is not alone
@@ -129,7 +130,9 @@ def write_groups(
     cut = Ranges(ranges.num_rows, min(fine, most))
     rows_at_once = execution.rows_at_once(_READ_BYTES)
     work = _Work(folder, filtered, heads, ranges, pool, encoder, tuple(edges), rules, 0, cut, rows_at_once)
-    num_buckets = buckets_for(num_edges * _EDGE_BYTES + _write_labels(work, links) * _IMAGE_BYTES, execution)
+    # A crowd lies in one bucket whatever their number, so the others there should be few.
+    num_bytes = num_edges * _EDGE_BYTES + _write_labels(work, links) * _IMAGE_BYTES
+    num_buckets = buckets_for(_FINER * num_bytes, execution)
     work = replace(work, num_buckets=num_buckets)
     ends = [_labels_of(work, gids) for gids in asked]
     together = (ends[0] == ends[1]) & (ends[0] >= 0)
