@@ -33,6 +33,7 @@ ROOMS = [
     "config",
     "state",
     "account",
+    "step_work",
     "steps",
     "pipeline",
     "planning",
