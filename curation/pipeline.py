@@ -15,7 +15,7 @@ from curation.steps import STAGES, Step, plan_steps
 logger = logging.getLogger(__name__)
 
 
-def run_pipeline(run: Run, until: str = "report") -> list[tuple[str, float | None]]:
+def run_pipeline(run: Run, until: str = "report", steps: list[Step] | None = None) -> list[tuple[str, float | None]]:
     """Run what is not done yet, up to and including the stage `until`.
 
     Returns:
@@ -25,7 +25,7 @@ def run_pipeline(run: Run, until: str = "report") -> list[tuple[str, float | Non
         ValueError: settings or images that leave nothing to go on with; files of others where ours would go.
     """
     times: list[tuple[str, float | None]] = []
-    steps = plan_steps(run)
+    steps = steps if steps is not None else plan_steps(run)
     for step in steps:
         if STAGES.index(step.stage) > STAGES.index(until):
             break

@@ -30,7 +30,7 @@ from curation.reading.again import LOST_REASONS
 from curation.reading.listing import choose_column, find_parts
 from curation.reading.seeds import SeedSet, locate_seed, set_name
 from curation.state import Inputs, Run, set_label
-from curation.steps import STAGES
+from curation.steps import STAGES, plan_steps
 
 _INTERRUPTED = 130
 
@@ -143,7 +143,7 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
         seeds={name: (seed, listing) for (name, seed), listing in zip(sets.items(), listings[1:], strict=False)},
         evaluations=dict(zip(evaluations, listings[1 + len(sets) :], strict=True)),
     )
-    earlier = extended(options.extend, out, config) if options.extend else None
+    earlier = extended(options.extend, out, config)
     run = Run(out, config, inputs, earlier=earlier, excluded=excluded(options.exclude or [], out, earlier))
     if options.dry_run:
         from curation.planning.machines import load_cluster
@@ -151,15 +151,16 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
 
         print(describe(run, load_cluster(options.cluster) if options.cluster else None))
         return 0
-    if not is_demo:  # after the listing, so that a wrong input leaves no trace
+    steps = plan_steps(run)  # before anything is written, so that a wrong input leaves no trace
+    if not is_demo:
         until_done.enter_context(hold(out, _stop_main))
     asked = {"seeds": seeds, "pool": pool, "evaluations": evaluations, "config": asdict(config)}
     if options.extend:
-        asked["extend"] = options.extend
+        asked["extend"] = options.extend[0]
     if options.exclude:
         asked["exclude"] = options.exclude
     out.write_bytes("run.json", json.dumps(asked, indent=1).encode())
-    for step, seconds in run_pipeline(run, options.until):
+    for step, seconds in run_pipeline(run, options.until, steps):
         print(f"{step:<28} {'as before' if seconds is None else duration(seconds)}", file=sys.stderr)
     if options.until == "report":
         status = run.manifests["report"].counts
@@ -174,12 +175,21 @@ def _run_in(out: Folder, options: argparse.Namespace, config: CurationConfig, un
     return 0
 
 
-def extended(url: str, out: Folder, config: CurationConfig) -> Earlier:
+def extended(urls: Sequence[str] | None, out: Folder, config: CurationConfig) -> Earlier | None:
     """The finished run that --extend names.
 
     Raises:
-        ValueError: it is none, or is --out itself, or was cut or written in another way.
+        ValueError: it is none, or is --out itself, or was cut or written in another way; two are named; or none is, and
+            what lies in --out extends one, which would be replaced by a run that knows of no release.
     """
+    if not urls:
+        had = json.loads(out.read_bytes("run.json")).get("extend") if out.exists("run.json") else None
+        if had:
+            raise ValueError(f"{out.url} is a release that extends {had}: give --extend {had} again, or another --out.")
+        return None
+    if len(urls) > 1:
+        raise ValueError(f"--extend is given {len(urls)} times ({', '.join(urls)}): a run extends one, give the last.")
+    [url] = urls
     earlier = finished_run(url)
     if earlier.folder.path() == out.path():
         raise ValueError(f"--extend and --out are both {url}: a release has a folder of its own, give another --out.")
@@ -188,7 +198,10 @@ def extended(url: str, out: Folder, config: CurationConfig) -> Earlier:
         ("shard.format", earlier.manifests["shards"].settings["format"], config.shard.format),
     ):
         if had != wanted:
-            raise ValueError(f"--extend {url} was made with {name}={had}, and this run has {wanted}: they must agree.")
+            raise ValueError(
+                f"--extend {url} was made with {name}={had}, and this run has {wanted}: give {name}={had}, or start a "
+                "run of its own."
+            )
     return earlier
 
 
@@ -224,7 +237,11 @@ def changes(run: Run) -> list[str]:
         return []
     release = json.loads(run.folder.read_bytes("report.json"))["release"]
     reasons = ", ".join(f"{number:,} {words(why)}" for why, number in release["dropped"].items())
-    why = f" ({reasons}; shards/dropped.parquet says which)" if reasons else ""
+    why = (
+        f" ({reasons}; they stay in its tars, left out by index/ and listed in shards/dropped.parquet)"
+        if reasons
+        else ""
+    )
     return [
         f"release {run.release}, extending {run.earlier.folder.url}: {release['added']:,} added, {release['stay']:,} "
         f"stay, {sum(release['dropped'].values()):,} dropped{why}"
@@ -254,6 +271,17 @@ def losses(run: Run) -> list[str]:
         )
         lines += [f"  {note}" for note in listing.notes()]
     return lines
+
+
+def _whole_number(text: str) -> int:
+    """1e8, 100_000_000 and 100000000 are one number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value < 0 or not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images, such as 1e8 or 100_000_000")
+    return int(value)
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -292,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--extend",
+        action="append",
         metavar="RUN",
         help="a finished run: keep what it kept, embed and write only what is new; --out is the new release",
     )
@@ -299,7 +328,8 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude",
         action="append",
         metavar="RUN",
-        help="a finished run: keep no image that it keeps, of the same bytes or the same look; repeatable",
+        help="a finished run: keep no image that it keeps, of the same bytes or equal perceptual hashes; a near copy "
+        "may stay; repeatable",
     )
     parser.add_argument("--out", metavar="RUN", help="run folder, local or any fsspec URL (default: runs/<seed>)")
     parser.add_argument(
@@ -314,9 +344,14 @@ def _parser() -> argparse.ArgumentParser:
         "machine",
     )
     parser.add_argument(
-        "--images", type=int, metavar="N", help="with --dry-run, instead of --pool: so many web images of 110 kB"
+        "--images",
+        type=_whole_number,
+        metavar="N",
+        help="with --dry-run, instead of --pool: so many web images of 110 kB",
     )
-    parser.add_argument("--evaluation-images", type=int, metavar="N", help="with --images: so many in evaluation sets")
+    parser.add_argument(
+        "--evaluation-images", type=_whole_number, metavar="N", help="with --images: so many in evaluation sets"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9"
     )

@@ -146,7 +146,7 @@ def plan_steps(run: Run) -> list[Step]:
                 f"decontaminate/{name}", "decontaminate", decontaminate.VERSION,
                 {key: value for key, value in asdict(c.decontaminate).items() if key != "mode"},
                 ("filter", "cells", f"embed/evaluation-{name}"),
-                lambda run, folder, name=name: (*decontaminate.written(work.evaluation(run, name)), {}),
+                lambda run, folder, name=name: (*decontaminate.written(work.evaluation(run, name), c.execution), {}),
                 together=work.match_evaluations,
             )
             for name in evaluations

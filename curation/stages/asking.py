@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.store import ImageSet
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.stages.members import unit_rows
 
 
@@ -52,15 +53,14 @@ def blocks(asked: Sequence[Asked], rows: int) -> Iterator[list[tuple[int, Asked]
         yield run
 
 
-def pieces(folder: Folder, prefix: str | tuple[str, ...]) -> list[File]:
-    """Manifest entries of finished pieces, tables or arrays, one in memory at a time."""
-    files = []
-    for name in folder.names():
-        if name.startswith(prefix):
-            content = folder.read_bytes(name)
-            is_table = name.endswith(".parquet")
-            rows = (
-                pq.read_metadata(pa.BufferReader(content)).num_rows if is_table else len(np.load(io.BytesIO(content)))
-            )
-            files.append(File(path=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
-    return files
+def pieces(folder: Folder, prefix: str | tuple[str, ...], execution: ExecutionConfig, label: str) -> list[File]:
+    """Manifest entries of finished pieces, tables or arrays; tasks read them."""
+    names = [name for name in folder.names() if name.startswith(prefix)]
+    return run_tasks(_described, names, folder, execution=execution, label=f"{label}: checksums", unit="files")
+
+
+def _described(name: str, folder: Folder) -> File:
+    content = folder.read_bytes(name)
+    is_table = name.endswith(".parquet")
+    rows = pq.read_metadata(pa.BufferReader(content)).num_rows if is_table else len(np.load(io.BytesIO(content)))
+    return File(path=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

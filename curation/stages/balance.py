@@ -52,7 +52,7 @@ def balance_survivors(
             f"balance.fraction={config.fraction} of the {left:,} images that are left is less than one image: "
             "raise it, or set balance.num_images."
         )
-    sizes = sizes_of_survivors(survivors, clustering)
+    sizes = sizes_of_survivors(survivors, clustering, execution)
     quotas = leaf_quotas(sizes, clustering.parents(), config.target(left), config.seed)
     drawing = partial(_drawn, config.seed)
     names = draw_by_cluster(folder, survivors, clustering, quotas, drawing, execution, "balance")
@@ -60,7 +60,7 @@ def balance_survivors(
     for name in names:
         folder.delete(name)
     figures = {"balance": {name: float(value) for name, value in balance(quotas)._asdict().items()}}
-    return pieces(folder, "balanced-"), figures
+    return pieces(folder, "balanced-", execution, "balance"), figures
 
 
 def _drawn(seed: int, gids: np.ndarray, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:

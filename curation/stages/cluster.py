@@ -26,7 +26,7 @@ from curation.stages.cells_before import CellsBefore
 from curation.stages.cluster_before import keep_levels, num_clusters
 from curation.stages.grouped import write_cells
 from curation.stages.kmeans import FILES, KMeansConfig, assign_rows, read_sample, train_centroids, write_sample
-from curation.stages.members import CentroidRows, ImageRows, RowSource, write_members
+from curation.stages.members import CentroidRows, ImageRows, RowSource, assigned_ids, count_ids, write_members
 from curation.stages.split import Group, split_level
 
 VERSION = 3
@@ -221,7 +221,7 @@ def cluster_images(
         (folder / f"level-{number + 1}/kmeans").clear(FILES)
         (folder / f"level-{number + 1}/assigned").clear(("assigned-*",))
     (folder / "members").clear(("members-*.npy",))
-    return pieces(folder, "level-") + files, figures
+    return pieces(folder, "level-", execution, "cluster") + files, figures
 
 
 def _clusters_of_chunk(
@@ -273,10 +273,7 @@ def _make_level(
         _gather_range, gathered, outputs, level, source, execution=execution,
         label=f"{label}: ranges", unit="ranges",
     )  # fmt: skip
-    sizes = np.zeros(len(centroids), np.int64)
-    for name in outputs:
-        assignment = level.read_array(name)
-        sizes += np.bincount(assignment[assignment >= 0], minlength=len(centroids))
+    sizes = count_ids(partial(assigned_ids, level), range(len(ranges)), len(centroids), execution, f"{label}: sizes")
     level.write_array("centroids-00000.npy", centroids)
     level.write_array("sizes-00000.npy", sizes)
 

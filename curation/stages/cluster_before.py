@@ -15,7 +15,7 @@ from curation.engine.store import take_files
 from curation.engine.workers import ExecutionConfig, run_pieces
 from curation.stages.cells_before import CellsBefore, added
 from curation.stages.kmeans import assign_rows
-from curation.stages.members import ImageRows, Members, write_members
+from curation.stages.members import ImageRows, Members, assigned_ids, count_ids, write_members
 from curation.stages.split import group_base, place_rows
 
 _FIRST = "level-1"
@@ -68,10 +68,7 @@ def keep_levels(
         _grow_range, items, outputs, level, new, rows.members, before, ranges, is_split, execution=execution,
         label=f"{_LABEL}, ranges", unit="ranges",
     )  # fmt: skip
-    sizes = np.zeros(int(base[-1]), np.int64)
-    for name in outputs:
-        assignment = level.read_array(name)
-        sizes += np.bincount(assignment[assignment >= 0], minlength=len(sizes))
+    sizes = count_ids(partial(assigned_ids, level), range(len(ranges)), int(base[-1]), execution, f"{_LABEL}, sizes")
     for number in range(len(base) - 1):
         level.write_array(f"sizes-{number:05d}.npy", sizes[base[number] : base[number + 1]])
     (level / "placed").clear(("assignment-*.npy", "assigned/assigned-*.parquet"))

@@ -131,9 +131,9 @@ def match_sets(
     )
 
 
-def written(one: Evaluation) -> tuple[list[File], dict[str, int]]:
+def written(one: Evaluation, execution: ExecutionConfig) -> tuple[list[File], dict[str, int]]:
     """What `match_sets` wrote for a set, and what it counted: (file, count by step of the cascade)."""
-    files = pieces(one.folder, "looks-") + pieces(one.folder, "vectors-")
+    files = pieces(one.folder, ("looks-", "vectors-"), execution, "decontaminate")
     counts = {"images": len(one.asked.gids)}
     counts |= {f"matches, {step}": 0 for step in STEPS}
     for file in files:

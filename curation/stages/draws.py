@@ -1,6 +1,7 @@
 """Images of clusters: survivors move to where their cluster draws, and what is drawn moves back to its range."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ from curation.engine.exchange import BUCKET, buckets_for, exchange
 from curation.engine.folder import Folder
 from curation.engine.workers import ExecutionConfig
 from curation.stages.cluster import Clustering
+from curation.stages.members import count_ids
 from curation.stages.survivors import Survivors
 
 _ROW_BYTES = 64  # of a survivor and its cluster while they are sorted
@@ -56,13 +58,14 @@ def to_ranges(
     return outputs
 
 
-def sizes_of_survivors(survivors: Survivors, clustering: Clustering) -> np.ndarray:
-    """int64 [K]: survivors in each finest cluster, one range in memory at a time."""
-    sizes = np.zeros(len(clustering.sizes()), np.int64)
-    for number in range(survivors.num_ranges):
-        gids = survivors.gids(number)
-        sizes += np.bincount(clustering.assignment(number)[gids - number * survivors.size], minlength=len(sizes))
-    return sizes
+def sizes_of_survivors(survivors: Survivors, clustering: Clustering, execution: ExecutionConfig) -> np.ndarray:
+    """int64 [K]: survivors in each finest cluster."""
+    clusters = partial(_clusters_of_survivors, survivors, clustering)
+    return count_ids(clusters, range(survivors.num_ranges), len(clustering.sizes()), execution, "survivors by cluster")
+
+
+def _clusters_of_survivors(survivors: Survivors, clustering: Clustering, number: int) -> np.ndarray:
+    return clustering.assignment(number)[survivors.gids(number) - number * survivors.size]
 
 
 def _with_clusters(

@@ -74,6 +74,27 @@ def _write_members(number: int, folder: Folder, chosen: Callable[[int], np.ndarr
     return int(bits.sum())
 
 
+def count_ids(
+    ids_of: Callable[[int], np.ndarray], numbers: Sequence[int], num_ids: int, execution: ExecutionConfig, label: str
+) -> np.ndarray:
+    """int64 [num_ids]: how often each id occurs in `ids_of(number)`, of all numbers of ranges; tasks call it."""
+    counts = np.zeros(num_ids, np.int64)
+    for ids, some in run_tasks(_count, numbers, ids_of, execution=execution, label=label, unit="ranges"):
+        counts[ids] += some
+    return counts
+
+
+def _count(number: int, ids_of: Callable[[int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    ids, counts = np.unique(ids_of(number), return_counts=True)
+    return ids, counts
+
+
+def assigned_ids(level: Folder, number: int) -> np.ndarray:
+    """The cells of those rows of a range that are in one."""
+    assignment = level.read_array(f"assignment-{number:05d}.npy")
+    return assignment[assignment >= 0]
+
+
 @dataclass(frozen=True)
 class ImageRows:
     """Vectors of the members of a set, read by chunks of its parts; their ids are gids."""

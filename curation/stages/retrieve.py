@@ -194,7 +194,7 @@ def retrieve_set(
         if name.startswith("drawn-"):
             folder.delete(name)
     files = [folder.described(_FILE, num_draws)]
-    return files + pieces(folder, _SAMPLE) + pieces(folder, "neighbours-"), figures
+    return files + pieces(folder, (_SAMPLE, "neighbours-"), execution, label), figures
 
 
 # --- the passes ------------------------------------------------------------------------------------------------------

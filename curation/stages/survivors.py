@@ -101,7 +101,8 @@ def find_survivors(
         for entry in folder.read_table(_leaks(number), ["evaluation"])["evaluation"].value_counts().to_pylist():
             counts[f"leaks of {entry['values']}"] += entry["counts"]
             counts["leaks"] += entry["counts"]
-    return pieces(folder, ("leaks-", "representative-", "elected-", "counts-")), counts
+    files = pieces(folder, ("leaks-", "representative-", "elected-", "counts-"), execution, "survivors")
+    return files, counts
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ def shard_card(layout: Layout, pattern: str) -> str:
     about = "`KEY.json`" if is_tar else "the other columns"
     rows.append((about, "where it came from and why it is here; the same fields in every sample, never null"))
     table = "\n".join(f"| {name} | {what} |" for name, what in rows)
+    files = "tars" if is_tar else "files"
     return f"""---
 configs:
 - config_name: default
@@ -38,4 +39,6 @@ Curated by Seedbed. Every sample has the same members:
 
 `index/shard-*.parquet` gives offset, size and sha256 of every {"member" if is_tar else "image"} in its shard;
 `not_written.parquet` names images that were chosen, but had changed or gone when their bytes were to be copied.
+`dropped.parquet`, where it is, names images of an earlier release that this one does not keep. Their bytes stay in
+its {files}, and have no row in `index/`: leave them out where a leak or an image that is gone matters.
 """

@@ -118,8 +118,12 @@ def test_a_release_of_nothing_new_adds_and_drops_nothing(pool, second, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (["--out", "OTHER", "--extend", "ANOTHER"], "--extend is given 2 times"),
         (["--out", "FIRST"], "a release has a folder of its own, give another --out."),
-        (["--out", "OTHER", "range_rows=7"], "was made with range_rows=16777216, and this run has 7: they must agree."),
+        (
+            ["--out", "OTHER", "range_rows=7"],
+            "was made with range_rows=16777216, and this run has 7: give range_rows=16777216",
+        ),
         (
             ["--out", "OTHER", "embed.max_pixels=90"],
             "with other settings of `embed` (max_pixels): give those, or start",
@@ -131,3 +135,30 @@ def test_mistakes_are_one_sentence(pool, first, tmp_path, capsys, more, sentence
     arguments = ["--pool", str(pool), "--extend", str(first), *SETTINGS, *(words.get(word, word) for word in more)]
     assert main(arguments) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_release_is_not_replaced_by_a_run_that_forgets_it(pool, first, second, capsys):
+    before = {path: path.stat().st_mtime_ns for path in second.rglob("*") if path.is_file()}
+    assert main(["--pool", str(pool), "--out", str(second), *SETTINGS]) == 1
+    assert f"is a release that extends {first}: give --extend {first} again" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in second.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["threshold", "seed"])
+def test_another_threshold_and_a_new_seed_set_keep_what_was_kept(pool, first, second, tmp_path, change):
+    """A lower threshold makes duplicates of images that the first release keeps: they stay all the same."""
+    arguments = ["--pool", str(pool), "--extend", str(first), "--out", str(tmp_path / "next"), *SETTINGS]
+    if change == "threshold":
+        arguments += ["dedup.similarity_threshold=0.2"]
+    else:
+        seed = write_tar(tmp_path / "seed.tar", [("s.jpg", encoded(picture(3)))])
+        arguments += ["--seed", str(seed), "retrieve.k=2"]
+    assert main(arguments) == 0
+    before, now = kept_of(rows_of(first)), rows_of(tmp_path / "next")
+    assert {gid: (now[gid]["status"], now[gid]["release"], now[gid]["shard"]) for gid in before} == {
+        gid: ("kept", 1, row["shard"]) for gid, row in before.items()
+    }
+    if change == "seed":
+        assert any(row["release"] == 2 and row["status"] == "kept" for row in now.values())
+    else:
+        assert max(row["component_size"] for row in now.values()) > 2
