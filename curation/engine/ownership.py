@@ -85,7 +85,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "fetched.json",
         "README.md",
     ),
-    "report": (),
+    "report": ("tally-*.json",),
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RANGE_ROWS = 1 << 24
+RANGE_ROWS = 1 << 23
 
 
 @dataclass(frozen=True)

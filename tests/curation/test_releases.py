@@ -122,7 +122,7 @@ def test_a_release_of_nothing_new_adds_and_drops_nothing(pool, second, capsys):
         (["--out", "FIRST"], "a release has a folder of its own, give another --out."),
         (
             ["--out", "OTHER", "range_rows=7"],
-            "was made with range_rows=16777216, and this run has 7: give range_rows=16777216",
+            "was made with range_rows=8388608, and this run has 7: give range_rows=8388608",
         ),
         (
             ["--out", "OTHER", "embed.max_pixels=90"],

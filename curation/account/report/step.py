@@ -31,7 +31,7 @@ from curation.engine.exchange import buckets_for, exchange
 from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import range_file
-from curation.engine.workers import run_tasks
+from curation.engine.workers import finished_pieces, run_pieces, run_tasks
 from curation.reading.again import LOST_REASONS
 from curation.state import Run, Written, step_seconds
 from curation.writing.placed import read_placed
@@ -41,7 +41,7 @@ _OTHER_GROUPS, _BALANCED_CLUSTERS = 10, 6
 _NAME = "decisions.parquet"
 
 
-def write_report(run: Run, _: Folder) -> Written:
+def write_report(run: Run, folder: Folder) -> Written:
     """Write decisions.parquet, report.json and report.html at the top of the run folder.
 
     decisions.parquet is one file where one range holds the pool, since a file can be sent, copied and opened by
@@ -49,18 +49,16 @@ def write_report(run: Run, _: Folder) -> Written:
     """
     sources, execution = Sources.of(run), run.config.execution
     names = decision_files(len(run.ranges))
-    _make_room(run.folder, names)
-    done = run_tasks(
-        _finish,
-        list(enumerate(names)),
-        sources,
-        execution=execution,
-        label="report: decisions",
-        unit="images",
-        weights=run.ranges.weights(),
-    )
-    files = [file for file, _ in done]
-    found = _found(run, sources, total(part for _, part in done))
+    tallies = [f"tally-{number:05d}.json" for number in range(len(names))]
+    if not finished_pieces(folder, tallies):
+        _make_room(run.folder, names)
+    run_pieces(
+        _finish, list(enumerate(names)), tallies, folder, sources, execution=execution, label="report: decisions",
+        unit="images", weights=run.ranges.weights(),
+    )  # fmt: skip
+    done = [json.loads(folder.read_bytes(name)) for name in tallies]
+    files = [File(**one["file"]) for one in done]
+    found = _found(run, sources, total(Tally.from_json(one["tally"]) for one in done))
     figures = collect_figures(run, found, _cluster_sizes(run, files))
 
     def status_of(gid: int) -> str:
@@ -88,8 +86,8 @@ def _make_room(folder: Folder, names: list[str]) -> None:
         folder.delete(_NAME)
 
 
-def _finish(job: tuple[int, str], sources: Sources) -> tuple[File, Tally]:
-    """Write the decisions of a range, with what became of the images that were chosen, and sum them up."""
+def _finish(job: tuple[int, str], folder: Folder, piece: str, sources: Sources) -> None:
+    """Write the decisions of a range, with what became of the images that were chosen, and then their sum."""
     number, name = job
     first, end = sources.ranges.bounds(number)
     placed = read_placed(sources.folder / "shards", number)
@@ -103,7 +101,8 @@ def _finish(job: tuple[int, str], sources: Sources) -> tuple[File, Tally]:
                 rows = _with_earlier_shards(rows, sources.earlier.decisions(start, stop, ["shard"])["shard"])
             writer.write_table(rows)
             found += tally(rows, was_balanced, sources.release)
-    return sources.folder.described(name, end - first), found
+    told = {"file": asdict(sources.folder.described(name, end - first)), "tally": found.to_json()}
+    folder.write_bytes(piece, json.dumps(told).encode())
 
 
 def _with_shards(rows: pa.Table, placed: pa.Table, start: int, stop: int) -> pa.Table:

@@ -51,6 +51,24 @@ class Tally:
             _few(np.concatenate([self.groups, other.groups])),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes back."""
+        return {
+            "counts": [[*name, number] for name, number in self.counts.items()],
+            "changes": dict(self.changes),
+            "examples": [[list(name), ids.tolist()] for name, ids in self.examples.items()],
+            "groups": self.groups.tolist(),
+        }
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "Tally":
+        return Tally(
+            Counter({(status, reason): number for status, reason, number in content["counts"]}),
+            Counter(content["changes"]),
+            {tuple(name): np.array(ids, np.int64) for name, ids in content["examples"]},
+            np.array(content["groups"], np.int64).reshape(-1, 2),
+        )
+
     def of_kind(self, kind: str) -> dict[tuple[Hashable, ...], np.ndarray]:
         """Examples by the rest of their name."""
         return {name[1:]: ids for name, ids in self.examples.items() if name[0] == kind}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -114,3 +115,19 @@ def test_a_tally_does_not_depend_on_how_rows_are_cut(run):
         assert {k: v.tolist() for k, v in parts.examples.items()} == {k: v.tolist() for k, v in whole.examples.items()}
         assert sorted(parts.groups.tolist()) == sorted(whole.groups.tolist())
     assert (whole + Tally()).counts == whole.counts
+
+
+def test_a_report_that_was_cut_short_goes_on_from_its_finished_ranges(cut, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(cut.folder.path(), out)
+    whole = json.loads((out / "report/manifest.json").read_text())["files"]
+    written = {path: path.stat().st_mtime_ns for path in (out / "decisions.parquet").iterdir()}
+    for name in ("report/manifest.json", "report/tally-00001.json"):
+        (out / name).unlink()
+    again = Run(Folder(str(out)), cut.config, cut.inputs)
+    assert [step for step, seconds in run_pipeline(again) if seconds is not None] == ["report"]
+    anew = [path.name for path, at in written.items() if path.stat().st_mtime_ns != at]
+    assert anew == ["part-00001.parquet"]
+    assert json.loads((out / "report/manifest.json").read_text())["files"] == whole
+    pages = [(folder / "report.json").read_text() for folder in (out, Path(cut.folder.path()))]
+    assert [json.loads(page)["funnel"] for page in pages] == 2 * [json.loads(pages[0])["funnel"]]
