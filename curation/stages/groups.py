@@ -16,7 +16,7 @@ from curation.engine.exchange import BUCKET, bucket_of, buckets_for, exchange
 from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, column_values
-from curation.engine.workers import ExecutionConfig
+from curation.engine.workers import ExecutionConfig, free_memory
 from curation.ops.components import Similar, UnionFind, duplicate_groups
 from curation.ops.hashes import hash_distances
 from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
@@ -283,8 +283,9 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     images = np.frombuffer(rows["image"].cast(pa.binary(_IMAGE.itemsize)).combine_chunks().buffers()[1], _IMAGE)
     is_head = head == gid
     node = gid[is_head]
-    edges = _edges_of(table.select(["a", "b", "similarity"]).filter(pc.invert(is_image)), node)
-    del table, rows
+    edges = _edges_of(table, node)
+    del table, rows, is_image
+    free_memory()  # a crowd's edges are as large as all that follows
     keys = _priorities(work, images[is_head], label[is_head], node)
     degree = sum((np.bincount(end, minlength=len(node)) for *ends, _ in edges for end in ends), np.zeros(len(node)))
     capped = degree >= MAX_NEIGHBOURS  # the join may have kept no more of them
@@ -319,10 +320,11 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     work.place.write_table(work.piece("groups", bucket), pa.table(out))
 
 
-def _edges_of(links: pa.Table, node: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _edges_of(table: pa.Table, node: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Edges among places in `node` (gids, ascending), some rows at a time: 12 bytes each."""
     edges = []
-    for batch in links.to_batches(_BATCH):
+    for batch in table.select(["a", "b", "similarity"]).to_batches(_BATCH):
+        batch = batch.filter(pc.greater_equal(batch["b"], 0))
         ends = (np.searchsorted(node, batch[name].to_numpy()).astype(np.int32) for name in ("a", "b"))
         edges.append((*ends, batch["similarity"].to_numpy().copy()))
     return edges
