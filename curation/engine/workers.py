@@ -158,6 +158,8 @@ def run_tasks(
     Args:
         names: what to call each item in messages.
     """
+    if not items:
+        return []
     task = ray.remote(max_retries=0)(_task)  # `Losses` counts, tells and waits; Ray would do neither
     task = task.options(name=getattr(function, "__name__", "task"))
     try:

@@ -40,7 +40,7 @@ def release(out: str, root: str, earlier: str = "") -> Run:
     folder, seeds = Folder(out), {"s": (seed, find_parts(seed.urls))}
     asked = {"seeds": [f"{root}/seed"], "pool": [f"{root}/pool"], "evaluations": {}, "config": asdict(config)}
     folder.write_bytes("run.json", json.dumps(asked).encode())
-    before = extended(earlier, folder, config) if earlier else None
+    before = extended([earlier] if earlier else None, folder, config)
     run = Run(folder, config, Inputs(find_parts([f"{root}/pool"]), seeds, {}), earlier=before)
     run_pipeline(run)
     return run
