@@ -198,7 +198,7 @@ class Plan(PlanNumbers):
             requests=costs.exchange_requests(pieces, cut)
             + costs.exchange_requests(cut + ranges, buckets)
             + costs.exchange_requests(buckets, ranges),
-            driver_bytes=costs.driver_bytes(n) + min(n, self.config.range_rows) * 16.0,
+            driver_bytes=costs.driver_bytes(n) + min(n, self.config.range_rows) * 45.0,
             task_bytes=self._range_bytes,
         )
 
