@@ -31,7 +31,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "exclude": (_RANGE,),
     "filter": (_RANGE,),
     "heads": (_RANGE,),
-    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "new/members-*.npy", "assigned/*.npy"),
+    "cells": (*_CELLS, *_KMEANS, "members/*.npy", "new/members-*.npy", "staying/members-*.npy", "assigned/*.npy"),
     "join": (
         "certificate.json",
         "truth.parquet",
@@ -39,7 +39,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "done/part-*.json",
         "edges/part-*.parquet",
         "forest/part-*.parquet",
-        "new/rows-*.npy",
+        "new/members-*.npy",
         "before/members-*.npy",
         "lost/members-*.npy",
     ),

@@ -13,9 +13,9 @@ from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges
 from curation.engine.store import take_files
 from curation.engine.workers import ExecutionConfig, run_pieces
-from curation.stages.cells_before import CellsBefore, added
+from curation.stages.cells_before import CellsBefore, new_images
 from curation.stages.kmeans import assign_rows
-from curation.stages.members import ImageRows, Members, assigned_ids, count_ids, write_members
+from curation.stages.members import ImageRows, Members, assigned_ids, count_ids
 from curation.stages.split import group_base, place_rows
 
 _FIRST = "level-1"
@@ -45,8 +45,7 @@ def keep_levels(
     names = [name for name in before.folder.names() if name.startswith("level-")]
     ours = (f"{_FIRST}/assignment-", f"{_FIRST}/sizes-")
     take_files([name for name in names if not name.startswith(ours)], folder, before.folder, execution)
-    is_new = partial(added, chosen=chosen, before=before)
-    new = ImageRows(rows.images, rows.encoder, write_members(folder / "new", ranges, is_new, execution, _LABEL))
+    new = new_images(folder, rows, before, ranges, chosen, execution, "cluster")
     level, kept = folder / _FIRST, before.folder / _FIRST
     is_split = level.exists("groups.npy")
     chunks: list[tuple[tuple[int, int], Any, str]] = []

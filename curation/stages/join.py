@@ -25,7 +25,8 @@ from curation.ops.neighbours import PIECE_ROWS, near_rows, run_rows
 from curation.ops.recall import AllRows, Certificate, are_among, certify, found_by
 from curation.ops.true_pairs import Hits, Question, TruePairs, hits_in_range
 from curation.stages import joined_before
-from curation.stages.joined_before import JoinedBefore, NewRows
+from curation.stages.joined_before import JoinedBefore
+from curation.stages.members import Members
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def join_pool(
             is new, found from it. Figures say how many are new (new_images), how many edges are not of them
             (earlier_edges), and what is certified of those (earlier_lower_bound).
     """
-    asking: AllRows | NewRows = AllRows(cells.num_rows)
+    asking: AllRows | Members = AllRows(cells.num_rows)
     done: list[dict[str, Any]] = []
     if extension is not None:
         before = extension.before
@@ -192,7 +193,7 @@ def _certify(
     mirror: np.ndarray | None,
     settings: JoinSettings,
     execution: ExecutionConfig,
-    asking: AllRows | NewRows,
+    asking: AllRows | Members,
 ) -> None:
     """Write truth.parquet and then certificate.json, so that a join that goes on goes on with the same."""
     memory = int(execution.memory_gb * 1e9 * _MEMORY_SHARE)
@@ -232,7 +233,7 @@ def _join_run(
     job: tuple[int, int],
     folder: Folder,
     cells: Cells,
-    asking: AllRows | NewRows,
+    asking: AllRows | Members,
     base: int,
     mirror: np.ndarray | None,
     floor: float,

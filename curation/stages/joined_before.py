@@ -16,14 +16,14 @@ import pyarrow as pa
 from curation.engine.folder import Folder
 from curation.engine.manifest import File, Manifest
 from curation.engine.ranges import Ranges
-from curation.engine.workers import ExecutionConfig, run_pieces, run_tasks
+from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.cells import Cells
 from curation.ops.components import spanning_forest
+from curation.stages.cells_before import write_rows
 from curation.stages.heads import is_head
 from curation.stages.members import Members, write_members
 
-_BLOCK_ROWS = 2**22  # of the cells, whose images are looked up together
-_PIECES_AT_ONCE = 256
+_EDGES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -62,42 +62,11 @@ class JoinedBefore:
         return [(files[path], files[path.replace("edges/", "forest/", 1)]) for path in edges]
 
 
-@dataclass(frozen=True)
-class NewRows:
-    """The rows of the cells whose images are new: files of row numbers, one for each block of the cells."""
-
-    folder: Folder
-    base: np.ndarray
-    """int64 [blocks + 1]: how many are new before each block"""
-
-    def __len__(self) -> int:
-        return int(self.base[-1])
-
-    def between(self, start: int, stop: int) -> np.ndarray:
-        """int64, ascending: those of the rows start to stop."""
-        blocks = range(start // _BLOCK_ROWS, min(-(-stop // _BLOCK_ROWS), len(self.base) - 1))
-        rows = np.concatenate([np.zeros(0, np.int64), *(self.folder.read_array(_name(b)) for b in blocks)])
-        return rows[slice(*np.searchsorted(rows, [start, stop]))]
-
-    def numbered(self, start: int, stop: int) -> np.ndarray:
-        """int64: start to stop of all that are new."""
-        blocks = range(int(np.searchsorted(self.base, start, side="right")) - 1, int(np.searchsorted(self.base, stop)))
-        rows = np.concatenate([np.zeros(0, np.int64), *(self.folder.read_array(_name(b)) for b in blocks)])
-        return rows[start - int(self.base[blocks.start]) :][: stop - start]
-
-
-def find_new_rows(folder: Folder, cells: Cells, before: JoinedBefore, execution: ExecutionConfig) -> NewRows:
-    """Write, and name, the rows of the cells that RUN did not compare; what is written already is kept."""
+def find_new_rows(folder: Folder, cells: Cells, before: JoinedBefore, execution: ExecutionConfig) -> Members:
+    """The rows of the cells whose images RUN did not compare."""
     chosen = partial(is_head, folder=before.heads, ranges=before.ranges)
     compared = write_members(folder / "before", before.ranges, chosen, execution, "join: earlier release")
-    starts = range(0, cells.num_rows, _BLOCK_ROWS)
-    names = [_name(number) for number in range(len(starts))]
-    run_pieces(
-        _write_new, list(starts), names, folder / "new", cells, compared, execution=execution, label="join: new images",
-        unit="blocks",
-    )  # fmt: skip
-    sizes = run_tasks(_size, names, folder / "new", execution=execution, label="join: new images", unit="files")
-    return NewRows(folder / "new", np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64))
+    return write_rows(folder / "new", cells, compared, False, execution, "join: new images")
 
 
 def take_edges(
@@ -118,9 +87,10 @@ def take_edges(
     if todo:
         chosen = partial(_lost, before=before, heads=heads, ranges=ranges)
         lost = write_members(folder / "lost", before.ranges, chosen, execution, "join: earlier release")
+        # Images are looked up for many edges at once: each look reads what is known of the pool.
+        cuts = np.cumsum([pieces[number][0].rows for number in todo]) // _EDGES_AT_ONCE
         jobs = [
-            [(number, *pieces[number]) for number in todo[i : i + _PIECES_AT_ONCE]]
-            for i in range(0, len(todo), _PIECES_AT_ONCE)
+            [(number, *pieces[number]) for number in np.array(todo)[cuts == cut].tolist()] for cut in np.unique(cuts)
         ]
         run_tasks(
             _take_pieces, jobs, folder, before.folder, lost, execution=execution, label="join: earlier edges",
@@ -131,8 +101,7 @@ def take_edges(
 
 def clear(folder: Folder) -> None:
     """Delete what `find_new_rows` and `take_edges` left in the join's folder for themselves."""
-    (folder / "new").clear(("rows-*.npy",))
-    for name in ("before", "lost"):
+    for name in ("before", "lost", "new"):
         (folder / name).clear(("members-*.npy",))
 
 
@@ -143,12 +112,14 @@ def _lost(number: int, before: JoinedBefore, heads: Folder, ranges: Ranges) -> n
 
 
 def _take_pieces(pieces: Sequence[tuple[int, File, File]], folder: Folder, earlier: Folder, lost: Members) -> None:
-    for number, edges, forest in pieces:
+    gone = _gone([earlier.read_table(edges.path, ["a", "b"]) for _, edges, _ in pieces], lost) if len(lost) else None
+    for place, (number, edges, forest) in enumerate(pieces):
         own = [edges, forest]
-        if not len(lost) or (kept := _without(earlier.read_table(edges.path), lost)) is None:
+        if gone is None or not gone[place].any():
             for file in own:
                 folder.take(file.path, earlier)
         else:
+            kept = earlier.read_table(edges.path).filter(pa.array(~gone[place]))
             a, b, similarity = (kept[name].to_numpy() for name in ("a", "b", "similarity"))
             tree = kept.take(pa.array(spanning_forest(a, b, similarity))).select(["a", "b", "similarity"])
             own = [folder.write_table(file.path, table) for file, table in ((edges, kept), (forest, tree))]
@@ -164,24 +135,12 @@ def _take_pieces(pieces: Sequence[tuple[int, File, File]], folder: Folder, earli
         folder.write_bytes(f"done/{_piece(number)}.json", json.dumps(piece).encode())
 
 
-def _without(edges: pa.Table, lost: Members) -> pa.Table | None:
-    """The edges that have no end among the lost; None where none has."""
-    gone = lost.include(edges["a"].to_numpy()) | lost.include(edges["b"].to_numpy())
-    return edges.filter(pa.array(~gone)) if gone.any() else None
+def _gone(tables: Sequence[pa.Table], lost: Members) -> list[np.ndarray]:
+    """bool for each edge of each table: it has an end among the lost."""
+    a, b = (np.concatenate([table[end].to_numpy() for table in tables]) for end in ("a", "b"))
+    among = lost.include(np.concatenate([a, b]))
+    return np.split(among[: len(a)] | among[len(a) :], np.cumsum([table.num_rows for table in tables])[:-1])
 
 
 def _piece(number: int) -> str:
     return f"part-{number:06d}"
-
-
-def _write_new(start: int, folder: Folder, name: str, cells: Cells, compared: Members) -> None:
-    gids = cells.read_gids(start, min(start + _BLOCK_ROWS, cells.num_rows))
-    folder.write_array(name, np.flatnonzero(~compared.include(gids)) + start)
-
-
-def _size(name: str, folder: Folder) -> int:
-    return len(folder.read_array(name))
-
-
-def _name(number: int) -> str:
-    return f"rows-{number:05d}.npy"

@@ -30,13 +30,22 @@ class Members:
 
     def between(self, start: int, stop: int) -> np.ndarray:
         """int64, ascending: the members of start <= gid < stop."""
-        found = [np.zeros(0, np.int64)]
+        found, stop = [np.zeros(0, np.int64)], min(stop, self.ranges.num_rows)
         for number in range(start // self.ranges.size, -(-stop // self.ranges.size)):
             first, last = self.ranges.bounds(number)
             bits = np.unpackbits(self.folder.read_array(_name(number)), count=last - first)
             low, high = max(start - first, 0), min(stop, last) - first
             found.append(np.flatnonzero(bits[low:high]) + first + low)
         return np.concatenate(found)
+
+    def numbered(self, start: int, stop: int) -> np.ndarray:
+        """int64: start to stop of all members."""
+        base = np.concatenate([[0], np.cumsum(self.counts)])
+        numbers = range(int(np.searchsorted(base, start, side="right")) - 1, int(np.searchsorted(base, stop)))
+        if not numbers:
+            return np.zeros(0, np.int64)
+        members = self.between(self.ranges.bounds(numbers[0])[0], self.ranges.bounds(numbers[-1])[1])
+        return members[start - int(base[numbers[0]]) :][: stop - start]
 
     def include(self, gids: np.ndarray) -> np.ndarray:
         """bool: which of some images take part, one range of those that have any in memory at a time."""
