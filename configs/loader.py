@@ -222,7 +222,7 @@ def _said(value: Any) -> str:
 def _whole_numbers(node: Any, value: Any) -> Any:
     """The same value, but whole numbers as ints (`1e4`, `10000.0`, `65_536`) where a setting is one."""
     if isinstance(node, IntegerNode):
-        return _whole_number(value)
+        return whole_number(value)
     if not OmegaConf.is_config(node):
         return value
     element = node._metadata.element_type
@@ -235,7 +235,8 @@ def _whole_numbers(node: Any, value: Any) -> Any:
     return value
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
+    """The value as an int where it is a whole number (`1e4`, `10000.0`, `65_536`), also as text; else unchanged."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)  # a word to YAML, which wants a dot before the exponent
     return int(value) if isinstance(value, float) and value.is_integer() else value

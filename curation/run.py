@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from configs.loader import config_names, load_config
+from configs.loader import config_names, load_config, whole_number
 from configs.messages import os_sentence
 from curation.account.report.account import open_account
 from curation.account.report.wording import plural, words
@@ -273,15 +273,11 @@ def losses(run: Run) -> list[str]:
     return lines
 
 
-def _whole_number(text: str) -> int:
-    """1e8, 100_000_000 and 100000000 are one number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if value < 0 or not value.is_integer():
+def _number_of_images(text: str) -> int:
+    value = whole_number(text)
+    if not isinstance(value, int) or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of images, such as 1e8 or 100_000_000")
-    return int(value)
+    return value
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -345,12 +341,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images",
-        type=_whole_number,
+        type=_number_of_images,
         metavar="N",
         help="with --dry-run, instead of --pool: so many web images of 110 kB",
     )
     parser.add_argument(
-        "--evaluation-images", type=_whole_number, metavar="N", help="with --images: so many in evaluation sets"
+        "--evaluation-images", type=_number_of_images, metavar="N", help="with --images: so many in evaluation sets"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, for example dedup.similarity_threshold=0.9"

@@ -24,6 +24,7 @@ from curation.stages import (
     embed,
     join,
     retrieve,
+    seed_neighbours,
     shard,
     survivors,
 )
@@ -32,6 +33,7 @@ from curation.stages.asking import asked_of
 from curation.stages.cells_before import CellsBefore
 from curation.stages.cluster_before import was_clustered
 from curation.stages.joined_before import JoinedBefore
+from curation.stages.seed_neighbours import SeedQueries
 from curation.state import Run, Written
 from curation.writing.plan import KeptSet
 
@@ -211,17 +213,17 @@ def cluster_images(run: Run, folder: Folder) -> Written:
     return files, {"images": int(sizes.sum())}, figures
 
 
-def _seed_queries(run: Run, name: str) -> retrieve.SeedQueries:
+def _seed_queries(run: Run, name: str) -> SeedQueries:
     asked = asked_of(run.images(f"embed/seed-{name}"), run.retrieval_encoder)
     if not len(asked.gids):
         raise ValueError(f"seed {name!r} has no readable image among its {asked.images.num_images}.")
-    return retrieve.SeedQueries(run.folder / f"retrieve/{name}", asked, run.inputs.seeds[name][0].rule)
+    return SeedQueries(run.folder / f"retrieve/{name}", asked, run.inputs.seeds[name][0].rule)
 
 
 def find_neighbours(run: Run, steps: Sequence[str]) -> None:
     sets = [_seed_queries(run, step.removeprefix("retrieve/")) for step in steps]
     sampled = [one for one in sets if one.rule.mode == "sample"]
-    retrieve.find_neighbours(sampled, run.cells("cluster"), run.config.execution)
+    seed_neighbours.find_neighbours(sampled, run.cells("cluster"), run.config.execution)
 
 
 def retrieve_set(run: Run, folder: Folder, name: str) -> Written:

@@ -18,8 +18,9 @@ from curation.engine.folder import Folder
 from curation.engine.manifest import File
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, PartRows, column_values, read_rows
-from curation.engine.workers import ExecutionConfig, run_tasks
+from curation.engine.workers import ExecutionConfig
 from curation.ops.hashes import HASH_BYTES, MIN_QUALITY, equal_groups, row_hashes
+from curation.stages.asking import pieces
 
 VERSION = 1
 EXCLUDED = "excluded"
@@ -85,23 +86,23 @@ def find_excluded(
         cut = Ranges(images.num_images, run.range_rows)
         items += [_Item(*cut.bounds(number), seed=seed) for number in range(len(cut))]
     num_buckets = buckets_for(2 * (ranges.num_rows + kept.num_images) * _ROW_BYTES, execution)
-    pieces = [f"piece-{num_buckets}-{bucket:05d}.parquet" for bucket in range(num_buckets)]
+    between = [f"piece-{num_buckets}-{bucket:05d}.parquet" for bucket in range(num_buckets)]
     names = [range_file("range", number) for number in range(len(ranges))]
     met = folder / "exchange/met"
     if not set(names) <= set(folder.names()):
         exchange(
             items, _identities, num_buckets, _meet, kept, pool.folder, num_buckets, met,
-            scratch=folder / "exchange/identities", outputs=(met, pieces), sort_by=["is_ours", "place", "step"],
+            scratch=folder / "exchange/identities", outputs=(met, between), sort_by=["is_ours", "place", "step"],
             execution=execution, label="exclude: same bytes, same looks", unit="images",
             weights=[float(item.stop - item.start) for item in items],
         )  # fmt: skip
         exchange(
-            pieces, _to_ranges, len(ranges), _write_range, met, ranges, folder,
+            between, _to_ranges, len(ranges), _write_range, met, ranges, folder,
             scratch=folder / "exchange/ranges", outputs=(folder, names), sort_by=["gid", "step"], execution=execution,
             label="exclude: to their ranges", unit="files",
         )  # fmt: skip
     met.clear(["piece-*.parquet"])
-    files = run_tasks(_describe, names, folder, execution=execution, label="exclude", unit="files")
+    files = pieces(folder, "range-", execution, "exclude")
     return files, {EXCLUDED: sum(file.rows for file in files)}
 
 
@@ -211,7 +212,3 @@ def _write_range(number: int, table: pa.Table, met: Folder, ranges: Ranges, fold
         step = pa.array(_STEPS).take(table["step"])
         rows = pa.table({"gid": table["gid"], "key": table["key"], "step": step}, schema=SCHEMA)
     folder.write_table(range_file("range", number), rows)
-
-
-def _describe(name: str, folder: Folder) -> File:
-    return folder.described(name, folder.read_table(name, ["gid"]).num_rows)

@@ -37,6 +37,20 @@ Known = Callable[[Any], np.ndarray | None]
 """chunk of a source -> the sketches of its rows, uint64 [n, 8], or None where they are to be made; tasks call it."""
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What every task of the exchange knows."""
+
+    source: RowSource
+    cells_of: CellsOf
+    known: Known | None
+    starts: np.ndarray
+    """int64 [files]: the key of each file's first row"""
+    table_bytes: int
+    out: Folder
+    directions: np.ndarray
+
+
 def write_cells(
     folder: Folder,
     source: RowSource,
@@ -82,15 +96,16 @@ def write_cells(
         by_interval = sum(run_tasks(_sizes_by_id, items, source, cells_of, large, first_ids, weights=weights, **told))
     starts, first_rows = _cut(sizes, large, by_interval, first_ids, rows_per_file)
     table_bytes = min(int(execution.memory_gb * 1e9 / 8), _MOST_TABLE_BYTES)
+    directions = sketch_directions(dim, seed)
+    work = _Work(source, cells_of, known, starts, table_bytes, out, directions)
     names = [f"rows-{number:05d}.json" for number in range(len(starts))]
     exchange(
-        items, _rows_of_item, len(starts), _write_file, source, cells_of, known, starts, table_bytes, out,
-        sketch_directions(dim, seed),
+        items, _rows_of_item, len(starts), _write_file, work,
         scratch=folder / "exchange" / "cells", outputs=(out / "done", names), sort_by=["cell", "gid"],
         execution=execution, label=label, unit="rows", weights=weights,
     )  # fmt: skip
     files = [File(**json.loads((out / "done").read_bytes(name))) for name in names]
-    arrays = {"offsets": cell_offsets(sizes), "centroids": centroids, "directions": sketch_directions(dim, seed)}
+    arrays = {"offsets": cell_offsets(sizes), "centroids": centroids, "directions": directions}
     files += [out.write_array(f"{name}.npy", array) for name, array in arrays.items()]
     shape = {"num_rows": len(source), "dim": dim, "num_cells": num_cells, "first_rows": first_rows.tolist()}
     files.append(out.write_bytes("cells.json", json.dumps(shape).encode()))
@@ -213,33 +228,24 @@ def _key(cell: Any, gid: Any) -> Any:
     return (cell << _GID_BITS) + gid
 
 
-def _rows_of_item(
-    item: Item,
-    source: RowSource,
-    cells_of: CellsOf,
-    known: Known | None,
-    starts: np.ndarray,
-    table_bytes: int,
-    out: Folder,
-    directions: np.ndarray,
-) -> Iterator[pa.Table]:
+def _rows_of_item(item: Item, work: _Work) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     for number, chunk in item:
-        cells, at = cells_of(number, chunk).astype(np.int64), 0
-        sketches = known(chunk) if known is not None else None
-        for gids, rows in source.read(chunk):
+        cells, at = work.cells_of(number, chunk).astype(np.int64), 0
+        sketches = work.known(chunk) if work.known is not None else None
+        for gids, rows in work.source.read(chunk):
             here = slice(at, at + len(gids))
             at += len(gids)
             half = np.ascontiguousarray(rows, np.float16)
             columns = {
-                BUCKET: np.searchsorted(starts, _key(cells[here], gids), side="right") - 1,
+                BUCKET: np.searchsorted(work.starts, _key(cells[here], gids), side="right") - 1,
                 "cell": cells[here],
                 "gid": gids,
-                "sketch": _as_bytes(sketches_of(half, directions) if sketches is None else sketches[here]),
+                "sketch": _as_bytes(sketches_of(half, work.directions) if sketches is None else sketches[here]),
                 "vector": _as_bytes(half),
             }
             held.append(pa.table(columns))
-        if sum(table.nbytes for table in held) >= table_bytes:
+        if sum(table.nbytes for table in held) >= work.table_bytes:
             yield pa.concat_tables(held)
             held = []
     if held:
@@ -259,20 +265,10 @@ def _bytes_of(column: pa.ChunkedArray) -> memoryview:
     return memoryview(array.buffers()[1])[array.offset * width : (array.offset + len(array)) * width]
 
 
-def _write_file(
-    bucket: int,
-    table: pa.Table,
-    source: RowSource,
-    cells_of: CellsOf,
-    known: Known | None,
-    starts: np.ndarray,
-    table_bytes: int,
-    out: Folder,
-    directions: np.ndarray,
-) -> None:
+def _write_file(bucket: int, table: pa.Table, work: _Work) -> None:
     content = b""
     if table.num_rows:
         gids = table["gid"].to_numpy().astype(np.int64)
         content = b"".join((gids.tobytes(), _bytes_of(table["sketch"]), _bytes_of(table["vector"])))
-    written = out.write_bytes(f"rows-{bucket:05d}.bin", content, rows=table.num_rows)
-    (out / "done").write_bytes(f"rows-{bucket:05d}.json", json.dumps(asdict(written)).encode())
+    written = work.out.write_bytes(f"rows-{bucket:05d}.bin", content, rows=table.num_rows)
+    (work.out / "done").write_bytes(f"rows-{bucket:05d}.json", json.dumps(asdict(written)).encode())

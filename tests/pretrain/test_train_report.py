@@ -15,8 +15,8 @@ from PIL import Image
 
 from pretrain.watch.lines import read_lines
 from pretrain.watch.metrics import METRICS, Metrics, WatchConfig
-from pretrain.watch.report import write_report
 from pretrain.watch.report.charts import Curve, Level, Mark, line_chart, short_number, ticks
+from pretrain.watch.report.page import write_report
 from tests.conftest import REPOSITORY
 
 VOID = {"meta", "img", "path", "circle", "polyline", "br"}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from configs.messages import named_folder, sentence
-from pretrain.watch.report import write_report
+from pretrain.watch.report.page import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

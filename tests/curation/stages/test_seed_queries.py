@@ -17,11 +17,12 @@ from curation.ops.kmeans import kmeans
 from curation.ops.nearest import assign
 from curation.ops.retrieval import first_neighbours, resolve_collisions
 from curation.reading.seeds import RetrievalRule
-from curation.stages import retrieve
+from curation.stages import retrieve, seed_neighbours
 from curation.stages.asking import Asked
 from curation.stages.cluster import Clustering
 from curation.stages.members import unit_rows
-from curation.stages.retrieve import SeedQueries, certificate, find_neighbours, retrieve_set
+from curation.stages.retrieve import retrieve_set
+from curation.stages.seed_neighbours import SeedQueries, certificate, find_neighbours
 from curation.stages.survivors import Survivors
 
 EXECUTION = ExecutionConfig(workers=2)
@@ -57,9 +58,9 @@ def seed_set(root, name: str, number: int, seed: int, **rule) -> SeedQueries:
 @pytest.fixture
 def small(monkeypatch):
     """A sample, blocks and slices of few rows, so that small sets take the path of large ones."""
-    monkeypatch.setattr(retrieve, "SAMPLED_QUERIES", 400)
-    monkeypatch.setattr(retrieve, "_BLOCK", 300)
-    monkeypatch.setattr(retrieve, "_SLICE_ROWS", 500)
+    monkeypatch.setattr(seed_neighbours, "SAMPLED_QUERIES", 400)
+    monkeypatch.setattr(seed_neighbours, "BLOCK", 300)
+    monkeypatch.setattr(seed_neighbours, "_SLICE_ROWS", 500)
 
 
 def survivors(one: SeedQueries, survives=None) -> Survivors:
