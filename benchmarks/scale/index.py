@@ -27,8 +27,9 @@ from curation.reading.filters import build_filters
 from curation.reading.listing import Listing
 from curation.reading.seeds import RetrievalRule, SeedSet
 from curation.stages.balance import BalanceConfig
+from curation.stages.choosing import GroupRules
 from curation.stages.filter import filter_pool
-from curation.stages.groups import EdgeFiles, GroupRules, write_groups
+from curation.stages.groups import EdgeFiles, write_groups
 from curation.stages.heads import find_heads
 from curation.stages.survivors import Survivors, find_survivors
 from curation.state import Inputs, Run

@@ -16,7 +16,8 @@ from curation.engine.store import ImageSet
 from curation.engine.workers import ExecutionConfig, run_tasks
 from curation.ops.randomness import hash_uint64
 from curation.ops.recall import measured_recall
-from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
+from curation.stages.choosing import GroupRules
+from curation.stages.groups import STEPS, EdgeFiles, read_groups, write_groups
 from curation.stages.join import Joined, JoinSettings, default_floor
 from curation.stages.perceptual import PairsBefore, perceptual_pairs, second_opinion
 

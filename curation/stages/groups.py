@@ -17,13 +17,13 @@ from curation.engine.folder import Folder
 from curation.engine.ranges import Ranges, range_file
 from curation.engine.store import ImageSet, column_values
 from curation.engine.workers import ExecutionConfig, free_memory
-from curation.ops.components import Similar, UnionFind, duplicate_groups
+from curation.ops.components import UnionFind, duplicate_groups
 from curation.ops.hashes import hash_distances
 from curation.ops.neighbour_kernels import MAX_NEIGHBOURS
 from curation.ops.randomness import hash_uint64
+from curation.stages.choosing import GroupRules, priorities, similar_to
 from curation.stages.filter import read_batches
 from curation.stages.heads import read_heads
-from curation.stages.members import unit_rows
 
 STEPS = ("", "exact", "perceptual", "embedding", "chain")
 SCHEMA = pa.schema(
@@ -56,19 +56,6 @@ class EdgeFiles:
     def batches(self, name: str, columns: Sequence[str] = ("a", "b", "similarity")) -> Iterator[pa.Table]:
         for table in self.folder.table_batches(name, list(dict.fromkeys([*columns, "similarity"])), _BATCH):
             yield table.filter(pc.greater_equal(table["similarity"], pa.scalar(self.threshold, pa.float32())))
-
-
-@dataclass(frozen=True)
-class GroupRules:
-    """How one image of a group is chosen, and when a group is split: see DedupConfig."""
-
-    representative: tuple[str, ...]
-    max_component_size: int
-    min_similarity: float | None
-    perceptual_distance: int
-    similarity_threshold: float
-    mirror: tuple[int, ...] | None
-    """signs that turn a vector into that of the flipped image"""
 
 
 @dataclass(frozen=True)
@@ -286,7 +273,7 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
     edges = _edges_of(table, node)
     del table, rows, is_image
     free_memory()  # a crowd's edges are as large as all that follows
-    keys = _priorities(work, images[is_head], label[is_head], node)
+    keys = priorities(work.pool, work.encoder, rules, images[is_head], label[is_head], node)
     degree = sum((np.bincount(end, minlength=len(node)) for *ends, _ in edges for end in ends), np.zeros(len(node)))
     capped = degree >= MAX_NEIGHBOURS  # the join may have kept no more of them
     groups = duplicate_groups(
@@ -296,7 +283,7 @@ def _group(bucket: int, table: pa.Table, work: _Work) -> None:
         max_component_size=rules.max_component_size,
         min_similarity=rules.min_similarity,
         capped=capped,
-        similar=_similar(work, node, capped),
+        similar=similar_to(work.pool, work.encoder, rules, node, capped),
     )
     at = np.searchsorted(node, head)
     representative, similarity = node[groups.representatives[at]], groups.similarity[at]
@@ -330,26 +317,6 @@ def _edges_of(table: pa.Table, node: np.ndarray) -> list[tuple[np.ndarray, np.nd
     return edges
 
 
-def _similar(work: _Work, node: np.ndarray, capped: np.ndarray) -> Similar:
-    """Cosines as the join computes them, of capped nodes to one; -inf below the threshold."""
-    vectors = np.empty((0, 0), np.float16)
-    places = np.cumsum(capped) - 1
-
-    def similar(row: int, others: np.ndarray) -> np.ndarray:
-        nonlocal vectors
-        if not len(vectors):
-            vectors = work.pool.take_embeddings(work.encoder, node[capped])
-        own = vectors[places[row]].astype(np.float64)
-        ways = np.stack([own] if work.rules.mirror is None else [own, own * np.array(work.rules.mirror)])
-        cosine = np.empty(len(others), np.float32)
-        for start in range(0, len(others), 1 << 14):  # sums in float64 are exact, whatever the order
-            block = slice(start, start + (1 << 14))
-            cosine[block] = (vectors[places[others[block]]].astype(np.float64) @ ways.T).max(axis=1)
-        return np.where(cosine >= np.float32(work.rules.similarity_threshold), cosine, np.float32(-np.inf))
-
-    return similar
-
-
 def _steps(
     images: np.ndarray, gid: np.ndarray, representative: np.ndarray, similarity: np.ndarray, perceptual_distance: int
 ) -> np.ndarray:
@@ -362,46 +329,6 @@ def _steps(
         [STEPS.index(name) for name in ("", "exact", "perceptual", "embedding")],
         STEPS.index("chain"),
     ).astype(np.uint8)
-
-
-def _priorities(work: _Work, nodes: np.ndarray, labels: np.ndarray, gids: np.ndarray) -> list[np.ndarray]:
-    """By what images of a component are compared, the most important first.
-
-    The component's mean is asked for only where all that comes before leaves two images of it equal.
-    """
-    labels = np.unique(labels, return_inverse=True)[1]
-    keys: list[np.ndarray] = [nodes["standing"].astype(np.int64)]
-    for name in work.rules.representative:
-        if name == "central":
-            keys.append(_centrality(work, gids, labels, _undecided(labels, keys)))
-        else:
-            keys.append(nodes[{"resolution": "pixels", "bytes": "bytes"}[name]].astype(np.int64))
-    return keys
-
-
-def _undecided(labels: np.ndarray, keys: Sequence[np.ndarray]) -> np.ndarray:
-    """bool [N]: rows of components in which two rows are equal in all keys."""
-    order = np.lexsort((*keys, labels))
-    same = np.ones(max(len(labels) - 1, 0), bool)
-    for column in (labels, *keys):
-        same &= column[order][1:] == column[order][:-1]
-    return np.isin(labels, labels[order][1:][same])
-
-
-def _centrality(work: _Work, gids: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """float32 [N]: cosine to the mean of the image's component; NaN where it is not asked for."""
-    result = np.full(len(labels), np.nan, np.float32)
-    members = np.flatnonzero(asked)
-    if not len(members):
-        return result
-    rows = unit_rows(work.pool.take_embeddings(work.encoder, gids[members]))
-    order = np.argsort(labels[members], kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(labels[members][order]) > 0])
-    sums = np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
-    mean = np.repeat(sums, np.diff(np.r_[starts, len(order)]), axis=0)
-    cosine = np.einsum("nd,nd->n", rows[order], mean) / np.maximum(np.linalg.norm(mean, axis=1), 1e-12)
-    result[members[order]] = cosine
-    return result
 
 
 def _to_ranges(name: str, work: _Work) -> Iterator[pa.Table]:

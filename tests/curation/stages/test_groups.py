@@ -14,7 +14,8 @@ from curation.engine.workers import ExecutionConfig
 from curation.ops.components import duplicate_groups, representatives
 from curation.ops.hashes import equal_groups
 from curation.stages import filter as filter_stage
-from curation.stages.groups import STEPS, EdgeFiles, GroupRules, read_groups, write_groups
+from curation.stages.choosing import GroupRules
+from curation.stages.groups import STEPS, EdgeFiles, read_groups, write_groups
 from curation.stages.heads import find_heads, read_heads
 from curation.stages.members import unit_rows
 

@@ -12,7 +12,8 @@ from curation.engine.ranges import Ranges, range_file
 from curation.engine.workers import ExecutionConfig
 from curation.ops.randomness import hash_uint64
 from curation.stages import filter as filter_stage
-from curation.stages.groups import EdgeFiles, GroupRules, write_groups
+from curation.stages.choosing import GroupRules
+from curation.stages.groups import EdgeFiles, write_groups
 from curation.stages.heads import find_heads
 from tests.curation.stages.test_groups import pool_of
 
