@@ -17,18 +17,19 @@ from curation.reading.filters import build_filters
 from curation.reading.listing import find_parts
 from curation.stages.embed import EmbedConfig, embed_set
 from tests.mortal import square_slowly
+from tests.ray_nodes import add_node
 
 EXECUTION = ExecutionConfig()
 
 
 def main(pool: str, out: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster = Cluster()
+    add_node(cluster)
 
     def lose_a_node_when(folder: str, count: int) -> None:
         """Once so many files are there, the second node goes: its raylet is killed, and what it runs with it."""
-        second = cluster.add_node(**node)
+        second = add_node(cluster)
         cluster.wait_for_nodes()
 
         def watch() -> None:

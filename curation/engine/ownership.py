@@ -64,6 +64,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "sample.parquet",
         "certificate.json",
         "neighbours-*.parquet",
+        "left/members-*.npy",
         "probes-*.bin",
         "pass-*/map-*",
         *_DRAWN,

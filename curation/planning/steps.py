@@ -311,7 +311,7 @@ class Plan(PlanNumbers):
                     read=read,
                     moved=36.0 * drawn,
                     requests=requests,
-                    driver_bytes=8.0 * asked + n / 8 + 36.0 * min(drawn, max(self.config.range_rows, rule.max_images)),
+                    driver_bytes=8.0 * asked + 36.0 * min(drawn, max(self.config.range_rows, rule.max_images)),
                     task_bytes=self.memory / 2 if asked > PIECE_ROWS else 4.0 * asked * dim + 2**28,
                 )
             )

@@ -5,6 +5,7 @@ Neighbours (stages/seed_neighbours.py) are found among leaks too; those are left
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -30,6 +31,7 @@ from curation.reading.seeds import RetrievalRule
 from curation.stages.asking import pieces
 from curation.stages.cluster import Clustering
 from curation.stages.draws import draw_by_cluster
+from curation.stages.members import Members, write_members
 from curation.stages.seed_neighbours import BLOCK, SAMPLE, SeedQueries, certificate, flat, joined
 from curation.stages.survivors import Survivors
 
@@ -58,8 +60,8 @@ def retrieve_set(
 ) -> tuple[list[File], dict[str, Any]]:
     """Draw survivors for one seed set; write matches.parquet (see _MATCHES), one row for each draw that counts, by gid.
 
-    The driver holds the numbers of the seed images, 8 bytes each, a bit for each image of the pool, and the draws of
-    one range of gids (those of mode `cluster`, of which there are at most `max_images`).
+    The driver holds the numbers of the seed images, 8 bytes each, and the draws of one range of gids (those of mode
+    `cluster`, of which there are at most `max_images`).
     """
     tables, figures = iter(()), {}
     if one.rule.mode == "sample":
@@ -79,6 +81,7 @@ def retrieve_set(
     for name in folder.names():
         if name.startswith("drawn-"):
             folder.delete(name)
+    (folder / "left").clear(("members-*.npy",))
     files = [folder.described(_FILE, num_draws)]
     return files + pieces(folder, (SAMPLE, "neighbours-"), execution, label), figures
 
@@ -90,9 +93,8 @@ class _Draws:
     one: SeedQueries
     cells: Cells
     clustering: Clustering
-    alive: np.ndarray
-    """uint8 [ranges, bytes]: a bit for each image of the pool, set where it is a survivor"""
-    range_rows: int
+    left: Members
+    """the survivors"""
     nprobe: int
     device: str | None
     names: list[str]
@@ -101,8 +103,7 @@ class _Draws:
     def surviving(
         self, query: np.ndarray, gid: np.ndarray, similarity: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        number, row = np.divmod(gid, self.range_rows)
-        kept = self.alive[number, row >> 3] >> (row & 7).astype(np.uint8) & 1 == 1
+        kept = self.left.include(gid)
         return query[kept], gid[kept], similarity[kept]
 
 
@@ -111,14 +112,13 @@ def _by_sample(
 ) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     """Draws by range of gids, each range in the order of (gid, seed image)."""
     told, device = certificate(one, cells), task_device(execution)
-    alive, named = _alive(survivors, execution, label)
-    range_rows = survivors.size if len(alive) > 1 else 8 * alive.shape[1]
+    left, named = _left(one, survivors, execution, label)
     lists = [(SAMPLE, 1)]
     lists += [(name, _BLOCK_PIECES) for name in one.folder.names() if name.startswith("neighbours-")]
     items = [(name, part, parts, named) for name, parts in lists for part in range(parts)]
-    outputs = [f"drawn-{named}-{number:05d}.parquet" for number in range(len(alive))]
+    outputs = [f"drawn-{named}-{number:05d}.parquet" for number in range(len(left.ranges))]
     everything = f"drawn-{named}.parquet"
-    work = _Draws(one, cells, clustering, alive, range_rows, told.nprobe, device, outputs, everything)
+    work = _Draws(one, cells, clustering, left, told.nprobe, device, outputs, everything)
     is_greedy = one.rule.collisions == "next_neighbor"
     told_as = {"execution": execution, "label": f"retrieve {label}: draws", "unit": "pieces", "map_device": device}
     if is_greedy:  # one task meets all claims: those that are won decide what is asked for next
@@ -140,19 +140,16 @@ def _by_sample(
     return map(one.folder.read_table, outputs), figures | asdict(told)
 
 
-def _alive(survivors: Survivors, execution: ExecutionConfig, label: str) -> tuple[np.ndarray, str]:
-    """Who is left: uint8 [ranges, bytes], a bit an image. And a name for them: pieces stay where only the survivors
-    changed, so those of draws are told apart."""
-    numbers, told = list(range(survivors.num_ranges)), {"label": f"retrieve {label}: left", "unit": "ranges"}
-    alive = np.stack(run_tasks(_alive_in, numbers, survivors, execution=execution, **told))
-    return alive, sha256(alive).hexdigest()[:8]
+def _left(one: SeedQueries, survivors: Survivors, execution: ExecutionConfig, label: str) -> tuple[Members, str]:
+    """Who is left, and a name for them: pieces stay where only survivors changed, so those of draws are told apart."""
+    label = f"retrieve {label}: left"
+    left = write_members(one.folder / "left", survivors.ranges, partial(_survive, survivors), execution, label)
+    digests = "".join(file.sha256 for file in pieces(one.folder / "left", "members-", execution, label))
+    return left, sha256(digests.encode()).hexdigest()[:8]
 
 
-def _alive_in(number: int, survivors: Survivors) -> np.ndarray:
-    first, representative = number * survivors.size, survivors.representative(number)
-    survives = np.zeros(max(survivors.size, len(representative)), bool)
-    survives[: len(representative)] = representative == np.arange(first, first + len(representative))
-    return np.packbits(survives, bitorder="little")
+def _survive(survivors: Survivors, number: int) -> np.ndarray:
+    return survivors.representative(number) == np.arange(*survivors.ranges.bounds(number))
 
 
 def _claims(item: tuple[str, int, int, str], work: _Draws, to_one: bool) -> Iterator[pa.Table]:
@@ -172,7 +169,7 @@ def _claims(item: tuple[str, int, int, str], work: _Draws, to_one: bool) -> Iter
     depth = one.num_drawable if to_one else one.rule.k
     query, gid, similarity = first_neighbours(query[near], gid[near], similarity[near], depth)
     rank = rank_in_segment(query).astype(np.int32)
-    bucket = np.zeros(len(gid), np.int32) if to_one else (gid // work.range_rows).astype(np.int32)
+    bucket = np.zeros(len(gid), np.int32) if to_one else work.left.ranges.of(gid).astype(np.int32)
     yield pa.table({"gid": gid, "seed_gid": seeds[query], "similarity": similarity, "rank": rank, BUCKET: bucket})
 
 
@@ -217,7 +214,7 @@ def _counting(table: pa.Table, rule: RetrievalRule) -> pa.Table:
 def _by_range(name: str, work: _Draws, to_one: bool) -> Iterator[pa.Table]:
     table = work.one.folder.read_table(name)
     if table.num_rows:
-        yield table.append_column(BUCKET, pa.array((table["gid"].to_numpy() // work.range_rows).astype(np.int32)))
+        yield table.append_column(BUCKET, pa.array(work.left.ranges.of(table["gid"].to_numpy()).astype(np.int32)))
 
 
 def _write_draws(number: int, table: pa.Table, work: _Draws, to_one: bool) -> None:
@@ -226,7 +223,7 @@ def _write_draws(number: int, table: pa.Table, work: _Draws, to_one: bool) -> No
         table = _MATCHES.empty_table().select(["gid", "seed_gid", "similarity", "rank"])
     elif not to_one:
         table = _counting(table, work.one.rule)
-    cluster = work.clustering.assignment(number)[table["gid"].to_numpy() - number * work.range_rows]
+    cluster = work.clustering.assignment(number)[table["gid"].to_numpy() - work.left.ranges.bounds(number)[0]]
     work.one.folder.write_table(work.names[number], table.append_column("cluster", pa.array(cluster.astype(np.int64))))
 
 
@@ -242,7 +239,7 @@ def _by_cluster(
     quotas = np.where(hits >= rule.min_hits, rule.images_per_cluster, 0)
     names = draw_by_cluster(
         one.folder, survivors, clustering, quotas, _first_by_hash, execution, f"retrieve {label}",
-        _alive(survivors, execution, label)[1],
+        _left(one, survivors, execution, label)[1],
     )  # fmt: skip
     gids, clusters = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for name in names:  # what is held is never more than one file and the cap

@@ -125,6 +125,11 @@ class Survivors:
         """gids of a range."""
         return len(self.representative(0)) if self.num_ranges > 1 else RANGE_ROWS
 
+    @cached_property
+    def ranges(self) -> Ranges:
+        last = self.num_ranges - 1
+        return Ranges(last * self.size + len(self.representative(last)), self.size)
+
     def representative(self, number: int) -> np.ndarray:
         """int64, of a range of gids: as dedup's, but -1 for leaks."""
         return self.folder.read_array(f"representative-{number:05d}.npy")
@@ -140,14 +145,6 @@ class Survivors:
         representative = self.representative(number)
         first = number * self.size
         return np.flatnonzero(representative == np.arange(first, first + len(representative))) + first
-
-    def survive(self, gids: np.ndarray) -> np.ndarray:
-        """bool: which of some images are survivors, one range in memory at a time."""
-        found = np.zeros(len(gids), bool)
-        for number in np.unique(gids // self.size).tolist():
-            own = np.flatnonzero(gids // self.size == number)
-            found[own] = self.representative(number)[gids[own] - number * self.size] == gids[own]
-        return found
 
     def leaks(self, number: int) -> pa.Table:
         """LEAKS of a range, in the order of gids."""

@@ -1,12 +1,10 @@
 """A whole run from bucket to bucket on two Ray nodes that share no disk: bytes as of one machine, and nothing local."""
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import fsspec
 import pytest
 
 from tests.conftest import REPOSITORY, picture_tar
+from tests.ray_nodes import ray_nodes
 
 pytestmark = pytest.mark.slow
 OUT = "bucket/nodes/run"
@@ -47,32 +46,6 @@ class Runs:
     nodes: Path
     """folders of the nodes and of the driver"""
     log: list[str]
-
-
-@contextlib.contextmanager
-def two_nodes(environments: list[dict[str, str]]) -> Iterator[str]:
-    """The address of a Ray cluster of two nodes of one CPU each."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    try:
-        for environment in environments:
-            for is_last in (
-                False,
-                False,
-                True,
-            ):  # Ray gives a node half a minute to start, less than a busy machine needs
-                try:
-                    cluster.add_node(
-                        num_cpus=1, env_vars=environment, object_store_memory=100 << 20, include_dashboard=False
-                    )
-                    break
-                except Exception as error:
-                    if is_last or "timed out during startup" not in str(error):
-                        raise
-        yield str(cluster.address)
-    finally:
-        cluster.shutdown()
 
 
 def curate(out: str, environment: dict[str, str]) -> None:
@@ -110,8 +83,8 @@ def runs(s3: fsspec.AbstractFileSystem, tmp_path_factory: pytest.TempPathFactory
             }
         )
     curate(str(root / "alone"), {**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    with two_nodes(environments[:2]) as address:
-        curate(f"s3://{OUT}", {**os.environ, **environments[2], "RAY_ADDRESS": address})
+    with ray_nodes(environments[:2]) as joined:
+        curate(f"s3://{OUT}", {**os.environ, **environments[2], **joined})
     return Runs(root / "alone", root / "nodes", (root / "log").read_text().splitlines())
 
 

@@ -18,6 +18,7 @@ from curation.account.decisions import SCHEMA, STATUSES
 from curation.run import main
 from curation.writing.samples import unpack_others
 from tests.conftest import REPOSITORY, encoded, picture, picture_tar, write_tar
+from tests.ray_nodes import ray_nodes
 
 SMALL = ["embed.encoder=descriptors", "shard.max_images=40", "execution.workers=2", "execution.memory_gb=0.5"]
 
@@ -147,15 +148,9 @@ def test_one_worker_and_two_give_the_same_bytes(finished, demo_pool, tmp_path):
 @pytest.mark.slow
 def test_a_cluster_of_two_nodes_gives_the_same_bytes(finished, demo_pool, tmp_path):
     """RAY_ADDRESS joins a cluster; its nodes are real Ray nodes with one CPU each, on this machine."""
-    from ray.cluster_utils import Cluster
-
     assert main(command(demo_pool, finished)) == 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
-        run_process(command(demo_pool, tmp_path / "run"), env={**os.environ, "RAY_ADDRESS": cluster.address})
-    finally:
-        cluster.shutdown()
+    with ray_nodes([{}, {}]) as joined:
+        run_process(command(demo_pool, tmp_path / "run"), env={**os.environ, **joined})
     assert digest_of(tmp_path / "run") == digest_of(finished)
 
 
