@@ -141,11 +141,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise global_batch_size, "
             "set loss.koleo_group_size, or loss.koleo_weight=0."
         )
-    group = loss.koleo_group_size
-    if group and (group < 2 or config.global_batch_size % group or (group % images and images % group)):
+    group, at_once = loss.koleo_group_size, images * world_size
+    if group and (group < 2 or at_once % group or (group % images and images % group)):
         raise ValueError(
-            f"loss.koleo_group_size={group} must be 2 or more, divide the {images} images of a micro-batch or be a "
-            f"multiple of them, and divide global_batch_size={config.global_batch_size}."
+            f"loss.koleo_group_size={group} must be 2 or more and either divide the {images} images of a micro-batch, "
+            f"or be a multiple of them that divides the {at_once} that all ranks have at once; 0 is the micro-batch."
         )
 
 

@@ -58,7 +58,7 @@ def resumed(at: Setting) -> Iterator[Part]:
     tar, steps = image_tar(at), at.sizes.resumed_steps
     settings = [*at.sizes.models, f"global_batch_size={at.sizes.resumed_batch}", f"steps={steps}"]
     settings += ["optim.warmup_steps=4", "optim.freeze_last_layer_steps=2", "optim.teacher_temperature_warmup_steps=4"]
-    settings += ["watch.every_steps=1", f"checkpoint.every_steps={steps}"]
+    settings += ["watch.every_steps=1", f"checkpoint.every_steps={steps}", "loss.koleo_group_size=0"]
     whole, stopped = at.work / "whole", at.work / "stopped"
 
     def uninterrupted() -> Figures:

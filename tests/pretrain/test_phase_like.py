@@ -91,7 +91,9 @@ def test_koleo_s_group_is_part_of_a_micro_batch_or_spans_some(group: int) -> Non
 
 @pytest.mark.parametrize("group", [1, 3, 48, 256])
 def test_koleo_s_group_that_cuts_micro_batches_is_refused(group: int) -> None:
-    with pytest.raises(ValueError, match=f"loss.koleo_group_size={group} must be 2 or more, divide the 32 images"):
+    with pytest.raises(
+        ValueError, match=f"loss.koleo_group_size={group} must be 2 or more and either divide the 32 images"
+    ):
         check_numbers(load("global_batch_size=128", f"loss.koleo_group_size={group}"), 4)
 
 
