@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from configs.loader import config_names, find_config
-from pretrain.config import GROUP, TrainConfig, load_train_config
+from pretrain.checks import check_numbers
+from pretrain.config import GROUP, TrainConfig, load_train_config, micro_batch_size
 from pretrain.models.architectures import architecture
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.optim.schedules import scaled_lr
@@ -513,6 +514,19 @@ def test_a_phase_equals_its_released_file_but_for_what_is_meant(name: str, phase
             assert recipe.differs[key][0] != value, f"{name}, {phase}: {key} does not differ"
         else:
             assert ours[key] == _near(value), f"{name}, {phase}: {key}={ours[key]}, released: {value}"
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in RECIPES}))
+def test_a_run_on_the_released_number_of_gpus_has_their_batches(name: str) -> None:
+    config, checked = load_train_config(name, [], []), set()
+    for (other, phase), recipe in RECIPES.items():
+        gpus = Facts(recipe).command("gpus") or 48  # the distilled student's
+        if other == name and "global_batch_size" not in recipe.differs:
+            group = config.phase(phase).loss.koleo_group_size
+            assert micro_batch_size(config.phase(phase), gpus) in (group, group // 2)  # two GPUs share a group
+            checked.add(gpus)
+    for gpus in checked | {1, 8}:
+        check_numbers(config, gpus)
 
 
 def _near(value: Any) -> Any:

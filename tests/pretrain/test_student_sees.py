@@ -8,9 +8,9 @@ import torch
 from configs.loader import merge_config
 from pretrain.checks import check_numbers
 from pretrain.config import TrainConfig
-from pretrain.distributed import collectives
+from pretrain.losses.centering import sinkhorn_knopp
 from pretrain.phase import fresh_network
-from pretrain.student_teacher import Centering, Crops, Network, student_losses, teacher_outputs
+from pretrain.student_teacher import Crops, Network, TeacherTargets, student_losses, teacher_outputs
 from tests.pretrain.tiny_train import TINY
 
 IMAGES, GLOBAL_PX = 4, 32
@@ -42,9 +42,12 @@ def crops(local_px: int) -> Crops:
 
 def losses(asked: TrainConfig, student: Network, seen: Crops) -> dict[str, float]:
     teacher = fresh_network(asked).eval()
-    outputs = [teacher_outputs(teacher, seen)]
-    (targets,) = Centering(asked, collectives.sum_over_ranks)(outputs, 0.07)
-    terms, _ = student_losses(student.train(), seen, targets, asked, generator=torch.Generator().manual_seed(0))
+    answers = teacher_outputs(teacher, seen)
+    assert answers.dino_logits is not None
+    assert answers.ibot_logits is not None
+    dino, ibot = sinkhorn_knopp([answers.dino_logits.detach(), answers.ibot_logits.detach()], 0.07)
+    targets, generator = TeacherTargets(dino, ibot), torch.Generator().manual_seed(0)
+    terms, _ = student_losses(student.train(), seen, targets, asked, generator=generator)
     return {name: term.item() for name, term in terms.items()}
 
 
