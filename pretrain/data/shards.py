@@ -151,7 +151,7 @@ class ShardReader:
                     return os.pread(self._open(shard, local), size, offset)
                 # Looked up anew: a file system object of another process must not be used after a fork.
                 fs, path = _file_system(self.table.shards[shard])
-                return fs.cat_file(path, start=offset, end=offset + size)  # type: ignore[return-value]
+                return fs.cat_file(path, start=offset, end=offset + size)  # type: ignore[return-value]  # fsspec says text or bytes
             except FileNotFoundError:
                 break
             except OSError:
