@@ -186,7 +186,7 @@ def _add(rows: Rows, batch: Sequence[Decoded], backbone: Backbone, settings: Fea
     pixels = [one.pixels for one in batch if one.pixels is not None]
     features: Iterator[Features] = iter(())
     if pixels:
-        tensors = [torch.from_numpy(image).permute(2, 0, 1).to(device) for image in pixels]
+        tensors = [torch.tensor(image).permute(2, 0, 1).to(device) for image in pixels]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             if settings.whole:
                 normal = [backbone.image.normalise(image[None])[0] for image in tensors]

@@ -55,7 +55,7 @@ def test_rows_are_the_features_of_the_images_in_their_order(model, pool, tmp_pat
     assert first[1]["cls"] is None
     backbone = load_backbone(model)
     content = encoded(picture(4, (90, 100)))
-    pixels = torch.from_numpy(eval_crop(content, 56, 64)).permute(2, 0, 1)[None]
+    pixels = torch.tensor(eval_crop(content, 56, 64)).permute(2, 0, 1)[None]
     expected = backbone.features(backbone.image.normalise(pixels))
     assert np.allclose(second[1]["cls"], expected.cls[0], atol=1e-5)
     assert np.allclose(second[1]["mean"], expected.patches[0].mean(dim=0), atol=1e-5)
