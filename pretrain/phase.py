@@ -151,8 +151,10 @@ class Phase:
     def _student_losses(
         self, crops: Crops, targets: TeacherTargets, step: int, part: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        # The same on every rank: two ranks draw the noise of one.
-        generator = seeded(self.config.seed, _STEP, self.index, step, part)
+        # Each micro-batch has noise of its own, by its place in the global batch: the same draws on any number of ranks
+        # that make micro-batches of this size.
+        micro_batch = collectives.rank() * self.config.execution.accumulation_steps + part
+        generator = seeded(self.config.seed, _STEP, self.index, step, micro_batch)
         with self.wrapped.autocast():
             gram_patches = None
             if self.gram is not None:
@@ -162,7 +164,7 @@ class Phase:
                 student_losses,
                 crops=crops,
                 targets=targets,
-                config=self.config,
+                config=self.config.at_step(step),
                 generator=generator,
                 gram_patches=gram_patches,
                 gather=collectives.gather_with_grad,
@@ -227,7 +229,7 @@ def start_phase(
     student, teacher = fresh_network(phase_config), fresh_network(phase_config)
     own_offset = phase_config.model.position_offset is not None
     if position.step == 0 and latest is not None:
-        load_network(student, latest, "student", own_offset)
+        load_network(student, latest, phase_config.start_from, own_offset)
         load_network(teacher, latest, "teacher", own_offset)
     elif position.step == 0 and phase_config.init_from:
         load_network(student, phase_config.init_from, keep_offset=own_offset)
@@ -250,7 +252,8 @@ def start_phase(
         gram = fresh_network(phase_config)
         gram.backbone.position_offset = teacher.backbone.position_offset
         if position.step == 0 and phase_config.gram.teacher != "ema":
-            load_network(gram, phase_config.gram.teacher, keep_offset=own_offset)
+            own = checkpoints.folder if latest is None else latest.parent  # a replay has a folder of its own
+            load_network(gram, phase_config.gram.source(own), keep_offset=own_offset)
         elif position.step == 0:
             gram.load_state_dict(teacher.state_dict())
     phase = Phase(phase_config, position.phase, student.to(device), teacher.to(device), frozen)

@@ -31,7 +31,7 @@ from pretrain.watch.metrics import CHANGES
 # How a run is computed and watched, not what is computed.
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.
-_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer")
+_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer", "start_from")
 _FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
 log = logging.getLogger("pretrain")
 

@@ -224,9 +224,14 @@ def student_losses(
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
     gather = gather if loss.koleo_group_size > num_images else None
-    groups, masks, local = [crops.global_crops], [crops.masks], [False]
+    # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
+    groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:
-        groups, masks, local = [*groups, crops.local_crops], [*masks, None], [*local, True]
+        seen = crops.local_crops
+        if config.crops.drop_local_remainder:
+            height, width = (side - side % network.backbone.patch_size for side in seen.shape[2:])
+            seen = seen[..., :height, :width]
+        groups, masks, local = [*groups, seen], [*masks, None], [*local, True]
     features = network.backbone(groups, masks, local, generator)
     cls = torch.cat([f.cls for f in features])
     patches = features[0].patches.flatten(0, 1)[crops.masked]

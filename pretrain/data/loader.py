@@ -360,13 +360,17 @@ def read_tables(config: DataConfig) -> dict[str, ImageTable]:
 
 
 def check_sizes(crops: CropsConfig, patch_size: int) -> None:
-    """Every side is a multiple of the patch.
+    """Every side is a multiple of the patch, but for local crops whose remainder is dropped.
 
     Raises:
         ValueError: one is not; the nearest that are.
     """
     for sizes in crops.all_sizes():
-        sides = {"global_px": sizes.global_px, "local_px": sizes.local_px, "gram_px": sizes.gram_px}
+        sides = {"global_px": sizes.global_px, "gram_px": sizes.gram_px}
+        if not crops.drop_local_remainder:
+            sides["local_px"] = sizes.local_px
+        elif sizes.local_px < patch_size:
+            raise ValueError(f"crops.local_px={sizes.local_px} is less than a patch of {patch_size}.")
         for name, side in sides.items():
             if side % patch_size:
                 below = side // patch_size * patch_size
