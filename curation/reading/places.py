@@ -57,8 +57,11 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}" if url else name
 
 
-def open_file(url: str) -> IO[bytes]:
+def open_file(url: str, block_size: int | None = None) -> IO[bytes]:
     """Open a file of a part (named as `readable` names it). Nothing but a regular file is opened, so none can hang.
+
+    Args:
+        block_size: bytes that a store is asked for at once; None for what its client does.
 
     Raises:
         OSError: it is not there, not readable, or no regular file.
@@ -67,7 +70,7 @@ def open_file(url: str) -> IO[bytes]:
     if is_local(url):
         return open(local_path(url), "rb", opener=_open_regular)
     fs, path = file_system(url)
-    return fs.open(path, "rb")  # type: ignore[return-value]  # fsspec says text or bytes
+    return fs.open(path, "rb", **({"block_size": block_size} if block_size else {}))  # type: ignore[return-value]  # fsspec says text or bytes
 
 
 def file_size(url: str) -> int:
