@@ -106,10 +106,13 @@ class Batch:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """[V, B, ...] on the device. A slice over B of pinned memory goes crop by crop: as a whole it is no one piece."""
-    if tensor.is_contiguous() or tensor.device == device:
-        return tensor.to(device, non_blocking=True)
-    there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    """[V, B, ...] on the device, in the same memory format.
+
+    Crop by crop: of a slice over B each is one piece of memory, which a pinned host hands over without a wait.
+    """
+    if tensor.device == device:
+        return tensor
+    there = torch.empty_like(tensor, device=device)
     for copy, crops in zip(there, tensor, strict=True):
         copy.copy_(crops, non_blocking=True)
     return there
