@@ -174,12 +174,19 @@ class Steps(Dataset[Batch]):
     def _masks(self, step: int, positions: np.ndarray, sizes: CropSizes) -> torch.Tensor:
         """bool [V, B, N]"""
         side = sizes.global_px // self.patch_size
-        size = self.order.batch_size
-        crops = np.concatenate([positions + view * size for view in range(NUM_GLOBAL_CROPS)])
-        masks = step_masks(
-            self.masks, (side, side), crops, NUM_GLOBAL_CROPS * size, self.order.seed, self.order.phase, step
+        order = self.order
+        return torch.from_numpy(
+            step_masks(
+                self.masks,
+                (side, side),
+                positions,
+                order.batch_size,
+                NUM_GLOBAL_CROPS,
+                order.seed,
+                order.phase,
+                step,
+            )
         )
-        return torch.from_numpy(masks).view(NUM_GLOBAL_CROPS, len(positions), -1)
 
 
 @dataclass(frozen=True)
