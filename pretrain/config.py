@@ -330,14 +330,14 @@ def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]
         names = [_dataset_name(path, i, len(shards)) for i, path in enumerate(shards)]
         datasets = {name: {"shards": path} for name, path in zip(names, shards, strict=True)}
         config = replace(config, data=replace(config.data, datasets={}))
-        config = merge_config(config, {"data": {"datasets": datasets}}, "--shards")
+        config = merge_config(config, {"data": {"datasets": datasets}}, "--data")
     config = override_config(config, overrides)
     _check_one_size(config.crops, _not_default(config.crops), "crops")
     for name in config.phase_names:
         config.phase(name)  # a wrong key in a phase is an error now, not after the first phase
         own = config.phase(name).data.datasets
         if shards and own != config.data.datasets:
-            log.info("phase %s draws from its own data.datasets (%s), not from --shards as such", name, ", ".join(own))
+            log.info("phase %s draws from its own data.datasets (%s), not from --data as such", name, ", ".join(own))
     return config
 
 

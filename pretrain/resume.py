@@ -270,7 +270,7 @@ def _change(position: Position, phase: str, key: str, old: Any, new: Any) -> dic
 
 
 def _with_names_of(phase: TrainConfig, found: TrainConfig) -> TrainConfig:
-    """`found` with its datasets named as in `phase`: `--shards` names them by path, and only their order counts."""
+    """`found` with its datasets named as in `phase`: `--data` names them by path, and only their order counts."""
     before, now = found.data.datasets, phase.data.datasets
     if len(before) != len(now):
         return found
