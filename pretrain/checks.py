@@ -19,11 +19,11 @@ from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.models.architectures import ARCHITECTURES, architecture
-from pretrain.phase import check_distillation, fresh_network
+from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
 from pretrain.student_teacher import Network, build_network
 from pretrain.watch.evaluation import check_sets
-from pretrain.weights import load_network, load_teacher
+from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
 _FREE_MODEL = ("position_px", "position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
@@ -245,16 +245,24 @@ def _check_files(
         check_sets(phase.evaluation)
     if starts_from:
         with _of_key("init_from"):
-            load_network(fresh_network(phase), starts_from)
+            load_network(_on_meta(phase), starts_from)
     if phase.distill_from:
         with _of_key("distill_from"):
-            check_distillation(load_teacher(phase.distill_from), phase)
+            weights, teacher = teacher_weights(phase.distill_from)
+            check_distillation(teacher, phase)
+            fill_teacher(teacher, weights)
     if anchored_to not in ("", "ema"):
         run = out or Path("OUT")  # a plan may have none
         source = phase.gram.source(run / "checkpoints")
         if not _will_be_saved(source, config, index, out if source == anchored_to else run):
             with _of_key("gram.teacher"):
-                load_network(fresh_network(phase), source)
+                load_network(_on_meta(phase), source)
+
+
+def _on_meta(config: TrainConfig) -> Network:
+    """What a file is compared with, without room for it."""
+    with torch.device("meta"):
+        return build_network(config)
 
 
 @contextmanager

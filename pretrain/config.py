@@ -202,7 +202,10 @@ class ExecutionConfig:
     device: str = "auto"
     """auto, cpu, cuda"""
     parallel: str = "auto"
-    """auto (single for one process, DDP below a billion parameters, FSDP2 above), single, ddp, fsdp"""
+    """auto (single for one process, DDP below a billion parameters, FSDP2 above), single, ddp (a copy on every rank),
+    fsdp (one copy, over all ranks), hybrid (one copy over each `shard_ranks` ranks)"""
+    shard_ranks: int = 0
+    """ranks that share a copy of all weights under hybrid, next to each other; 0: those of a node"""
     accumulation_steps: int = 1
     """micro-batches of a step; losses equal those of one batch but for KoLeo, whose neighbours are the micro-batch's"""
     activation_checkpointing: bool = False
@@ -215,7 +218,7 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         check_choice("execution.device", self.device, DEVICES)
         check_choice("execution.parallel", self.parallel, MODES)
-        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, 1024]")
+        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, 1024]", shard_ranks="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)

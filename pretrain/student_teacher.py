@@ -20,6 +20,7 @@ from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.losses.prototypes import Targets
 from pretrain.models import architectures
+from pretrain.models.initial import Initial, prefixed
 from pretrain.models.projection_head import ProjectionHead
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -44,11 +45,13 @@ class Network(nn.Module):
     def forward(self, compute: Callable[["Network"], T]) -> T:
         return compute(self)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        self.backbone.init_weights(generator)
-        self.dino_head.init_weights(generator)
-        if self.ibot_head is not None:
-            self.ibot_head.init_weights(generator)
+    def initials(self) -> dict[str, Initial]:
+        """What each parameter starts from, by its name."""
+        heads = {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
+        found = prefixed("backbone", self.backbone.initials())
+        for name, head in heads.items():
+            found |= prefixed(name, head.initials()) if head is not None else {}
+        return found
 
 
 def build_network(config: TrainConfig) -> Network:
