@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from pretrain.checks import check_numbers, check_run
-from pretrain.config import TrainConfig, micro_batch_size
+from pretrain.config import LIKE, TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
@@ -292,8 +292,10 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
     yield f"in all {steps:,} steps and {_scaled(flops, _FLOP)} on {world_size} rank(s)"
     for plan in plans:
         optim, batch = plan.config.optim, plan.config.global_batch_size
+        like = (plan.config.phases.get(plan.name) or {}).get(LIKE)
         yield (
-            f"{plan.name}: learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
+            (f"{plan.name}, like {like}: " if like else f"{plan.name}: ")
+            + f"learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
             f"({optim.base_lr:g} by rule {optim.lr_rule} for batch {batch:,}), "
             f"{optim.schedule} after {optim.warmup_steps:,} steps"
         )

@@ -491,8 +491,13 @@ def resolved(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+@cache
+def load(name: str) -> TrainConfig:
+    return load_train_config(name, [], [])
+
+
 def test_every_config_and_phase_is_held_against_a_file_or_is_our_own() -> None:
-    phases = {(name, phase) for name in config_names(GROUP) for phase in load_train_config(name, [], []).phase_names}
+    phases = {(name, phase) for name in config_names(GROUP) for phase in load(name).phase_names}
     assert {pair for pair in phases if pair[0] not in OWN} == RECIPES.keys()
     assert {name for name, _ in phases} >= OWN
 
@@ -500,7 +505,7 @@ def test_every_config_and_phase_is_held_against_a_file_or_is_our_own() -> None:
 @pytest.mark.parametrize(("name", "phase"), RECIPES)
 def test_a_phase_equals_its_released_file_but_for_what_is_meant(name: str, phase: str) -> None:
     recipe = RECIPES[name, phase]
-    config = load_train_config(name, [], [])
+    config = load(name)
     ours, theirs = resolved(config.phase(phase)), released(recipe)
     if phase == config.phase_names[0]:
         for key in ("reset_optimizer", "start_from"):
@@ -518,7 +523,7 @@ def test_a_phase_equals_its_released_file_but_for_what_is_meant(name: str, phase
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in RECIPES}))
 def test_a_run_on_the_released_number_of_gpus_has_their_batches(name: str) -> None:
-    config, checked = load_train_config(name, [], []), set()
+    config, checked = load(name), set()
     for (other, phase), recipe in RECIPES.items():
         gpus = Facts(recipe).command("gpus") or 48  # the distilled student's
         if other == name and "global_batch_size" not in recipe.differs:
@@ -548,7 +553,7 @@ def test_a_config_cites_the_files_that_it_equals(name: str) -> None:
 @pytest.mark.parametrize("size", "sblg")
 def test_registers_are_those_of_the_released_models(size: str) -> None:
     file = f"dinov2/configs/eval/vit{size}14_reg4_pretrain.yaml"
-    ours = resolved(load_train_config(f"dinov2_vit{size}14", [], []).phase("pretrain"))
+    ours = resolved(load(f"dinov2_vit{size}14").phase("pretrain"))
     asked = {"num_register_tokens": "num_registers", "interpolate_antialias": "position_antialias"}
     for theirs, name in (asked | {"interpolate_offset": "position_offset"}).items():
         assert ours[f"model.{name}"] == table()[file, f"student.{theirs}"]
