@@ -47,7 +47,7 @@ from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
 from pretrain.stopping import Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
-from pretrain.watch.flops import measured_peak_flops, peak_flops
+from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
@@ -163,16 +163,15 @@ class Run:
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
             if self.position.phase < len(self.phases):
                 write_changes(out, self.standing)
-        self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
-        if not self.peak:  # a CPU: what a matrix product reaches here, now
-            self.peak = measured_peak_flops(device, getattr(torch, config.precision))
+        # A processor has no data sheet, and what it reaches now depends on who else uses it: the rate stands alone.
+        peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         self.metrics = Metrics(
             out if self.is_first else None,
             config.watch,
             device,
             collectives.mean_over_ranks,
             start_step=self.position.global_step,
-            peak_flops=self.peak * collectives.world_size(),
+            peak_flops=peak * collectives.world_size(),
             run_config=asdict(config),
         )
         self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
