@@ -40,6 +40,8 @@ from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
+from pretrain.machine import check_shared_memory
+from pretrain.machine import notes as machine_notes
 from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
@@ -111,6 +113,10 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
         check_numbers(config, collectives.world_size())
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world_size()))
+        collectives.from_first_of_machine(lambda: check_shared_memory(config, collectives.world_size(), ranks_here))
+        for line in machine_notes(config, collectives.world_size(), ranks_here):
+            log.warning(line)
         # A rank that leaves alone would leave the others waiting: with several, the first step is done before stopping.
         is_alone = collectives.world_size() == 1
         with stop.leaving_waits(is_alone):
