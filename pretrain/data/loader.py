@@ -174,12 +174,19 @@ class Steps(Dataset[Batch]):
     def _masks(self, step: int, positions: np.ndarray, sizes: CropSizes) -> torch.Tensor:
         """bool [V, B, N]"""
         side = sizes.global_px // self.patch_size
-        size = self.order.batch_size
-        crops = np.concatenate([positions + view * size for view in range(NUM_GLOBAL_CROPS)])
-        masks = step_masks(
-            self.masks, (side, side), crops, NUM_GLOBAL_CROPS * size, self.order.seed, self.order.phase, step
+        order = self.order
+        return torch.from_numpy(
+            step_masks(
+                self.masks,
+                (side, side),
+                positions,
+                order.batch_size,
+                NUM_GLOBAL_CROPS,
+                order.seed,
+                order.phase,
+                step,
+            )
         )
-        return torch.from_numpy(masks).view(NUM_GLOBAL_CROPS, len(positions), -1)
 
 
 @dataclass(frozen=True)
@@ -361,13 +368,17 @@ def read_tables(config: DataConfig) -> dict[str, ImageTable]:
 
 
 def check_sizes(crops: CropsConfig, patch_size: int) -> None:
-    """Every side is a multiple of the patch.
+    """Every side is a multiple of the patch, but for local crops whose remainder is dropped.
 
     Raises:
         ValueError: one is not; the nearest that are.
     """
     for sizes in crops.all_sizes():
-        sides = {"global_px": sizes.global_px, "local_px": sizes.local_px, "gram_px": sizes.gram_px}
+        sides = {"global_px": sizes.global_px, "gram_px": sizes.gram_px}
+        if not crops.drop_local_remainder:
+            sides["local_px"] = sizes.local_px
+        elif sizes.local_px < patch_size:
+            raise ValueError(f"crops.local_px={sizes.local_px} is less than a patch of {patch_size}.")
         for name, side in sides.items():
             if side % patch_size:
                 below = side // patch_size * patch_size
