@@ -40,6 +40,8 @@ from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
+from pretrain.machine import check_shared_memory
+from pretrain.machine import notes as machine_notes
 from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
@@ -47,7 +49,7 @@ from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
 from pretrain.stopping import Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
-from pretrain.watch.flops import measured_peak_flops, peak_flops
+from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
@@ -111,6 +113,10 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
         check_numbers(config, collectives.world_size())
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world_size()))
+        collectives.from_first_of_machine(lambda: check_shared_memory(config, collectives.world_size(), ranks_here))
+        for line in machine_notes(config, collectives.world_size(), ranks_here):
+            log.warning(line)
         # A rank that leaves alone would leave the others waiting: with several, the first step is done before stopping.
         is_alone = collectives.world_size() == 1
         with stop.leaving_waits(is_alone):
@@ -163,16 +169,15 @@ class Run:
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
             if self.position.phase < len(self.phases):
                 write_changes(out, self.standing)
-        self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
-        if not self.peak:  # a CPU: what a matrix product reaches here, now
-            self.peak = measured_peak_flops(device, getattr(torch, config.precision))
+        # A processor has no data sheet, and what it reaches now depends on who else uses it: the rate stands alone.
+        peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         self.metrics = Metrics(
             out if self.is_first else None,
             config.watch,
             device,
             collectives.mean_over_ranks,
             start_step=self.position.global_step,
-            peak_flops=self.peak * collectives.world_size(),
+            peak_flops=peak * collectives.world_size(),
             run_config=asdict(config),
         )
         self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
