@@ -11,9 +11,9 @@ import os
 import posixpath
 import shutil
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -24,7 +24,7 @@ from curation.reading.parquet import CellReader
 from curation.reading.places import is_local, join, open_file, read_range
 from curation.reading.samples import Member
 from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits
-from pretrain.data.listing import block_bytes, indexed_name, list_images
+from pretrain.data.listing import Listing, block_bytes, indexed_name, list_images
 from pretrain.data.sources import Shard, Source, find_sources
 from pretrain.data.table_files import ArrayFiles, mapped, new_folder, read_about, write_about
 from pretrain.data.tars import BLOCK, member_name
@@ -33,6 +33,7 @@ from pretrain.distributed import collectives
 _ARRAYS = {"blocks": np.uint32, "sizes": np.uint32, "names": np.uint8}
 _MAX_OPEN_FILES, _MAX_OPEN_TABLES = 64, 8
 _READ_ATTEMPTS = 3
+_LISTED_AT_ONCE = 8
 _logger = logging.getLogger(__name__)
 
 
@@ -113,9 +114,8 @@ def _write_table(sources: Sequence[Source], shards: str, limits: ImageLimits, fo
     counts: list[int] = []
     listed: list[Shard] = []
     refused: Counter[str] = Counter()
-    # Threads are for remote shards, where the time goes into waiting.
-    with ThreadPoolExecutor(8) as pool, ArrayFiles(folder, _ARRAYS) as arrays:
-        for listing in pool.map(lambda source: list_images(source, limits), sources):
+    with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool, ArrayFiles(folder, _ARRAYS) as arrays:
+        for listing in _listed(sources, limits, pool):
             refused += listing.refused
             blocks = listing.blocks
             if listing.shard.kind == "rows" and not len(blocks):
@@ -143,6 +143,17 @@ def _write_table(sources: Sequence[Source], shards: str, limits: ImageLimits, fo
     found = [mapped(folder / name, kind) for name, kind in _ARRAYS.items()]
     fingerprint = _fingerprint(listed, [starts, *(array for array in found if len(array))])
     write_about(folder, about | {"fingerprint": fingerprint, "refused": dict(sorted(refused.items()))})
+
+
+def _listed(sources: Sequence[Source], limits: ImageLimits, pool: ThreadPoolExecutor) -> Iterator[Listing]:
+    """In order, a few ahead: threads are for remote shards, where the time goes into waiting."""
+    ahead: deque[Future[Listing]] = deque()
+    for source in sources:
+        ahead.append(pool.submit(list_images, source, limits))
+        if len(ahead) > 2 * _LISTED_AT_ONCE:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _fingerprint(shards: Sequence[Shard], arrays: Sequence[np.ndarray]) -> str:
