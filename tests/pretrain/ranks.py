@@ -22,7 +22,7 @@ from pretrain.optim.schedules import OptimConfig, StepValues
 TIMEOUT_S = 240
 # Forked from a process that has imported torch once and done nothing with it: importing takes longer than the tests.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.checkpoint"])
+PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.phase"])
 VALUES = StepValues(
     lr=1e-2,
     last_layer_lr=5e-3,
