@@ -160,7 +160,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 class Run:
     """Student, teacher and optimizer, and the steps that a training loop takes with them."""
 
-    def __init__(self, mode: str, precision: str = "float32", micro_batches: int = 1, **options: bool) -> None:
+    def __init__(self, mode: str, precision: str = "float32", micro_batches: int = 1, **options: int) -> None:
         self.micro_batches = micro_batches
         self.wrapped = wrap(*make_networks(), mode, precision, **options)
         self.student = plain_module(self.wrapped.student)

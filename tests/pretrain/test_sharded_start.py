@@ -3,6 +3,7 @@
 import gc
 import resource
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.loader import merge_config
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, write_teacher
 from pretrain.config import TrainConfig
 from pretrain.distributed.fsdp import full_tensors, local_tensor, place
 from pretrain.models import architectures
 from pretrain.models.initial import Initial, fill_rows
 from pretrain.phase import fresh_network, start_phase
 from pretrain.resume import Position, Standing
+from pretrain.weights import describe_teacher
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny_train import TINY
 
@@ -77,12 +79,12 @@ def start_narrow_7b(folder: Path) -> dict[str, float]:
         phase = start_phase(_parallel(config, "fsdp"), Standing(), checkpoints, CPU)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     parameters = sum(p.numel() for p in phase.teacher.parameters())
-    checkpoints.save(phase.state(), 1, {"teacher": None})
+    describe = describe_teacher(config, {"step": 1, "phase": "pretrain"}, 0.0)
+    checkpoints.save(phase.state(), 1, {"teacher": describe})
     checkpoints.wait()
     del phase
     gc.collect()
     latest = checkpoints.latest()
-    config = merge_config(config, {"model": {"position_offset": None}}, "the test")
     with LiveBytes() as resumed:
         start_phase(_parallel(config, "fsdp"), Standing(Position(0, 1, 1), latest), checkpoints, CPU)
     return {
@@ -91,7 +93,6 @@ def start_narrow_7b(folder: Path) -> dict[str, float]:
         "peak": counted.peak,
         "resumed": resumed.peak,
         "grown": grown,
-        "written": sum(file.stat().st_size for file in latest.glob("*.safetensors")) if latest else 0,
     }
 
 
@@ -110,26 +111,69 @@ def test_a_rank_of_a_7b_start_holds_its_share(tmp_path: Path) -> None:
         assert max(rank["peak"], rank["resumed"]) < rank["network"], "less than one network"
 
 
-def first_weights(config: TrainConfig, folder: Path, mode: str, more: dict[str, Any]) -> dict[str, Tensor]:
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-    phase = start_phase(_parallel(config, mode, **more), Standing(), checkpoints, CPU)
-    student = {f"student.{name}": tensor.clone() for name, tensor in full_tensors(phase.student)}
-    return student | {f"teacher.{name}": tensor.clone() for name, tensor in full_tensors(phase.teacher)}
+def starts(config: TrainConfig, folder: Path, mode: str, more: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every kind of start -> whole tensors of all networks, and the hash of the teacher that is distilled."""
+    teacher = str(folder / "teacher")
+    gram = {"gram": {"weight": 1.0, "teacher": teacher}, "crops": {"gram_px": 32}}
+    phases = {"phases": {"a": {}, "b": {"model": {"position_px": 48}}}}
+    kinds: dict[str, dict[str, Any]] = {
+        "fresh": {},
+        "init_from": {"init_from": teacher},
+        "no heads": {"init_from": str(folder / "backbone.pth")},
+        "gram": gram,
+        "distill": {"distill_from": teacher},
+        "phase": phases,
+    }
+    found = {}
+    for kind, settings in kinds.items():
+        asked = _parallel(merge_config(config, settings, kind), mode, **more)
+        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+        standing = Standing(Position(1, 0, 1), checkpoints.latest()) if kind == "phase" else Standing()
+        phase = start_phase(asked, standing, checkpoints, CPU)
+        networks = {"student": phase.student, "teacher": phase.teacher, "gram": phase.gram, "frozen": phase.frozen}
+        found[kind] = {"hash": phase.distilled} | {
+            f"{role}.{name}": tensor.clone()
+            for role, network in networks.items()
+            if network is not None
+            for name, tensor in full_tensors(network)
+        }
+    return found
 
 
-def first_weights_in_every_mode(config: TrainConfig, folder: Path) -> dict[str, dict[str, Tensor]]:
-    return {mode: first_weights(config, folder, mode, more) for mode, more in MODES.items() if mode != "single"}
+def starts_in_every_mode(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    return {mode: starts(config, folder, mode, more) for mode, more in MODES.items() if mode != "single"}
 
 
 @pytest.mark.slow
-def test_first_weights_are_equal_for_every_mesh(tmp_path: Path) -> None:
+def test_first_weights_are_equal_for_every_mesh_and_source(tmp_path: Path) -> None:
     config = merge_config(TrainConfig(), TINY, "the test")
-    whole = fresh_network(config).state_dict()
-    for rank in run_ranks(first_weights_in_every_mode, tmp_path, config, tmp_path, num_ranks=4):
-        for mode, found in rank.items():
-            for role in ("student", "teacher"):
-                for name, tensor in whole.items():
-                    assert torch.equal(found[f"{role}.{name}"], tensor), (mode, role, name)
+    other = fresh_network(replace(config, seed=7))
+    describe = describe_teacher(config, {"step": 1, "phase": "a"}, 0.1)
+    write_teacher(tmp_path / "teacher", other.state_dict(), describe)
+    torch.save({"model": other.backbone.state_dict()}, tmp_path / "backbone.pth")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config.checkpoint)
+    checkpoints.save({"student": fresh_network(replace(config, seed=8)), "teacher": other}, 1, {"teacher": describe})
+    checkpoints.wait()
+
+    one = starts(config, tmp_path, "single", {})
+    whole, sevens = fresh_network(config).state_dict(), other.state_dict()
+    for role in ("student", "teacher"):
+        assert all(torch.equal(one["fresh"][f"{role}.{name}"], tensor) for name, tensor in whole.items())
+        assert all(torch.equal(one["init_from"][f"{role}.{name}"], tensor) for name, tensor in sevens.items())
+        assert torch.equal(one["no heads"][f"{role}.backbone.norm.weight"], sevens["backbone.norm.weight"])
+        assert torch.equal(one["no heads"][f"{role}.dino_head.mlp.0.weight"], whole["dino_head.mlp.0.weight"])
+    for role, kind in (("gram", "gram"), ("frozen", "distill")):
+        assert all(torch.equal(one[kind][f"{role}.{name}"], tensor) for name, tensor in sevens.items())
+    assert one["distill"]["hash"]
+    assert one["phase"]["teacher.backbone.pos_embed"].shape[1] > whole["backbone.pos_embed"].shape[1]
+
+    for rank in run_ranks(starts_in_every_mode, tmp_path, config, tmp_path, num_ranks=4):
+        for mode, kinds in rank.items():
+            for kind, found in kinds.items():
+                assert found.pop("hash") == one[kind]["hash"]
+                assert found.keys() == one[kind].keys() - {"hash"}
+                for name, tensor in found.items():
+                    assert torch.equal(tensor, one[kind][name]), (mode, kind, name)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3000, 257), (1, 400_000), (13,)])
