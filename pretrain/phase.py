@@ -26,7 +26,7 @@ from pretrain.student_teacher import (
     Centering,
     Crops,
     Network,
-    TeacherOutputs,
+    TeacherLogits,
     TeacherTargets,
     build_network,
     freeze_unused,
@@ -122,20 +122,17 @@ class Phase:
         """
         config, values = self.config, self.values(step)
         apply_schedule(self.optimizer, values)
-        parts = [
-            Crops.from_batch(part, self.device) for part in batch.micro_batches(config.execution.accumulation_steps)
-        ]
+        parts = batch.micro_batches(config.execution.accumulation_steps)
         self._refresh_gram(step)
-        with torch.no_grad(), self.wrapped.autocast():
-            target_network = self.teacher if self.frozen is None else self.frozen
-            asked = partial(teacher_outputs, dino=config.uses_dino, ibot=config.uses_ibot)
-            outputs = [target_network(partial(asked, crops=crops)) for crops in parts]
-            centre = [buffer.clone() for buffer in self.centering.buffers()]
-            targets = self.centering(outputs, values.teacher_temperature)
+        # Crops wait as bytes on the host. Of several micro-batches one at a time is made floats, for the teacher and
+        # again for the student.
+        crops = Crops.from_batch(batch, self.device) if len(parts) == 1 else None
+        centre = [buffer.clone() for buffer in self.centering.buffers()]
+        targets, features = self._targets(batch, parts, crops, values.teacher_temperature)
         watched: dict[str, Tensor] = {}
-        for i, (crops, target) in enumerate(zip(parts, targets, strict=True)):
+        for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with self.wrapped.synchronize(last=i == len(parts) - 1):
-                terms, details = self._student_losses(crops, target, step, i)
+                terms, details = self._student_losses(crops or Crops.from_batch(part, self.device), target, step, i)
                 loss = torch.stack(list(terms.values())).sum()
                 (loss / len(parts)).backward()
             for name, value in {"loss": loss, **{f"loss/{k}": v for k, v in (terms | details).items()}}.items():
@@ -149,7 +146,7 @@ class Phase:
         for buffer, before in zip(self.centering.buffers(), centre, strict=True):
             buffer.copy_(torch.where(skip > 0, before, buffer))
         if diagnose:
-            watched |= self._diagnostics(outputs, targets, watched)
+            watched |= self._diagnostics(features, targets[0], watched)
         self.finite.check()
         return watched
 
@@ -159,11 +156,34 @@ class Phase:
         finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
         return not collectives.any_over_ranks(not finite.item())
 
+    @torch.no_grad()
+    def _targets(
+        self, batch: Batch, parts: Sequence[Batch], crops: Crops | None, temperature: float
+    ) -> tuple[list[TeacherTargets], Tensor]:
+        """What the student is asked in each micro-batch, and the teacher's CLS tokens in the first.
+
+        Args:
+            crops: of the batch, where it is one micro-batch.
+        """
+        network = self.teacher if self.frozen is None else self.frozen
+        asked = partial(teacher_outputs, dino=self.config.uses_dino, ibot=self.config.uses_ibot)
+        logits, features = TeacherLogits(batch, len(parts)), []
+        with self.wrapped.autocast():
+            for part in parts:
+                seen = crops or Crops.from_batch(part, self.device, teacher_only=True)
+                outputs = network(partial(asked, crops=seen))
+                logits.add(outputs)
+                features = features or [outputs.features]
+                del seen, outputs  # before the next are made
+            return self.centering(logits, temperature), features[0]
+
     def _student_losses(
         self, crops: Crops, targets: TeacherTargets, step: int, part: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        # The same on every rank: two ranks draw the noise of one.
-        generator = seeded(self.config.seed, _STEP, self.index, step, part)
+        # Each micro-batch has noise of its own, by its place in the global batch: the same draws on any number of ranks
+        # that make micro-batches of this size.
+        micro_batch = collectives.rank() * self.config.execution.accumulation_steps + part
+        generator = seeded(self.config.seed, _STEP, self.index, step, micro_batch)
         with self.wrapped.autocast():
             gram_patches = None
             if self.gram is not None:
@@ -173,7 +193,7 @@ class Phase:
                 student_losses,
                 crops=crops,
                 targets=targets,
-                config=self.config,
+                config=self.config.at_step(step),
                 generator=generator,
                 gram_patches=gram_patches,
                 gather=collectives.gather_with_grad,
@@ -182,14 +202,14 @@ class Phase:
             return self.student(compute)
 
     def _diagnostics(
-        self, outputs: Sequence[TeacherOutputs], targets: Sequence[TeacherTargets], watched: Mapping[str, Tensor]
+        self, features: Tensor, targets: TeacherTargets, watched: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        dino, ibot = targets[0].dino, targets[0].ibot
-        figures = {"feature_std": feature_std(outputs[0].features)}
-        if dino is not None:
-            figures |= target_diagnostics("dino", dino.rows, len(dino), watched["loss/dino_global"])
-        if ibot is not None:
-            figures |= target_diagnostics("ibot", ibot.rows, len(ibot))
+        """Of the first micro-batch."""
+        figures = {"feature_std": feature_std(features)}
+        if targets.dino is not None:
+            figures |= target_diagnostics("dino", targets.dino.rows, len(targets.dino), watched["loss/dino_global"])
+        if targets.ibot is not None:
+            figures |= target_diagnostics("ibot", targets.ibot.rows, len(targets.ibot))
         return figures
 
     def start_gram(self, network: Network) -> None:
@@ -259,7 +279,8 @@ def start_phase(
         return phase
     collectives.together(lambda: _first_values(phase, student, teacher, latest))
     if phase_config.gram.weight:
-        collectives.together(lambda: _first_gram(phase, gram, teacher))
+        own = checkpoints.folder if latest is None else latest.parent  # a replay has a folder of its own
+        collectives.together(lambda: _first_gram(phase, gram, teacher, own))
     if latest is not None:
         before = config.phase(config.phase_names[position.phase - 1])
         if phase_config.loss.centering == before.loss.centering:
@@ -276,7 +297,7 @@ def _first_values(phase: Phase, student: Network, teacher: Network, latest: Path
     source = latest or config.init_from
     lacking: Sequence[str] = [name for name, _ in student.named_children()]
     if source:
-        lacking = load_network(student, source, "student" if latest else "teacher", keep_offset)
+        lacking = load_network(student, source, config.start_from if latest else "teacher", keep_offset)
     if lacking:
         initialise(student, student.initials(), weights_seed(config), [f"{name}." for name in lacking])
     if latest is not None:
@@ -286,13 +307,14 @@ def _first_values(phase: Phase, student: Network, teacher: Network, latest: Path
         teacher.backbone.position_offset = student.backbone.position_offset
 
 
-def _first_gram(phase: Phase, gram: Network, teacher: Network) -> None:
+def _first_gram(phase: Phase, gram: Network, teacher: Network, checkpoints: Path) -> None:
+    """Weights of the Gram teacher before the first step of a phase; `checkpoints` is the folder of the run's own."""
     config = phase.config
     gram.backbone.position_offset = teacher.backbone.position_offset
     if config.gram.teacher == "ema":
         copy_parameters(paired_parameters(gram, teacher))
         return
-    lacking = load_network(gram, config.gram.teacher, keep_offset=config.model.position_offset is not None)
+    lacking = load_network(gram, config.gram.source(checkpoints), keep_offset=config.model.position_offset is not None)
     if lacking:  # no loss asks a Gram teacher's heads, and a checkpoint holds finite values
         initialise(gram, gram.initials(), weights_seed(config), [f"{name}." for name in lacking])
 

@@ -32,7 +32,7 @@ from pretrain.weights import Weights
 # How a run is computed and watched, not what is computed.
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.
-_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer")
+_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer", "start_from")
 _FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
 log = logging.getLogger("pretrain")
 
@@ -277,7 +277,7 @@ def _change(position: Position, phase: str, key: str, old: Any, new: Any) -> dic
 
 
 def _with_names_of(phase: TrainConfig, found: TrainConfig) -> TrainConfig:
-    """`found` with its datasets named as in `phase`: `--shards` names them by path, and only their order counts."""
+    """`found` with its datasets named as in `phase`: `--data` names them by path, and only their order counts."""
     before, now = found.data.datasets, phase.data.datasets
     if len(before) != len(now):
         return found

@@ -225,6 +225,25 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return message[0]
 
 
+def from_first_of_machine(make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank of this machine; an error on any machine is raised on every rank."""
+    if not is_distributed():
+        return make()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    message: list[Any] = [None, None]
+    if local_rank == 0:
+        try:
+            message[0] = make()
+        except Exception as error:
+            message[1] = error
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    for _, error in messages:
+        if error is not None:
+            raise error
+    return messages[rank() - local_rank][0]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.compiling import compiled
 from pretrain.distributed.collectives import is_distributed
 from pretrain.distributed.names import plain_name
 from pretrain.distributed.tensor_files import local_rows
@@ -200,7 +201,7 @@ def _replace_forwards(network: nn.Module, checkpoint_blocks: bool, compile_block
     """In place of wrapping: names stay, and the hooks that FSDP puts around a block stay out of the compiled code."""
     for block in _blocks(network):
         if compile_blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = compiled(block.forward)
         if checkpoint_blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
