@@ -174,7 +174,7 @@ def knn_accuracy(
     device = train.device
     labels = torch.tensor([number[name] for name in train_labels], dtype=torch.int64, device=device)
     truth = torch.tensor([number.get(name, -1) for name in val_labels], dtype=torch.int64, device=device)
-    bank = F.normalize(train.float(), dim=1) if len(train) else train.new_zeros(0, dim)
+    bank = collectives.together(lambda: F.normalize(train.float(), dim=1) if len(train) else train.new_zeros(0, dim))
     correct = torch.zeros(len(k), dtype=torch.int64, device=device)
     size = -(-_ROWS // collectives.world_size())
 
@@ -239,7 +239,8 @@ def extract(
         raise Stopped
     left_out = LeftOut.of_all(collectives.from_every_rank(mine))
     left_out.check(pattern, labels_file)
-    return torch.cat(rows) if rows else torch.empty(0, 1, device=device), names, left_out
+    together = collectives.together(lambda: torch.cat(rows) if rows else torch.empty(0, 1, device=device))
+    return together, names, left_out
 
 
 def backbone_features(backbone: Tokens, mean: Sequence[float], std: Sequence[float], bfloat16: bool) -> Features:
