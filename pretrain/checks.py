@@ -18,6 +18,7 @@ from pretrain.config import HeadConfig, ModelConfig, TrainConfig
 from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
+from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
 from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
@@ -80,6 +81,7 @@ def check_run(
 def check_numbers(config: TrainConfig, world_size: int) -> None:
     """Raises ValueError: settings of a phase that do not fit each other, or these ranks."""
     phases = [(name, config.phase(name)) for name in config.phase_names]
+    ranks_of_a_copy(config.execution.parallel, config.execution.shard_ranks, world_size)
     for (_, before), (name, phase) in pairwise(phases):
         with _of_phase(name):
             _check_goes_on(before, phase)

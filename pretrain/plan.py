@@ -21,7 +21,7 @@ from pretrain.checks import check_numbers, check_run
 from pretrain.config import LIKE, TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
-from pretrain.distributed.fsdp import DDP_LIMIT
+from pretrain.distributed.fsdp import DDP_LIMIT, SHARDED, ranks_of_a_copy
 from pretrain.machine import SHARED, waiting_bytes
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.optim.schedules import scaled_lr
@@ -140,11 +140,11 @@ def parallel_mode(config: TrainConfig, network: Network, world_size: int) -> str
 def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_size: int, mode: str) -> dict[str, float]:
     """Bytes that one rank holds at the peak of a step, at the largest crop sizes, by what they are for.
 
-    Parameters, gradients, both AdamW moments and the EMA teacher are float32, divided by the ranks under FSDP, which
+    Parameters, gradients, both AdamW moments and the EMA teacher are float32, divided by the ranks of a copy; FSDP
     gathers two blocks and the heads in the compute precision. Autocast keeps a bfloat16 copy of the weights otherwise.
     """
     parameters = count(network)
-    share = 1 / world_size if mode == "fsdp" else 1.0
+    share = 1 / ranks_of_a_copy(mode, config.execution.shard_ranks, world_size)
     width = 2 if config.precision == "bfloat16" else 4
     blocks = [count(block) for block in network.backbone.blocks]
     gathered = parameters - sum(blocks) + 2 * blocks[0]
@@ -156,7 +156,7 @@ def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_si
         memory["Gram teacher"] = 4 * parameters * share
     if config.distill_from:
         memory["frozen teacher"] = width * count(frozen) * share
-    if mode == "fsdp":
+    if mode in SHARDED:
         memory["gathered weights"] = gathered * (width + 4)  # and their gradients before they are reduced, float32
     elif width == 2:
         memory["bfloat16 copy"] = 2 * parameters
