@@ -20,6 +20,7 @@ from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.losses.prototypes import Targets
 from pretrain.models import architectures
+from pretrain.models.initial import Initial, prefixed
 from pretrain.models.projection_head import ProjectionHead
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -44,11 +45,13 @@ class Network(nn.Module):
     def forward(self, compute: Callable[["Network"], T]) -> T:
         return compute(self)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        self.backbone.init_weights(generator)
-        self.dino_head.init_weights(generator)
-        if self.ibot_head is not None:
-            self.ibot_head.init_weights(generator)
+    def initials(self) -> dict[str, Initial]:
+        """What each parameter starts from, by its name."""
+        heads = {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
+        found = prefixed("backbone", self.backbone.initials())
+        for name, head in heads.items():
+            found |= prefixed(name, head.initials()) if head is not None else {}
+        return found
 
 
 def build_network(config: TrainConfig) -> Network:
@@ -263,9 +266,14 @@ def student_losses(
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
     gather = gather if loss.koleo_group_size > num_images else None
-    groups, masks, local = [crops.global_crops], [crops.masks], [False]
+    # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
+    groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:
-        groups, masks, local = [*groups, crops.local_crops], [*masks, None], [*local, True]
+        seen = crops.local_crops
+        if config.crops.drop_local_remainder:
+            height, width = (side - side % network.backbone.patch_size for side in seen.shape[2:])
+            seen = seen[..., :height, :width]
+        groups, masks, local = [*groups, seen], [*masks, None], [*local, True]
     features = network.backbone(groups, masks, local, generator)
     cls = torch.cat([f.cls for f in features])
     patches = features[0].patches.flatten(0, 1)[crops.masked]

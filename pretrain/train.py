@@ -1,4 +1,4 @@
-"""Train a backbone on shards: torchrun -m pretrain.train --config NAME --shards PATH --out RUN [key=value ...]
+"""Train a backbone on images: torchrun -m pretrain.train --config NAME --data PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
 same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
@@ -35,6 +35,7 @@ from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals() as stop:
         try:
             with stop.leaving_waits("RANK" not in os.environ):
-                config = load_train_config(asked.config, asked.overrides, asked.shards)
+                config = load_train_config(asked.config, asked.overrides, asked.data)
                 check_allowed(config, asked.allow_changed)
                 for line in idle_settings(config):
                     log.info(line)
@@ -405,9 +406,7 @@ def _described_step(teacher: Path) -> int | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, help=f"a YAML file, or one of {', '.join(config_names(GROUP))}")
-    parser.add_argument(
-        "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
-    )
+    parser.add_argument("--data", "--shards", dest="data", action="append", default=[], help=DATA_HELP)
     parser.add_argument("--out", type=named_folder, help="the run folder")
     parser.add_argument(
         "--allow-changed",

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.initial import Initial
+
 
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` that takes its precision from the input.
@@ -34,5 +36,5 @@ class LayerScale(nn.Module):
             return self(linear(x))  # a replacement (LoRA, float8) has a forward of its own
         return F.linear(x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
 
-    def init_weights(self) -> None:
-        nn.init.constant_(self.gamma, self.initial)
+    def initials(self) -> dict[str, Initial]:
+        return {"gamma": Initial("constant", self.initial)}
