@@ -147,6 +147,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"loss.koleo_group_size={group} must be 2 or more, divide the {images} images of a micro-batch or be a "
             f"multiple of them, and divide global_batch_size={config.global_batch_size}."
         )
+    if group > images and world_size % (group // images):
+        raise ValueError(
+            f"loss.koleo_group_size={group} takes the micro-batches of {group // images} ranks, {images} images each; "
+            f"{world_size} ranks do not split so."
+        )
 
 
 def _check_schedule(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from pretrain.config import TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
+from pretrain.distributed.fsdp import SHARDED, ranks_of_a_copy
 from pretrain.losses.prototypes import BAND_BYTES_ELSEWHERE, BLOCK_BYTES_ELSEWHERE
 from pretrain.models.layers.block import num_kept
 from pretrain.models.vision_transformer import VisionTransformer
@@ -24,6 +25,13 @@ def masked_share(config: TrainConfig) -> float:
     return config.masks.probability * sum(config.masks.ratio) / 2 if config.uses_ibot else 0.0
 
 
+def shards(config: TrainConfig, world_size: int, mode: str) -> int:
+    """Ranks that hold one copy of the weights together."""
+    if mode == "hybrid":
+        return ranks_of_a_copy(config.execution.shard_ranks, world_size)
+    return world_size if mode == "fsdp" else 1
+
+
 def start_memory(config: TrainConfig, network: Network, frozen: Network, num_shards: int) -> float:
     """Bytes before the first step: float32 weights of student, teacher and Gram teacher, AdamW's moments, all divided
     by the ranks that share them; a teacher to distil from in the compute precision."""
@@ -37,7 +45,7 @@ def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_si
     gone and gradients there. Parameters, gradients, moments and EMA teacher are float32, divided by the ranks of a
     copy, which gather what they compute with. Crops of one micro-batch are float32, and wait as bytes on the host.
     """
-    num_shards = ranks_of_a_copy(mode, config.execution.shard_ranks, world_size)
+    num_shards = shards(config, world_size, mode)
     width = 2 if config.precision == "bfloat16" else 4
     images, accumulated = micro_batch_size(config, world_size), config.execution.accumulation_steps
     backbone = network.backbone
@@ -141,8 +149,8 @@ def _trained(network: nn.Module) -> int:
 
 
 def _cast_weights(config: TrainConfig, network: Network) -> int:
-    """Of which autocast keeps copies until the losses are there; but not of what LayerScale has a share in, where a block
-    is computed again."""
+    """Of which autocast keeps copies until the losses are there: all, but where blocks are computed again those
+    in which LayerScale has no share."""
     if not config.execution.activation_checkpointing:
         return count(network)
     recast = ("attn.proj.weight", "mlp.fc2.weight", "mlp.w3.weight")

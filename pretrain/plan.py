@@ -19,7 +19,7 @@ from pretrain.config import TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
-from pretrain.memory import count, rank_memory, start_memory
+from pretrain.memory import count, rank_memory, shards, start_memory
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
 from pretrain.student_teacher import Network, build_network
@@ -110,7 +110,7 @@ def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
                 flops_per_image=flops_per_image(step_cost(phase, network, frozen), phase.crops.all_sizes()),
                 mode=mode,
                 memory=rank_memory(phase, network, frozen, world_size, mode),
-                start_bytes=start_memory(phase, network, frozen, world_size if mode == "fsdp" else 1),
+                start_bytes=start_memory(phase, network, frozen, shards(phase, world_size, mode)),
             )
         )
     return plans

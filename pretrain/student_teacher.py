@@ -261,11 +261,11 @@ def student_losses(
     Args:
         generator: draws the images that stochastic depth leaves out and the noise of RoPE.
         gram_patches: [V*B, N, D'] of the Gram teacher, on the student's grid.
-        gather: all-gather with gradient, and this process's rank, for KoLeo across ranks.
+        gather, rank: all-gather with gradient over the ranks of a KoLeo group, and this one's place among them; None: a
+            group lies on one rank.
     """
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
-    gather = gather if loss.koleo_group_size > num_images else None
     # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
     groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:

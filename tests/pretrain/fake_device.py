@@ -63,7 +63,7 @@ def fake_device() -> Iterator[tuple[FakeTensorMode, LiveBytes]]:
 
 def empty_network(config: TrainConfig) -> Network:
     """Made on `meta`, where drawing weights takes no time."""
-    with torch.device("meta"):
+    with unset_fake_temporarily(), torch.device("meta"):
         network = build_network(config)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
