@@ -90,6 +90,7 @@ def check_numbers(config: TrainConfig, world_size: int) -> None:
             _check_positions(phase.model)
             _check_schedule(phase)
             _check_gram(phase)
+            _check_deterministic(phase)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -169,6 +170,15 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "
             "masks.probability and masks.ratio above 0."
+        )
+
+
+def _check_deterministic(config: TrainConfig) -> None:
+    attention = config.model.attention
+    if config.execution.deterministic and attention != "sdpa":
+        raise ValueError(
+            f"execution.deterministic=true, and the gradients of model.attention={attention} are not known to be added up "
+            "in a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
         )
 
 

@@ -40,11 +40,13 @@ from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
+from pretrain.garbage import collecting_by_steps
+from pretrain.numerics import settle_numerics
 from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
-from pretrain.stopping import Stopped, StopRequest, stop_signals
+from pretrain.stopping import SharedStop, Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
 from pretrain.watch.evaluation import run_evaluation
 from pretrain.watch.flops import measured_peak_flops, peak_flops
@@ -106,6 +108,7 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         ValueError: settings, shards or checkpoints that do not fit, before any time is lost.
         FloatingPointError: too many steps in a row were not finite; the message names the step and the term.
     """
+    settle_numerics(config.execution.deterministic)
     device = collectives.start(config.execution.device)
     try:
         if config.execution.threads and device.type == "cpu":
@@ -179,12 +182,12 @@ class Run:
 
     def go(self) -> int:
         """Returns FINISHED or STOPPED."""
-        with self.progress:
+        with self.progress, collecting_by_steps() as after_step:
             self._evaluate_missed()
             while self.position.phase < len(self.phases):
                 with self.stop.leaving_waits(self.is_alone):
                     phase = self._start_phase()
-                if not self._run_phase(phase):
+                if not self._run_phase(phase, after_step):
                     return STOPPED
                 self.position = self.position.next_phase()
             self._finish()
@@ -197,8 +200,9 @@ class Run:
         log.info("phase %s draws from %s", name, ", ".join(self.phases[name].data.datasets))
         return start_phase(self.config, self.standing, self.checkpoints, self.device, self.allowed)
 
-    def _run_phase(self, phase: Phase) -> bool:
+    def _run_phase(self, phase: Phase, after_step: Callable[[int], None]) -> bool:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
+        shared_stop = SharedStop(self.stop)
         config, name = phase.config, list(self.phases)[self.position.phase]
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
@@ -238,7 +242,8 @@ class Run:
                 for alarm in alarms.look(line):
                     self._alarm(alarm)
             self.progress.advance(step, name)
-            stop = collectives.any_over_ranks(bool(self.stop))
+            after_step(step)
+            stop = shared_stop.after(step)
             if stop:
                 self.check_lock()  # who lost it must not save there
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
