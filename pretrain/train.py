@@ -1,8 +1,8 @@
 """Train a backbone on images: torchrun -m pretrain.train --config NAME --data PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
-same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
-status 75); a second Ctrl-C ends it at once.
+same losses on the same ranks (to the last bit on a processor; on a GPU with execution.deterministic=true). Ctrl-C,
+SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit status 75); a second Ctrl-C ends it at once.
 
 A run folder holds checkpoints/step-*, metrics.jsonl, evaluation/, config.yaml; in the end teacher/ and report.html.
 """
