@@ -177,8 +177,8 @@ def _check_deterministic(config: TrainConfig) -> None:
     attention = config.model.attention
     if config.execution.deterministic and attention != "sdpa":
         raise ValueError(
-            f"execution.deterministic=true, but gradients of model.attention={attention} are not known to be added up in "
-            "a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
+            f"execution.deterministic=true, but gradients of model.attention={attention} are not known to be added up "
+            "in a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
         )
 
 
