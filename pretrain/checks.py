@@ -92,6 +92,7 @@ def check_numbers(config: TrainConfig, world_size: int) -> None:
             _check_positions(phase.model)
             _check_schedule(phase)
             _check_gram(phase)
+            _check_deterministic(phase)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -149,6 +150,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"loss.koleo_group_size={group} must be 2 or more and either divide the {images} images of a micro-batch, "
             f"or be a multiple of them that divides the {at_once} that all ranks have at once; 0 is the micro-batch."
         )
+    if group > images and world_size % (group // images):
+        raise ValueError(
+            f"loss.koleo_group_size={group} takes the micro-batches of {group // images} ranks, {images} images each; "
+            f"{world_size} ranks do not split so."
+        )
 
 
 def _check_schedule(config: TrainConfig) -> None:
@@ -166,6 +172,15 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "
             "masks.probability and masks.ratio above 0."
+        )
+
+
+def _check_deterministic(config: TrainConfig) -> None:
+    attention = config.model.attention
+    if config.execution.deterministic and attention != "sdpa":
+        raise ValueError(
+            f"execution.deterministic=true, but gradients of model.attention={attention} are not known to be added up "
+            "in a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
         )
 
 
