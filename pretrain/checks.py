@@ -18,6 +18,7 @@ from pretrain.config import HeadConfig, ModelConfig, TrainConfig
 from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
+from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
 from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
@@ -80,6 +81,7 @@ def check_run(
 def check_numbers(config: TrainConfig, world_size: int) -> None:
     """Raises ValueError: settings of a phase that do not fit each other, or these ranks."""
     phases = [(name, config.phase(name)) for name in config.phase_names]
+    ranks_of_a_copy(config.execution.parallel, config.execution.shard_ranks, world_size)
     for (_, before), (name, phase) in pairwise(phases):
         with _of_phase(name):
             _check_goes_on(before, phase)
@@ -90,6 +92,7 @@ def check_numbers(config: TrainConfig, world_size: int) -> None:
             _check_positions(phase.model)
             _check_schedule(phase)
             _check_gram(phase)
+            _check_deterministic(phase)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -147,6 +150,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"loss.koleo_group_size={group} must be 2 or more and either divide the {images} images of a micro-batch, "
             f"or be a multiple of them that divides the {at_once} that all ranks have at once; 0 is the micro-batch."
         )
+    if group > images and world_size % (group // images):
+        raise ValueError(
+            f"loss.koleo_group_size={group} takes the micro-batches of {group // images} ranks, {images} images each; "
+            f"{world_size} ranks do not split so."
+        )
 
 
 def _check_schedule(config: TrainConfig) -> None:
@@ -164,6 +172,15 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "
             "masks.probability and masks.ratio above 0."
+        )
+
+
+def _check_deterministic(config: TrainConfig) -> None:
+    attention = config.model.attention
+    if config.execution.deterministic and attention != "sdpa":
+        raise ValueError(
+            f"execution.deterministic=true, but gradients of model.attention={attention} are not known to be added up "
+            "in a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
         )
 
 

@@ -212,6 +212,8 @@ class ExecutionConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     """torch.compile of every block"""
+    deterministic: bool = False
+    """equal runs on equal GPUs give equal bits, somewhat slower; on a processor they always do"""
     threads: int = 0
     """of one process on a CPU; 0: torch's own choice"""
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import Checkpoints
-from pretrain.config import TrainConfig
+from pretrain.config import TrainConfig, micro_batch_size
 from pretrain.data.collate import Batch
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import Loader, build_loader
@@ -96,6 +96,9 @@ class Phase:
         }
         self.cost = step_cost(config, student, teacher if frozen is None else frozen)
         self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
+        # Ranks whose images repel each other talk among themselves.
+        self.koleo_ranks = config.loss.koleo_group_size // micro_batch_size(config, collectives.world_size())
+        self.koleo_group = collectives.consecutive_ranks(self.koleo_ranks) if self.koleo_ranks > 1 else None
         self.gram: nn.Module | None = None
         self.distilled: str | None = None  # the hash of `frozen`
         self.finite = FiniteWatch(config.optim.max_skipped_steps)
@@ -196,8 +199,8 @@ class Phase:
                 config=self.config.at_step(step),
                 generator=generator,
                 gram_patches=gram_patches,
-                gather=collectives.gather_with_grad,
-                rank=collectives.rank(),
+                gather=partial(collectives.gather_with_grad, group=self.koleo_group) if self.koleo_ranks > 1 else None,
+                rank=collectives.rank() % max(self.koleo_ranks, 1),
             )
             return self.student(compute)
 

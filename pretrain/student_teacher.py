@@ -112,9 +112,7 @@ class Crops:
         masks, masked, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         if batch.masks is not None:
             masks = batch.masks.flatten(0, 1)
-            masked = masks.flatten().nonzero().squeeze(1)
-            counts = masks.sum(dim=1)
-            weights = (1 / counts.clamp(min=1))[:, None].expand_as(masks).flatten()[masked]
+            masked, weights = masked_patches(masks)
             masks = masks.to(device, non_blocking=True)
         global_crops, local_crops, gram_crops = prepare(batch, device)
         return Crops(
@@ -127,6 +125,14 @@ class Crops:
             num_global=num_global,
             num_images=num_images,
         )
+
+
+def masked_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of masks [V*B, N] on the processor the flat positions of the masked patches, int64 [M]; and the weight of each,
+    1 over those of its crop, float32 [M]."""
+    masked = masks.flatten().nonzero().squeeze(1)
+    weights = 1 / masks.sum(dim=1).clamp(min=1)
+    return masked, weights[:, None].expand_as(masks).flatten()[masked]
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,7 @@ class TeacherLogits:
     """
 
     def __init__(self, batch: Batch, num_parts: int) -> None:
-        num_masked = 0 if batch.masks is None else int(batch.masks.sum())
-        self.rows = {"dino": batch.global_crops.shape[0] * batch.global_crops.shape[1], "ibot": num_masked}
+        self.rows = {"dino": batch.global_crops.shape[0] * len(batch), "ibot": batch.num_masked()}
         self.num_parts = num_parts
         self.matrices: dict[str, Tensor] = {}
         self.lengths: dict[str, list[int]] = {}
@@ -256,11 +261,11 @@ def student_losses(
     Args:
         generator: draws the images that stochastic depth leaves out and the noise of RoPE.
         gram_patches: [V*B, N, D'] of the Gram teacher, on the student's grid.
-        gather: all-gather with gradient, and this process's rank, for KoLeo across ranks.
+        gather, rank: all-gather with gradient over the ranks of a KoLeo group, and this one's place among them; None: a
+            group lies on one rank.
     """
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
-    gather = gather if loss.koleo_group_size > num_images else None
     # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
     groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:

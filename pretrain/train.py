@@ -1,8 +1,8 @@
 """Train a backbone on images: torchrun -m pretrain.train --config NAME --data PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
-same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
-status 75); a second Ctrl-C ends it at once.
+same losses on the same ranks (to the last bit on a processor; on a GPU with execution.deterministic=true). Ctrl-C,
+SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit status 75); a second Ctrl-C ends it at once.
 
 A run folder holds checkpoints/step-*, metrics.jsonl, evaluation/, config.yaml; in the end teacher/ and report.html.
 """
@@ -25,36 +25,36 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 
 from configs.loader import config_names
 from configs.messages import named_folder, sentence
 from pretrain import plan
-from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
+from pretrain.checkpoint import Checkpoints, read_manifest, stored_state, write_teacher
 from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import full_tensors, plain_module
+from pretrain.distributed.fsdp import plain_module
 from pretrain.distributed.tensor_files import DamagedFile
+from pretrain.evaluating import Answering, evaluate_teacher, saved_teacher
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
+from pretrain.garbage import collecting_by_steps
 from pretrain.machine import check_shared_memory
 from pretrain.machine import notes as machine_notes
-from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
+from pretrain.numerics import settle_numerics
+from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
-from pretrain.stopping import Stopped, StopRequest, stop_signals
+from pretrain.stopping import SharedStop, Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
-from pretrain.watch.evaluation import run_evaluation
 from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import TEACHER_CONFIG, describe_teacher, load_network
+from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 log = logging.getLogger("pretrain")
@@ -108,6 +108,7 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         ValueError: settings, shards or checkpoints that do not fit, before any time is lost.
         FloatingPointError: too many steps in a row were not finite; the message names the step and the term.
     """
+    settle_numerics(config.execution.deterministic)
     device = collectives.start(config.execution.device)
     try:
         if config.execution.threads and device.type == "cpu":
@@ -184,12 +185,12 @@ class Run:
 
     def go(self) -> int:
         """Returns FINISHED or STOPPED."""
-        with self.progress:
+        with self.progress, collecting_by_steps() as after_step:
             self._evaluate_missed()
             while self.position.phase < len(self.phases):
                 with self.stop.leaving_waits(self.is_alone):
                     phase = self._start_phase()
-                if not self._run_phase(phase):
+                if not self._run_phase(phase, after_step):
                     return STOPPED
                 self.position = self.position.next_phase()
             self._finish()
@@ -199,19 +200,22 @@ class Run:
         name = self.config.phase_names[self.position.phase]
         self.standing = replace(self.standing, position=self.position, latest=self.checkpoints.latest())
         log.info("phase %s: step %d of %d", name, self.position.step, self.phases[name].steps)
+        collectives.set_timeout(collectives.START_TIMEOUT)  # it may compile, and read weights from a slow disk
         log.info("phase %s draws from %s", name, ", ".join(self.phases[name].data.datasets))
         return start_phase(self.config, self.standing, self.checkpoints, self.device, self.allowed)
 
-    def _run_phase(self, phase: Phase) -> bool:
+    def _run_phase(self, phase: Phase, after_step: Callable[[int], None]) -> bool:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
+        shared_stop = SharedStop(self.stop)
         config, name = phase.config, list(self.phases)[self.position.phase]
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
         alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
         loader = self._loader(self.position.phase, self.position.step)
+        teacher = Answering(phase.teacher, phase.wrapped)
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
-            self._evaluate(config, phase.teacher)
-        batches = iter(loader)
+            self._evaluate(config, teacher)
+        batches, first = iter(loader), self.position.global_step
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
@@ -243,14 +247,17 @@ class Run:
                 for alarm in alarms.look(line):
                     self._alarm(alarm)
             self.progress.advance(step, name)
-            stop = collectives.any_over_ranks(bool(self.stop))
+            if step == first + 1:
+                collectives.set_timeout(collectives.STEP_TIMEOUT)
+            after_step(step)
+            stop = shared_stop.after(step)
             if stop:
                 self.check_lock()  # who lost it must not save there
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
                 with self._not_finite(phase, loader):
                     self._save(phase, always=stop)  # first: no evaluation may cost it
             if config.evaluation.is_due(step, total_steps(self.config)):
-                self._evaluate(config, phase.teacher, may_leave=self.position.step < config.steps)
+                self._evaluate(config, teacher, may_leave=self.position.step < config.steps)
             if stop and self.position.step < config.steps:
                 return self._stopped()
         self.checkpoints.wait()
@@ -334,9 +341,7 @@ class Run:
         if latest is not None:
             config = self.phases[read_manifest(latest)["meta"]["phase"]]
             if self._is_evaluation_owed(config):
-                network = fresh_network(config)
-                load_network(network, latest, keep_offset=config.model.position_offset is not None)
-                self._evaluate(config, network)
+                self._evaluate(config, saved_teacher(config, latest, self.device))
 
     def _is_evaluation_owed(self, config: TrainConfig) -> bool:
         step = self.position.global_step
@@ -345,37 +350,29 @@ class Run:
         lines = collectives.from_rank_zero(lambda: read_lines(self.out / EVALUATIONS))
         return all(line.get("step") != step for line in lines)
 
-    def _evaluate(self, config: TrainConfig, network: nn.Module, may_leave: bool = True) -> None:
-        """k-NN and pictures of the teacher as it is, on the first rank; the others wait.
+    def _evaluate(self, config: TrainConfig, teacher: Answering, may_leave: bool = True) -> None:
+        """k-NN and pictures of the teacher as it lies, the images shared out over the ranks.
 
         It changes nothing in the training, so once that goes on, a failure is written down and no more. A stop signal
         ends it where it `may_leave`, and the run evaluates when it goes on.
         """
-        with self.metrics.untimed():
-            teacher = fresh_network(config)
-            teacher.load_state_dict(dict(full_tensors(network)))
-            teacher.backbone.position_offset = plain_module(network).get_submodule("backbone").position_offset
-            step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
-
-            def evaluate() -> dict[str, float] | str | None:
-                try:
-                    with self.stop.leaving_waits(may_leave):
-                        return run_evaluation(backbone, config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
-                except Stopped:
-                    return None
-                except Exception as error:
-                    if step == 0:
-                        raise
-                    log.debug("evaluation at step %d", step, exc_info=True)
-                    if isinstance(error, OUT_OF_MEMORY):
-                        return "memory has run out: lower evaluation.batch_size."
-                    return failure(error) or f"{type(error).__name__}: {error}"
-
-            figures = collectives.from_rank_zero(evaluate)
-        if isinstance(figures, str):
-            self.metrics.evaluation(step, {"failed": figures})
-            self._alarm(Alarm("evaluation_failed", f"the evaluation failed, and training goes on: {figures}"))
-        elif figures is not None:
+        step, figures, failed = self.position.global_step, {}, ""
+        try:
+            with self.metrics.untimed(), self.stop.leaving_waits(may_leave and self.is_alone):
+                figures = evaluate_teacher(teacher, config, self.out, step, lambda: may_leave and bool(self.stop))
+        except Stopped:
+            return
+        except Exception as error:
+            if step == 0 or (isinstance(error, RuntimeError) and collectives.lost_rank(error)):
+                raise
+            log.debug("evaluation at step %d", step, exc_info=True)
+            failed = failure(error) or f"{type(error).__name__}: {error}"
+            if isinstance(error, OUT_OF_MEMORY):
+                failed = "memory has run out: lower evaluation.batch_size."
+        if failed:
+            self.metrics.evaluation(step, {"failed": failed})
+            self._alarm(Alarm("evaluation_failed", f"the evaluation failed, and training goes on: {failed}"))
+        else:
             self.metrics.evaluation(step, figures)
             self.progress.evaluation(figures)
 
@@ -394,10 +391,9 @@ class Run:
             )
             return
         try:
-            state = teacher_state(last)
+            write_teacher(teacher, stored_state(last), description)
         except DamagedFile as error:
             raise ValueError(f"{error} {self.checkpoints.without(last)}") from None
-        write_teacher(teacher, state, description)
         write_report(self.out)
         self.progress.message(f"the teacher: {teacher}; the report: {report}")
 

@@ -4,6 +4,7 @@ A worker makes whole batches: `Steps[step]` is a pure function of the settings a
 another step, and nothing of the loader goes into a checkpoint.
 """
 
+import gc
 import logging
 import sys
 import threading
@@ -237,6 +238,7 @@ def quiet_hook(met: threading.ExceptHookArgs) -> None:
 
 
 def _start_worker(number: int) -> None:
+    gc.enable()  # training collects by steps, a worker has none
     ignore_stop_signals(number)
     threading.excepthook = quiet_hook
     former = sys.excepthook
