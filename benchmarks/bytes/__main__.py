@@ -20,6 +20,7 @@ from benchmarks.bytes.count import Counter
 from benchmarks.bytes.device import described
 from benchmarks.train_step import STEP, fixed_batch
 from pretrain.config import TrainConfig, load_train_config
+from pretrain.losses.prototypes import compiled_pass
 from pretrain.phase import Phase
 from pretrain.student_teacher import Network, build_network
 
@@ -72,6 +73,7 @@ def count_step(config: TrainConfig) -> Counter:
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             stack.enter_context(context)
+        stack.callback(compiled_pass.cache_clear)  # what was compiled here only counts
         torch._dynamo.reset()
         counting = functools.partial(torch.compile, backend=backend(counter))
         stack.enter_context(patch.object(torch, "compile", counting))

@@ -59,6 +59,7 @@ def described(gpu: Any = H100) -> Iterator[None]:
         (torch.cuda, "get_rng_state"): lambda *_: torch.zeros(1),
         (torch.cuda, "set_rng_state"): lambda *_: None,
         (torch.cuda.amp.common, "amp_definitely_not_available"): lambda: False,
+        (torch._dynamo, "maybe_mark_dynamic"): lambda *_: None,  # sizes are numbers here, or they could not be counted
         (torch._inductor.scheduler, "has_triton"): lambda *_: True,
         (torch.nn.functional, "scaled_dot_product_attention"): _flash,
         (DeviceProperties, "create"): classmethod(lambda *_: properties),
