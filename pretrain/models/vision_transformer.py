@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers.attention import Attention, Layout, make_layout
-from pretrain.models.layers.block import Block, Kept, draw_kept, num_kept
+from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
 from pretrain.models.layers.norm import LayerNorm, LayerScale
 from pretrain.models.layers.patch_embed import PatchEmbed
 from pretrain.models.layers.position import patch_positions
 from pretrain.models.layers.rope import Rope, RopeNoise, noisy_tables, tables
+from pretrain.models.layers.rows import Kept
 
 FAMILIES = ("dinov2", "dinov3")
 POSITIONS = ("learned", "rope")
@@ -269,7 +270,10 @@ class VisionTransformer(nn.Module):
         groups = [(num_kept(images, self.drop_path), tokens) for images, tokens in layout.groups]
         smaller = make_layout(groups, self.attention, device)
         scale = torch.cat(scales)
-        kept = [Kept(drawn, scale, smaller) for drawn in torch.cat(rows, dim=1).unbind(0)]
+        drawn = torch.cat(rows, dim=1)  # [2 * depth, T']
+        places = torch.full((len(drawn), start), -1, device=device)
+        places.scatter_(1, drawn, torch.arange(drawn.shape[1], device=device).expand_as(drawn))
+        kept = [Kept(*both, scale, smaller) for both in zip(drawn.unbind(0), places.unbind(0), strict=True)]
         return list(zip(kept[0::2], kept[1::2], strict=True))
 
     def features(
