@@ -128,7 +128,8 @@ class Counter(TorchDispatchMode):
         ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        # The latter has no form without a device; it gives nothing back.
+        out = func(*args, **kwargs) if func is not aten._fused_sgd_.default else None
         if self._on:
             made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
             if any(x.device.type == "cuda" for x in (*given, *made)):
@@ -155,6 +156,8 @@ class Counter(TorchDispatchMode):
             for x in tree_leaves(value)
             if isinstance(x, Tensor)
         ]
+        if name.startswith("_fused") and kwargs.get("grad_scale") is None:
+            written = [x for x in written if not any(x is gradient for gradient in args[1])]  # they could be scaled
         written += [kwargs["out"]] if "out" in kwargs else []
         fresh = [x for x in made if not any(x is other for other in given)]
         if name.startswith("_scaled_dot_product") or name.startswith(("_flash_attention", "_efficient_attention")):
@@ -172,6 +175,8 @@ class Counter(TorchDispatchMode):
             first = args[0]
             chunks = sum(math.ceil(x.numel() / _CHUNK) for x in first)
             launches = max(math.ceil(chunks / _BLOCKS), math.ceil(len(first) / 36))
+            if name == "_foreach_lerp_" and isinstance(args[2], list):
+                launches = len(first)  # weights that are no tensors of the same shape: one after another
         else:
             launches = 2 if name in _SCATTERS else 1
         self.add(region, kind, name, num_bytes, launches)
