@@ -64,7 +64,9 @@ class ModelConfig:
     drop_path: float = 0.0
     """stochastic depth: share of the images that a block leaves out, in [0, 1)"""
     attention: str = "sdpa"
-    """sdpa (one call per crop size), varlen (packed), xformers"""
+    """sdpa (one call per crop size), auto (the same, kernel by length), varlen (packed), xformers"""
+    fp8: bool = False
+    """8-bit products in the linear layers of blocks that are 1024 wide or more, on GPUs; with precision bfloat16"""
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, sorted(ARCHITECTURES))
@@ -78,7 +80,7 @@ class ModelConfig:
 
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
-        changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention}
+        changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention, "fp8": self.fp8}
         optional = ("patch_size", "num_registers", "ffn", "depth", "layerscale", "untied_local_norm", "position_offset")
         for name in (*optional, "rope_shift", "rope_jitter", "rope_rescale"):
             if getattr(self, name) is not None:
@@ -238,6 +240,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        if self.model.fp8 and self.precision != "bfloat16":
+            raise ValueError(f"model.fp8=true goes with precision=bfloat16, not {self.precision}.")
         check_ranges("", self, seed="[0, inf)", steps="[1, inf)", global_batch_size="[1, inf)")
 
     @property

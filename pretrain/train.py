@@ -35,6 +35,7 @@ from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.prefetch import transferred
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
@@ -205,7 +206,7 @@ class Run:
         loader = self._loader(self.position.phase, self.position.step)
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
             self._evaluate(config, phase.teacher)
-        batches = iter(loader)
+        batches = transferred(iter(loader), self.device)
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pretrain.models.layers.attention import Attention, Layout, make_layout
 from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
+from pretrain.models.layers.fp8 import LEAST_WIDTH, use_fp8
 from pretrain.models.layers.norm import LayerNorm, LayerScale
 from pretrain.models.layers.patch_embed import PatchEmbed
 from pretrain.models.layers.position import patch_positions
@@ -48,6 +49,7 @@ class VisionTransformer(nn.Module):
         drop_path: share of a group's images that each residual branch skips in training.
         untied_local_norm: in training, CLS and registers of local crops have a final norm of their own.
         attention: kernel, see `layers.attention`.
+        fp8: 8-bit products in the blocks' linear layers that are large enough, see `layers.fp8`.
 
     Raises:
         ValueError: an unknown choice, or a width that the heads do not divide.
@@ -85,6 +87,7 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-6,
         untied_local_norm: bool = False,
         attention: str = "sdpa",
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         if family not in FAMILIES:
@@ -127,6 +130,8 @@ class VisionTransformer(nn.Module):
             )
             for _ in range(depth)
         )
+        if fp8 and not use_fp8(self.blocks):
+            raise ValueError(f"fp8=true, and no layer is wide enough: embed_dim={embed_dim}, least {LEAST_WIDTH}.")
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
         self.local_cls_norm = LayerNorm(embed_dim, eps=norm_eps) if untied_local_norm else None
         self.init_weights()

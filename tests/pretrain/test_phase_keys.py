@@ -50,6 +50,7 @@ READ = {
     "data.limits.max_pixels": ("10", "are all damaged"),
     "optim.max_skipped_steps": ("-1", "optim.max_skipped_steps=-1"),
     "model.attention": ("none", "attention"),
+    "model.fp8": ("true", "fp8=true"),
 }
 TWO_SETS = "data.datasets={shards: {}, other: {shards: OTHER}}"
 # Key -> its other value, and what else makes it matter.

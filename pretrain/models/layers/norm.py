@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.layers import fp8
+from pretrain.models.layers.fp8 import Fp8Linear
+
 
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` that takes its precision from the input.
@@ -30,9 +33,11 @@ class LayerScale(nn.Module):
 
     def after(self, linear: nn.Module, x: Tensor) -> Tensor:
         """`self(linear(x))`, with the factor folded into the matrix: no pass over the tokens, forward or backward."""
-        if type(linear) is not nn.Linear or linear.bias is None:
-            return self(linear(x))  # a replacement (LoRA, float8) has a forward of its own
-        return F.linear(x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
+        if type(linear) is not nn.Linear and not isinstance(linear, Fp8Linear):
+            return self(linear(x))  # a replacement (LoRA) has a forward of its own
+        if linear.bias is None:
+            return self(linear(x))
+        return fp8.linear(linear, x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
 
     def init_weights(self) -> None:
         nn.init.constant_(self.gamma, self.initial)
