@@ -190,7 +190,7 @@ class ExecutionConfig:
     """micro-batches of a step; losses equal those of one batch but for KoLeo, whose neighbours are the micro-batch's"""
     activation_checkpointing: bool = False
     compile: bool = False
-    """torch.compile of every block"""
+    """torch.compile of every block and head, and on GPUs of the losses over fewer than 2^18 prototypes"""
     threads: int = 0
     """of one process on a CPU; 0: torch's own choice"""
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -26,7 +26,7 @@ from pretrain.student_teacher import Network, build_network
 
 RESULTS = Path(__file__).parents[1] / "results"
 # Two heads and Sinkhorn-Knopp, as in the full recipes.
-STEP_OF = ("heads.tied=false", "loss.centering=sinkhorn", "global_batch_size=64")
+STEP_OF = ("heads.tied=false", "loss.centering=sinkhorn", "loss.koleo_group_size=0", "global_batch_size=64")
 GB = 1e9
 PARTS = {
     "products of the networks": [("blocks", "products"), ("rest", "products")],

@@ -5,7 +5,7 @@ stay those of the plain model. Only DDP puts a module around the student.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from pretrain.distributed.names import plain_name
 
 MODES = ("auto", "single", "ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16")
+HEADS = ("dino_head", "ibot_head")
 DDP_LIMIT = 1_000_000_000
 """Parameters of the student up to which replicas are the default: below, sharding costs time and saves little."""
 
@@ -106,7 +107,7 @@ def wrap(
         precision: float32, or bfloat16 for compute; parameters, reductions and optimizer stay float32.
         checkpoint_blocks: keep only the inputs of the student's blocks and recompute the rest in the backward. Exact:
             a block draws nothing at random by itself, its stochastic depth is drawn before the first block.
-        compile_blocks: torch.compile the forward of each block; equal blocks share the compiled code.
+        compile_blocks: torch.compile the forward of each block and head; equal blocks share the compiled code.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")
@@ -142,6 +143,15 @@ def _replace_forwards(network: nn.Module, checkpoint_blocks: bool, compile_block
             block.forward = torch.compile(block.forward)
         if checkpoint_blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for name, head in network.named_children():
+        if compile_blocks and name in HEADS:
+            head.forward = partial(_for_any_rows, torch.compile(head.forward))
+
+
+def _for_any_rows(compiled: Callable[[Tensor], Any], rows: Tensor) -> Any:
+    """Masked patches are not as many in every step: one compiled form serves all numbers."""
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return compiled(rows)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
