@@ -38,6 +38,8 @@ REGIONS = (
 _GATHERS = ("index_select", "index", "gather", "embedding")
 # What adds rows to its first tensor, or to a copy of it.
 _SCATTERS = ("index_add", "index_put", "scatter_add", "index_copy", "scatter")
+# What does not read its first tensor.
+_UNREAD = ("copy_", "fill_", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 _FREE = ("detach", "_unsafe_view", "_reshape_alias", "alias", "empty", "empty_like", "empty_strided", "new_empty")
 _CHUNK, _BLOCKS = 65_536, 320
 
@@ -164,7 +166,8 @@ class Counter(TorchDispatchMode):
             kind = "attention"
         else:
             kind = "products" if name in PRODUCTS else "elementwise"
-        read = _distinct(x for x in given if not (name in ("copy_", "fill_", "zero_") and x is args[0]))
+        given = given[1:] if name in _UNREAD else given
+        read = _distinct(given)
         num_bytes = sum(size(x) for x in read) + sum(size(x) for x in _distinct((*written, *fresh)))
         if name in _GATHERS:
             num_bytes += size(fresh[0]) - size(args[0])
