@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # Raw pool -> shards -> a small backbone -> Hugging Face folder -> the pool again, embedded with that backbone.
 demo: .venv/.curation,pretrain,export
 	$(PY) -m curation.run --seed demo
-	$(PY) -m pretrain.train --config demo --shards runs/demo/shards --out runs/demo-train
+	$(PY) -m pretrain.train --config demo --data runs/demo/shards --out runs/demo-train
 	# A second time it is there; one of another training is refused by name, and yours to remove.
 	test runs/demo-teacher -nt runs/demo-train/teacher/config.json || \
 	    $(PY) -m pretrain.downstream.export runs/demo-train runs/demo-teacher --format huggingface

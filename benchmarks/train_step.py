@@ -77,12 +77,12 @@ def fixed_batch(config: TrainConfig, most_pictures: int = 1 << 30) -> Batch:
         images.append(multi_crop(open_image(content.getvalue(), ImageLimits()), config.crops, rng))
     images = [images[i % len(images)] for i in range(config.global_batch_size)]
     size, side = config.global_batch_size, config.crops.global_px // config.patch_size
-    masks = step_masks(config.masks, (side, side), np.arange(2 * size), 2 * size, 0, 0, 0)
+    masks = step_masks(config.masks, (side, side), np.arange(size), size, 2, 0, 0, 0)
     return collate(
         images,
         step=0,
         sizes=config.crops.all_sizes()[0],
-        masks=torch.from_numpy(masks).view(2, size, -1),
+        masks=torch.from_numpy(masks),
         positions=torch.arange(size),
         datasets=torch.zeros(size, dtype=torch.int64),
         skipped=[],

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.messages import os_sentence
@@ -31,6 +30,7 @@ from pretrain.distributed.names import plain_name
 from pretrain.distributed.tensor_files import (
     DamagedFile,
     Piece,
+    Stored,
     TensorFiles,
     header_hash,
     local_rows,
@@ -43,6 +43,7 @@ FORMAT = "seedbed checkpoint 1"
 MANIFEST = "manifest.json"
 PREFIX, TEMPORARY = "step-", ".writing-"
 OTHER_RANKS_TIMEOUT_S = 1800
+_JOIN_S = 30.0
 _LEAVINGS = re.compile(rf"{re.escape(TEMPORARY)}(removed-)?{PREFIX}\d{{8}}(-[0-9a-f]+)?")
 _FILES = re.compile(r"manifest\.json|rank-\d+(-of-\d+\.safetensors(\.partial)?|\.failed)")
 State = Mapping[str, nn.Module | torch.optim.Optimizer | Tensor]
@@ -117,7 +118,9 @@ class Checkpoints:
         """Return when the last save is on the disk. Raises NotWritten if it failed on some rank."""
         if self._thread is None:
             return
-        self._thread.join()
+        # None is waited for by the others for longer than this, however slow its disk.
+        while collectives.any_over_ranks(self._thread.is_alive()):
+            self._thread.join(_JOIN_S)
         name, self._thread = self._thread.name, None
         error, self._error = self._error, None
         try:
@@ -184,11 +187,7 @@ class Checkpoints:
         text = None if error is None else f"{error}" if kind is type(error) else f"{type(error).__name__}: {error}"
         if isinstance(error, OSError):
             text = os_sentence(error)
-        texts: list[str | None] = [text]
-        if collectives.is_distributed():
-            texts = [None] * collectives.world_size()
-            dist.all_gather_object(texts, text)
-        if met := dict.fromkeys(t for t in texts if t is not None):
+        if met := dict.fromkeys(t for t in collectives.from_every_rank(text) if t is not None):
             raise kind(prefix + " ".join(met)) from error
 
     def clean(self) -> None:
@@ -282,27 +281,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def teacher_state(path: Path, prefix: str = "teacher.") -> dict[str, Tensor]:
-    """The tensors of one network of a checkpoint, whole, on the CPU, by names without the prefix.
-
-    Needs no process group; read one at a time, so memory is that of the network.
+def stored_state(path: Path, prefix: str = "teacher.") -> dict[str, Stored]:
+    """Where the tensors of one network of a checkpoint lie, by names without the prefix; needs no process group.
 
     Raises:
         ValueError: no checkpoint, a damaged one, or nothing of that prefix in it.
     """
     _, files = _open(path)
-    state = {name.removeprefix(prefix): files.read(name) for name in files.names() if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): files.stored(name) for name in files.names() if name.startswith(prefix)}
     if not state:
         raise ValueError(f"{path} holds nothing named {prefix}*; it has {_listed(_tops(files.names()))}.")
     return state
 
 
-def write_teacher(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """teacher.safetensors and config.json, each replaced in one go, the latter last; call it on one rank."""
+def teacher_state(path: Path, prefix: str = "teacher.") -> dict[str, Tensor]:
+    """The tensors of one network of a checkpoint, whole, on the CPU; raises as `stored_state`."""
+    return {name: tensor.read() for name, tensor in stored_state(path, prefix).items()}
+
+
+def write_teacher(folder: Path, state: Mapping[str, Tensor | Stored], config: Mapping[str, Any]) -> None:
+    """teacher.safetensors and config.json, each replaced in one go, the latter last; call it on one rank.
+
+    Of tensors that lie in a checkpoint, one at a time is in memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "teacher.safetensors.partial"
     save_tensors(state, partial)
-    partial.chmod(0o644)  # safetensors lets nobody else in
     partial.replace(folder / "teacher.safetensors")
     _write_json(folder / "config.json.partial", config)
     (folder / "config.json.partial").replace(folder / "config.json")

@@ -19,11 +19,11 @@ from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.models.architectures import ARCHITECTURES, architecture
-from pretrain.phase import check_distillation, fresh_network
+from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
 from pretrain.student_teacher import Network, build_network
 from pretrain.watch.evaluation import check_sets
-from pretrain.weights import load_network, load_teacher
+from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
 _FREE_MODEL = (
@@ -110,6 +110,10 @@ def idle_settings(config: TrainConfig) -> list[str]:
             lines.append(f"phase {name}: evaluation.train and val do nothing while evaluation.every_steps=0")
         if not phase.gram.weight and phase.gram.teacher != "ema":
             lines.append(f"phase {name}: gram.teacher does nothing while gram.weight=0")
+        if not phase.gram.weight and phase.gram.ramp_steps:
+            lines.append(f"phase {name}: gram.ramp_steps does nothing while gram.weight=0")
+        if phase.loss.dino_local_weight == 1 and phase.loss.dino_local_ramp_steps:
+            lines.append(f"phase {name}: loss.dino_local_ramp_steps does nothing while loss.dino_local_weight=1")
     return lines
 
 
@@ -146,10 +150,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise global_batch_size, "
             "set loss.koleo_group_size, or loss.koleo_weight=0."
         )
-    if loss.koleo_group_size and (loss.koleo_group_size % images or config.global_batch_size % loss.koleo_group_size):
+    group = loss.koleo_group_size
+    if group and (group < 2 or config.global_batch_size % group or (group % images and images % group)):
         raise ValueError(
-            f"loss.koleo_group_size={loss.koleo_group_size} must be a multiple of the {images} images of a micro-batch "
-            f"and divide global_batch_size={config.global_batch_size}."
+            f"loss.koleo_group_size={group} must be 2 or more, divide the {images} images of a micro-batch or be a "
+            f"multiple of them, and divide global_batch_size={config.global_batch_size}."
         )
 
 
@@ -157,6 +162,13 @@ def _check_schedule(config: TrainConfig) -> None:
     """The rate reaches its peak within the phase, the prototypes move in it, and something is learned."""
     loss = config.loss
     config.optim.check_steps(config.steps)
+    ramps = {"loss.dino_local_ramp_steps": loss.dino_local_ramp_steps, "gram.ramp_steps": config.gram.ramp_steps}
+    for key, ramp in ramps.items():
+        if ramp > config.steps:
+            raise ValueError(
+                f"{key}={ramp}: longer than the phase, steps={config.steps}, so that the weight would never come; set "
+                f"it to that or less (0: none), for example {key}={config.steps // 10}."
+            )
     if not (config.uses_dino or config.uses_ibot or loss.koleo_weight or config.gram.weight):
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "
@@ -242,13 +254,24 @@ def _check_files(
         check_sets(phase.evaluation)
     if starts_from:
         with _of_key("init_from"):
-            load_network(fresh_network(phase), starts_from)
+            load_network(_on_meta(phase), starts_from)
     if phase.distill_from:
         with _of_key("distill_from"):
-            check_distillation(load_teacher(phase.distill_from), phase)
-    if anchored_to not in ("", "ema") and not _will_be_saved(anchored_to, config, index, out):
-        with _of_key("gram.teacher"):
-            load_network(fresh_network(phase), anchored_to)
+            weights, teacher = teacher_weights(phase.distill_from)
+            check_distillation(teacher, phase)
+            fill_teacher(teacher, weights)
+    if anchored_to not in ("", "ema"):
+        run = out or Path("OUT")  # a plan may have none
+        source = phase.gram.source(run / "checkpoints")
+        if not _will_be_saved(source, config, index, out if source == anchored_to else run):
+            with _of_key("gram.teacher"):
+                load_network(_on_meta(phase), source)
+
+
+def _on_meta(config: TrainConfig) -> Network:
+    """What a file is compared with, without room for it."""
+    with torch.device("meta"):
+        return build_network(config)
 
 
 @contextmanager

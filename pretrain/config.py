@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.loader import load_config, merge_config, override_config
 from configs.ranges import check_choice, check_ranges
-from pretrain.checkpoint import CheckpointConfig
+from pretrain.checkpoint import PREFIX, CheckpointConfig
 from pretrain.data.crops import CropsConfig
 from pretrain.data.loader import DataConfig, LoaderConfig
 from pretrain.data.masks import MaskConfig
@@ -20,14 +20,17 @@ from pretrain.losses.gram import NEGATIVES
 from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.layers.attention import BACKENDS
 from pretrain.models.layers.ffn import FFNS
-from pretrain.optim.schedules import OptimConfig
+from pretrain.optim.schedules import OptimConfig, cosine
 from pretrain.watch.evaluation import EvaluationConfig
 from pretrain.watch.metrics import WatchConfig
 
 GROUP = "pretrain"
 log = logging.getLogger(__name__)
 CENTERINGS = ("sinkhorn", "softmax")
+NETWORKS = ("student", "teacher")
 KOLEO_CROPS = ("all", "first")
+# Of a phase: which one before it this one differs from.
+LIKE = "like"
 # Keys that a phase may not have, and why.
 _OF_THE_RUN = ("phases", "seed", "execution", "checkpoint", "watch")
 
@@ -51,6 +54,10 @@ class ModelConfig:
     registers was released with, and therefore where such released weights are loaded; else 0"""
     depth: int | None = None
     """blocks, 1 or more"""
+    norm_eps: float | None = None
+    """of the layer norms; above 0"""
+    mask_key_bias: bool | None = None
+    """keys have no bias, as in DINOv3 but for its ImageNet recipe"""
     layerscale: float | None = None
     """initial factor of the residual branches; 1e-5 as published makes short runs slow, 0: none"""
     untied_local_norm: bool | None = None
@@ -75,14 +82,15 @@ class ModelConfig:
             check_choice("model.ffn", self.ffn, FFNS)
         ranges = dict.fromkeys(("patch_size", "position_px", "depth"), "[1, inf)")
         ranges |= dict.fromkeys(("num_registers", "layerscale", "rope_shift"), "[0, inf)")
-        ranges |= dict.fromkeys(("rope_jitter", "rope_rescale"), "[1, inf)")
+        ranges |= dict.fromkeys(("rope_jitter", "rope_rescale"), "[1, inf)") | {"norm_eps": "(0, inf)"}
         check_ranges("model", self, **ranges | {"drop_path": "[0, 1)", "position_offset": "[0, 1)"})
 
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
         changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention, "fp8": self.fp8}
-        optional = ("patch_size", "num_registers", "ffn", "depth", "layerscale", "untied_local_norm", "position_offset")
-        for name in (*optional, "rope_shift", "rope_jitter", "rope_rescale"):
+        optional = ("patch_size", "num_registers", "ffn", "depth", "norm_eps", "mask_key_bias", "layerscale")
+        optional += ("untied_local_norm", "position_offset", "rope_shift", "rope_jitter", "rope_rescale")
+        for name in optional:
             if getattr(self, name) is not None:
                 changed[name] = getattr(self, name)
         if self.position_px is not None:
@@ -134,6 +142,8 @@ class LossConfig:
     dino_weight: float = 1.0
     dino_local_weight: float = 1.0
     """further factor of the local crops' share (DINOv3 lowers it to 0.5 with Gram anchoring)"""
+    dino_local_ramp_steps: int = 0
+    """steps of the phase over which that factor goes from 1 to its value, along a cosine; 0: none, it holds at once"""
     same_crop_pairs: bool = False
     """also pair a global crop with itself, as when a student without masks is distilled"""
     ibot_weight: float = 1.0
@@ -141,7 +151,7 @@ class LossConfig:
     koleo_crops: str = "all"
     """all global crops (both codes) or the first only (DINOv3's paper)"""
     koleo_group_size: int = 0
-    """images whose CLS tokens repel each other, over ranks; 0: those of one micro-batch"""
+    """images whose CLS tokens repel each other: a part of a micro-batch, or so many over ranks; 0: the micro-batch"""
     student_temperature: float = 0.1
     centering: str = "sinkhorn"
     """sinkhorn (Sinkhorn-Knopp) or softmax (moving centre)"""
@@ -154,7 +164,7 @@ class LossConfig:
         check_choice("loss.centering", self.centering, CENTERINGS)
         check_choice("loss.koleo_crops", self.koleo_crops, KOLEO_CROPS)
         weights = ("dino_weight", "dino_local_weight", "ibot_weight", "koleo_weight", "koleo_group_size")
-        ranges = dict.fromkeys(weights, "[0, inf)")
+        ranges = dict.fromkeys((*weights, "dino_local_ramp_steps"), "[0, inf)")
         ranges |= {"student_temperature": "(0, inf)", "sinkhorn_iterations": "[1, inf)", "center_momentum": "[0, 1)"}
         check_ranges("loss", self, **ranges)
 
@@ -165,8 +175,11 @@ class GramConfig:
 
     weight: float = 0.0
     """2.0 in DINOv3, 1.5 while adapting to high resolution; 0: off"""
+    ramp_steps: int = 0
+    """steps of the phase over which the weight rises from 0, along a cosine; 0: none, it holds at once"""
     teacher: str = "ema"
-    """folder of a teacher or checkpoint, or `ema`: the teacher as it is when the phase starts"""
+    """`ema`: the teacher as it is when the phase starts; `step-N`: as it was after N steps of this run, whose
+    checkpoint `checkpoint.keep_every_steps` must have kept; or the folder of a teacher or checkpoint"""
     refresh_every_steps: int = 0
     """the EMA teacher becomes the Gram teacher after so many steps; 0: never"""
     max_refreshes: int = 3
@@ -175,7 +188,13 @@ class GramConfig:
 
     def __post_init__(self) -> None:
         check_choice("gram.negatives", self.negatives, NEGATIVES)
-        check_ranges("gram", self, **dict.fromkeys(("weight", "refresh_every_steps", "max_refreshes"), "[0, inf)"))
+        not_negative = ("weight", "ramp_steps", "refresh_every_steps", "max_refreshes")
+        check_ranges("gram", self, **dict.fromkeys(not_negative, "[0, inf)"))
+
+    def source(self, checkpoints: Path) -> str:
+        """Where a teacher other than `ema` lies; `checkpoints` is the folder of the run's own."""
+        own_step = re.fullmatch(rf"{PREFIX}(\d+)", self.teacher)
+        return str(checkpoints / f"{PREFIX}{int(own_step[1]):08d}") if own_step else self.teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +204,10 @@ class ExecutionConfig:
     device: str = "auto"
     """auto, cpu, cuda"""
     parallel: str = "auto"
-    """auto (single for one process, DDP below a billion parameters, FSDP2 above), single, ddp, fsdp"""
+    """auto (single for one process, DDP below a billion parameters, FSDP2 above), single, ddp (a copy on every rank),
+    fsdp (one copy, over all ranks), hybrid (one copy over each `shard_ranks` ranks)"""
+    shard_ranks: int = 0
+    """ranks that share a copy of all weights under hybrid, next to each other; 0: those of a node"""
     accumulation_steps: int = 1
     """micro-batches of a step; losses equal those of one batch but for KoLeo, whose neighbours are the micro-batch's"""
     activation_checkpointing: bool = False
@@ -198,7 +220,7 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         check_choice("execution.device", self.device, DEVICES)
         check_choice("execution.parallel", self.parallel, MODES)
-        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, 1024]")
+        check_ranges("execution", self, accumulation_steps="[1, inf)", threads="[0, 1024]", shard_ranks="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +239,15 @@ class TrainConfig:
     """a teacher, checkpoint or released .pth that student and teacher start from; empty: random"""
     reset_optimizer: bool = True
     """a phase after the first starts with fresh AdamW moments"""
+    start_from: str = "student"
+    """whose weights the student of a phase after the first starts from: student, or teacher (DINOv3's high-resolution
+    stage); its teacher goes on as it was"""
     distill_from: str = ""
     """folder of a frozen teacher with heads; the student's EMA is then the product. Empty: self-distillation"""
     phases: dict[str, Any] = field(default_factory=dict)
     """name -> what differs from the settings of this file, in the order they run; empty: one, named pretrain.
 
+    With `like: NAME`, what differs from that phase, which comes before it, rather than from the settings of the file.
     `data.datasets` of a phase are all that it draws from; those of the run lend what an entry leaves out. On the
     command line `phases={...}` replaces them all, `phases.NAME={...}` one, `phases.NAME=null` drops one.
     """
@@ -242,6 +268,7 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS)
         if self.model.fp8 and self.precision != "bfloat16":
             raise ValueError(f"model.fp8=true goes with precision=bfloat16, not {self.precision}.")
+        check_choice("start_from", self.start_from, NETWORKS)
         check_ranges("", self, seed="[0, inf)", steps="[1, inf)", global_batch_size="[1, inf)")
 
     @property
@@ -273,12 +300,23 @@ class TrainConfig:
             self._merged_phases[name] = self._merge_phase(name)
         return self._merged_phases[name]
 
+    def at_step(self, step: int) -> "TrainConfig":
+        """This phase's config with the weights of the loss as they are at one of its steps."""
+        loss, gram = self.loss, self.gram
+        if step >= max(loss.dino_local_ramp_steps, gram.ramp_steps):
+            return self
+        local = cosine(step, 1.0, loss.dino_local_weight, loss.dino_local_ramp_steps)
+        weight = cosine(step, 0.0, gram.weight, gram.ramp_steps)
+        return replace(self, loss=replace(loss, dino_local_weight=local), gram=replace(gram, weight=weight))
+
     def _merge_phase(self, name: str) -> "TrainConfig":
         differences = self.phases.get(name) or {}
         if not isinstance(differences, dict):
             raise ValueError(f"phases.{name} is a mapping of settings, found {differences!r}.")
+        like = _like(self, name, differences)
+        differences = {key: value for key, value in differences.items() if key != LIKE}
         _check_differences(name, differences, is_first=name == self.phase_names[0])
-        base, differences = _with_datasets(self, name, differences)
+        base, differences = _with_datasets(self if like is None else self.phase(like), name, differences)
         try:
             # `phases` stays: a phase knows the run it belongs to.
             phase = merge_config(base, differences, f"phases.{name}")
@@ -299,20 +337,30 @@ def load_train_config(name_or_path: str, overrides: list[str], shards: list[str]
         names = [_dataset_name(path, i, len(shards)) for i, path in enumerate(shards)]
         datasets = {name: {"shards": path} for name, path in zip(names, shards, strict=True)}
         config = replace(config, data=replace(config.data, datasets={}))
-        config = merge_config(config, {"data": {"datasets": datasets}}, "--shards")
+        config = merge_config(config, {"data": {"datasets": datasets}}, "--data")
     config = override_config(config, overrides)
     _check_one_size(config.crops, _not_default(config.crops), "crops")
     for name in config.phase_names:
         config.phase(name)  # a wrong key in a phase is an error now, not after the first phase
-        if shards and (own := datasets_of_phase(config.phases.get(name))):
-            log.info("phase %s draws from its own data.datasets (%s), not from --shards as such", name, ", ".join(own))
+        own = config.phase(name).data.datasets
+        if shards and own != config.data.datasets:
+            log.info("phase %s draws from its own data.datasets (%s), not from --data as such", name, ", ".join(own))
     return config
 
 
-def datasets_of_phase(differences: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The `data.datasets` that a phase names itself; None: it draws from those of the run."""
-    data = (differences or {}).get("data")
-    return data.get("datasets") if isinstance(data, dict) else None
+def _like(config: TrainConfig, name: str, differences: dict[str, Any]) -> str | None:
+    """The phase that this one differs from; None: from the settings of the file.
+
+    Raises ValueError: it is no phase before this one.
+    """
+    like = differences.get(LIKE)
+    before = config.phase_names[: config.phase_names.index(name)]
+    if like is not None and like not in before:
+        raise ValueError(
+            f"phases.{name}.like={like} names no phase before this one ({', '.join(before) or 'it is the first'}); "
+            f"phases.{name}.like=null starts from the settings of the file."
+        )
+    return like
 
 
 def _check_differences(name: str, differences: dict[str, Any], is_first: bool) -> None:
@@ -327,6 +375,8 @@ def _check_differences(name: str, differences: dict[str, Any], is_first: bool) -
         )
     if is_first and "reset_optimizer" in differences:
         raise ValueError(f"phases.{name}.reset_optimizer: the first phase has no optimizer to keep; leave it out.")
+    if is_first and "start_from" in differences:
+        raise ValueError(f"phases.{name}.start_from: the first phase has none before it; leave it out.")
 
 
 def _not_default(crops: CropsConfig) -> dict[str, Any]:
@@ -344,8 +394,9 @@ def _check_one_size(crops: CropsConfig, given: Mapping[str, Any], where: str) ->
 
 
 def _with_datasets(config: TrainConfig, name: str, differences: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
-    """The run's config and a phase's differences, such that merging them leaves the phase's own datasets."""
-    own = datasets_of_phase(differences)
+    """A config and a phase's differences from it, such that merging them leaves the phase's own datasets, if any."""
+    data = differences.get("data")
+    own = data.get("datasets") if isinstance(data, dict) else None
     if own is None:
         return config, differences
     of_run = config.data.datasets

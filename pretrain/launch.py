@@ -1,4 +1,4 @@
-"""Submit a training: python -m pretrain.launch --config NAME --shards ... --out RUN --nodes N --gpus-per-node M
+"""Submit a training: python -m pretrain.launch --config NAME --data ... --out RUN --nodes N --gpus-per-node M
 
 Where `sbatch` exists the job goes to Slurm, elsewhere it runs as local processes; both through Submitit. One task for
 each GPU, or --tasks-per-node of them on processors; `key=value` as for pretrain.train. --dry-run prints the plan of the
@@ -32,6 +32,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from configs.messages import named_folder, sentence
+from pretrain.data.sources import DATA_HELP
 from pretrain.stopping import StopRequest, stop_signals
 
 FINISHED, STOPPED = 0, 75  # of pretrain.train.main
@@ -277,10 +278,10 @@ def _launch(asked: argparse.Namespace) -> int:
     names = {name for name in Resources.__dataclass_fields__ if getattr(asked, name) is not None}
     resources = Resources(**{name: getattr(asked, name) for name in names})
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
-    config = load_train_config(asked.config, asked.overrides, asked.shards)
+    config = load_train_config(asked.config, asked.overrides, asked.data)
     check_numbers(config, resources.world_size)  # now, not after a day in the queue
     if not asked.dry_run and not all(config.phase(phase).data.datasets for phase in config.phase_names):
-        raise ValueError("data.datasets is empty: give --shards PATH, or data.datasets.NAME.shards=PATH.")
+        raise ValueError("data.datasets is empty: give --data PATH, or data.datasets.NAME.shards=PATH.")
     if not asked.skip_data_check:
         try:
             check_run(config, resources.world_size, asked.out)
@@ -292,9 +293,9 @@ def _launch(asked: argparse.Namespace) -> int:
         raise ValueError(f"--out {asked.out} is a file; name a folder, or one that does not exist yet.")
     if cluster == "local" and resources.nodes > 1:
         raise ValueError(f"--nodes {resources.nodes} needs Slurm, and there is no sbatch here; use --nodes 1.")
-    shards = [argument for path in asked.shards for argument in ("--shards", path)]
+    data = [argument for path in asked.data for argument in ("--data", path)]
     allowed = [argument for key in asked.allow_changed for argument in ("--allow-changed", key)]
-    arguments = ["--config", asked.config, *shards, "--out", str(asked.out), *allowed, *asked.overrides]
+    arguments = ["--config", asked.config, *data, "--out", str(asked.out), *allowed, *asked.overrides]
     training = Training(arguments, cpus=resources.cpus_per_task)
     check_run_folder(asked.out)
     folder, name = asked.out / "jobs", f"seedbed-{Path(asked.config).stem}"
@@ -335,9 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=named_folder, required=True, metavar="RUN", help="the run folder, seen by every node"
     )
-    parser.add_argument(
-        "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
-    )
+    parser.add_argument("--data", "--shards", dest="data", action="append", default=[], help=DATA_HELP)
     for name, kind, text in (
         ("nodes", int, "how many"),
         ("gpus-per-node", int, "and as many tasks"),

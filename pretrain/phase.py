@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,18 @@ from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import Loader, build_loader
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import Wrapped, local_tensor, plain_module, wrap
+from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
 from pretrain.models.layers.fp8 import check_device
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
 from pretrain.optim.schedules import StepValues, values_at
-from pretrain.resume import Standing, check_distilled, network_hash
+from pretrain.resume import Standing, check_distilled, weights_hash
 from pretrain.student_teacher import (
     Centering,
     Crops,
     Network,
-    TeacherOutputs,
+    TeacherLogits,
     TeacherTargets,
     build_network,
     freeze_unused,
@@ -36,7 +37,7 @@ from pretrain.student_teacher import (
 )
 from pretrain.watch.diagnostics import feature_std, target_diagnostics
 from pretrain.watch.flops import StepCost, backbone_cost, matrix_weights, step_flops
-from pretrain.weights import find_weights, load_network, load_teacher, offset_of
+from pretrain.weights import fill_teacher, find_weights, load_network, offset_of, teacher_weights
 
 # Streams of randomness, so that no two uses of (seed, phase, step) draw the same numbers.
 _WEIGHTS, _STEP = 1, 2
@@ -48,16 +49,24 @@ class Phase:
     Args:
         config: of this phase (`TrainConfig.phase`).
         index: of the phase in the run.
-        student, teacher: on the training device, float32, equal on all ranks.
+        student, teacher: on the training device, float32, equal on all ranks; or on `meta`, for a device: whoever makes
+            the phase then fills them.
         frozen: a teacher to distil from; None: the EMA teacher gives the targets.
+        device: of networks on `meta`.
     """
 
     def __init__(
-        self, config: TrainConfig, index: int, student: Network, teacher: Network, frozen: Network | None = None
+        self,
+        config: TrainConfig,
+        index: int,
+        student: Network,
+        teacher: Network,
+        frozen: Network | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.config, self.index = config, index
         execution = config.execution
-        self.device = next(student.parameters()).device
+        self.device = device or next(student.parameters()).device
         depth = len(student.backbone.blocks)
         if config.model.fp8:
             check_device(self.device)
@@ -69,6 +78,8 @@ class Phase:
             config.precision,
             checkpoint_blocks=execution.activation_checkpointing,
             compile_blocks=execution.compile,
+            device=self.device,
+            shard_ranks=execution.shard_ranks,
         )
         self.student, self.teacher = self.wrapped.student, self.wrapped.teacher
         self.frozen = None if frozen is None else self.wrapped.frozen(frozen)
@@ -114,20 +125,17 @@ class Phase:
         """
         config, values = self.config, self.values(step)
         apply_schedule(self.optimizer, values)
-        parts = [
-            Crops.from_batch(part, self.device) for part in batch.micro_batches(config.execution.accumulation_steps)
-        ]
+        parts = batch.micro_batches(config.execution.accumulation_steps)
         self._refresh_gram(step)
-        with torch.no_grad(), self.wrapped.autocast():
-            target_network = self.teacher if self.frozen is None else self.frozen
-            asked = partial(teacher_outputs, dino=config.uses_dino, ibot=config.uses_ibot)
-            outputs = [target_network(partial(asked, crops=crops)) for crops in parts]
-            centre = [buffer.clone() for buffer in self.centering.buffers()]
-            targets = self.centering(outputs, values.teacher_temperature)
+        # Crops wait as bytes on the host. Of several micro-batches one at a time is made floats, for the teacher and
+        # again for the student.
+        crops = Crops.from_batch(batch, self.device) if len(parts) == 1 else None
+        centre = [buffer.clone() for buffer in self.centering.buffers()]
+        targets, features = self._targets(batch, parts, crops, values.teacher_temperature)
         watched: dict[str, Tensor] = {}
-        for i, (crops, target) in enumerate(zip(parts, targets, strict=True)):
+        for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with self.wrapped.synchronize(last=i == len(parts) - 1):
-                terms, details = self._student_losses(crops, target, step, i)
+                terms, details = self._student_losses(crops or Crops.from_batch(part, self.device), target, step, i)
                 loss = torch.stack(list(terms.values())).sum()
                 (loss / len(parts)).backward()
             for name, value in {"loss": loss, **{f"loss/{k}": v for k, v in (terms | details).items()}}.items():
@@ -141,7 +149,7 @@ class Phase:
         for buffer, before in zip(self.centering.buffers(), centre, strict=True):
             buffer.copy_(torch.where(skip > 0, before, buffer))
         if diagnose:
-            watched |= self._diagnostics(outputs, targets, watched)
+            watched |= self._diagnostics(features, targets[0], watched)
         self.finite.check()
         return watched
 
@@ -151,11 +159,34 @@ class Phase:
         finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
         return not collectives.any_over_ranks(not finite.item())
 
+    @torch.no_grad()
+    def _targets(
+        self, batch: Batch, parts: Sequence[Batch], crops: Crops | None, temperature: float
+    ) -> tuple[list[TeacherTargets], Tensor]:
+        """What the student is asked in each micro-batch, and the teacher's CLS tokens in the first.
+
+        Args:
+            crops: of the batch, where it is one micro-batch.
+        """
+        network = self.teacher if self.frozen is None else self.frozen
+        asked = partial(teacher_outputs, dino=self.config.uses_dino, ibot=self.config.uses_ibot)
+        logits, features = TeacherLogits(batch, len(parts)), []
+        with self.wrapped.autocast():
+            for part in parts:
+                seen = crops or Crops.from_batch(part, self.device, teacher_only=True)
+                outputs = network(partial(asked, crops=seen))
+                logits.add(outputs)
+                features = features or [outputs.features]
+                del seen, outputs  # before the next are made
+            return self.centering(logits, temperature), features[0]
+
     def _student_losses(
         self, crops: Crops, targets: TeacherTargets, step: int, part: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        # The same on every rank: two ranks draw the noise of one.
-        generator = seeded(self.config.seed, _STEP, self.index, step, part)
+        # Each micro-batch has noise of its own, by its place in the global batch: the same draws on any number of ranks
+        # that make micro-batches of this size.
+        micro_batch = collectives.rank() * self.config.execution.accumulation_steps + part
+        generator = seeded(self.config.seed, _STEP, self.index, step, micro_batch)
         with self.wrapped.autocast():
             gram_patches = None
             if self.gram is not None:
@@ -165,7 +196,7 @@ class Phase:
                 student_losses,
                 crops=crops,
                 targets=targets,
-                config=self.config,
+                config=self.config.at_step(step),
                 generator=generator,
                 gram_patches=gram_patches,
                 gather=collectives.gather_with_grad,
@@ -174,14 +205,14 @@ class Phase:
             return self.student(compute)
 
     def _diagnostics(
-        self, outputs: Sequence[TeacherOutputs], targets: Sequence[TeacherTargets], watched: Mapping[str, Tensor]
+        self, features: Tensor, targets: TeacherTargets, watched: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        dino, ibot = targets[0].dino, targets[0].ibot
-        figures = {"feature_std": feature_std(outputs[0].features)}
-        if dino is not None:
-            figures |= target_diagnostics("dino", dino.rows, len(dino), watched["loss/dino_global"])
-        if ibot is not None:
-            figures |= target_diagnostics("ibot", ibot.rows, len(ibot))
+        """Of the first micro-batch."""
+        figures = {"feature_std": feature_std(features)}
+        if targets.dino is not None:
+            figures |= target_diagnostics("dino", targets.dino.rows, len(targets.dino), watched["loss/dino_global"])
+        if targets.ibot is not None:
+            figures |= target_diagnostics("ibot", targets.ibot.rows, len(targets.ibot))
         return figures
 
     def start_gram(self, network: Network) -> None:
@@ -227,49 +258,68 @@ def start_phase(
     position, latest = standing.position, standing.latest
     name = config.phase_names[position.phase]
     phase_config = config.phase(name)
-    student, teacher = fresh_network(phase_config), fresh_network(phase_config)
-    own_offset = phase_config.model.position_offset is not None
-    if position.step == 0 and latest is not None:
-        load_network(student, latest, "student", own_offset)
-        load_network(teacher, latest, "teacher", own_offset)
-    elif position.step == 0 and phase_config.init_from:
-        load_network(student, phase_config.init_from, keep_offset=own_offset)
-    if position.step == 0 and latest is None:
-        teacher.load_state_dict(student.state_dict())
-        teacher.backbone.position_offset = student.backbone.position_offset
-    if position.step > 0 and latest is not None and not own_offset:
-        for network in (student, teacher):
-            network.backbone.position_offset = offset_of(find_weights(latest), network.backbone)
-    frozen, distilled = None, None
+    with torch.device("meta"):
+        student, teacher, gram = (build_network(phase_config) for _ in range(3))
+    frozen, weights = None, None
     if phase_config.distill_from:
-        dtype = torch.bfloat16 if phase_config.precision == "bfloat16" and device.type == "cuda" else torch.float32
-        frozen = load_teacher(phase_config.distill_from)
+        weights, frozen = teacher_weights(phase_config.distill_from)
         check_distillation(frozen, phase_config)
-        distilled = network_hash(frozen)
-        check_distilled(config, distilled, standing, allowed)
-        frozen = frozen.to(device, dtype).requires_grad_(False).eval()
-    gram = None
+        if phase_config.precision == "bfloat16" and device.type == "cuda":
+            frozen = frozen.to(torch.bfloat16)
+    phase = Phase(phase_config, position.phase, student, teacher, frozen, device)
+    if frozen is not None and weights is not None:
+        phase.distilled = collectives.from_rank_zero(lambda: weights_hash(weights, frozen))
+        check_distilled(config, phase.distilled, standing, allowed)
+        collectives.together(lambda: fill_teacher(frozen, weights))
     if phase_config.gram.weight:
-        gram = fresh_network(phase_config)
-        gram.backbone.position_offset = teacher.backbone.position_offset
-        if position.step == 0 and phase_config.gram.teacher != "ema":
-            load_network(gram, phase_config.gram.teacher, keep_offset=own_offset)
-        elif position.step == 0:
-            gram.load_state_dict(teacher.state_dict())
-    phase = Phase(phase_config, position.phase, student.to(device), teacher.to(device), frozen)
-    phase.distilled = distilled
-    if gram is not None:
-        phase.start_gram(gram.to(device))
+        phase.start_gram(gram)
     if position.step > 0:
         assert latest is not None
         checkpoints.load(latest, phase.state())
-    elif latest is not None:
+        if phase_config.model.position_offset is None:
+            for network in (student, teacher, gram):
+                network.backbone.position_offset = offset_of(find_weights(latest), network.backbone)
+        return phase
+    collectives.together(lambda: _first_values(phase, student, teacher, latest))
+    if phase_config.gram.weight:
+        own = checkpoints.folder if latest is None else latest.parent  # a replay has a folder of its own
+        collectives.together(lambda: _first_gram(phase, gram, teacher, own))
+    if latest is not None:
         before = config.phase(config.phase_names[position.phase - 1])
         if phase_config.loss.centering == before.loss.centering:
             checkpoints.load(latest, {"centering": phase.centering})
         if not phase_config.reset_optimizer:
             checkpoints.load(latest, {"optimizer": phase.optimizer})
     return phase
+
+
+def _first_values(phase: Phase, student: Network, teacher: Network, latest: Path | None) -> None:
+    """Weights of student and teacher before the first step of a phase: each rank its rows."""
+    config = phase.config
+    keep_offset = config.model.position_offset is not None
+    source = latest or config.init_from
+    lacking: Sequence[str] = [name for name, _ in student.named_children()]
+    if source:
+        lacking = load_network(student, source, config.start_from if latest else "teacher", keep_offset)
+    if lacking:
+        initialise(student, student.initials(), weights_seed(config), [f"{name}." for name in lacking])
+    if latest is not None:
+        load_network(teacher, latest, "teacher", keep_offset)
+    else:
+        copy_parameters(phase.pairs)
+        teacher.backbone.position_offset = student.backbone.position_offset
+
+
+def _first_gram(phase: Phase, gram: Network, teacher: Network, checkpoints: Path) -> None:
+    """Weights of the Gram teacher before the first step of a phase; `checkpoints` is the folder of the run's own."""
+    config = phase.config
+    gram.backbone.position_offset = teacher.backbone.position_offset
+    if config.gram.teacher == "ema":
+        copy_parameters(paired_parameters(gram, teacher))
+        return
+    lacking = load_network(gram, config.gram.source(checkpoints), keep_offset=config.model.position_offset is not None)
+    if lacking:  # no loss asks a Gram teacher's heads, and a checkpoint holds finite values
+        initialise(gram, gram.initials(), weights_seed(config), [f"{name}." for name in lacking])
 
 
 def phase_loader(config: TrainConfig, index: int, start_step: int, tables: dict[str, ImageTable]) -> Loader:
@@ -297,18 +347,26 @@ def phase_loader(config: TrainConfig, index: int, start_step: int, tables: dict[
 
 
 def fresh_network(config: TrainConfig) -> Network:
-    """The network of a phase with random weights: the same on every rank, for equal seeds."""
+    """The network of a phase with random weights, whole, on the processor: what every mode starts from."""
     with torch.device("meta"):
         network = build_network(config)
     network.to_empty(device="cpu")
-    network.init_weights(seeded(config.seed, _WEIGHTS))
+    initialise(network, network.initials(), weights_seed(config))
     return network
+
+
+def weights_seed(config: TrainConfig) -> int:
+    """What the first values of a run's weights are drawn from."""
+    return _seed(config.seed, _WEIGHTS)
 
 
 def seeded(*numbers: int) -> torch.Generator:
     """A generator on the processor that depends on these numbers and nothing else."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+    return torch.Generator().manual_seed(_seed(*numbers))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCost:

@@ -298,7 +298,7 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
             f"{optim.schedule} after {optim.warmup_steps:,} steps"
         )
     if not all(plan.config.data.datasets for plan in plans):
-        yield "no dataset is named, so epochs are not known: give --shards"
+        yield "no dataset is named, so epochs are not known: give --data"
 
 
 def count(module: nn.Module) -> int:

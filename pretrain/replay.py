@@ -20,7 +20,7 @@ import torch
 from configs.loader import merge_config
 from pretrain.checkpoint import PREFIX, Checkpoints, read_manifest
 from pretrain.checks import check_run
-from pretrain.config import TrainConfig
+from pretrain.config import LIKE, TrainConfig
 from pretrain.data.collate import Batch
 from pretrain.data.loader import Loader
 from pretrain.distributed import collectives
@@ -78,8 +78,9 @@ class NonFinite:
     def advice(self, found: str, config: TrainConfig, phase: str) -> str:
         """What was found, and how to go on."""
         latest = self.checkpoints.latest()
-        own = (config.phases.get(phase) or {}).get("optim") or {}
-        key = f"phases.{phase}.optim.base_lr" if "base_lr" in own else "optim.base_lr"
+        own = config.phases.get(phase) or {}
+        of_phase = LIKE in own or "base_lr" in (own.get("optim") or {})
+        key = f"phases.{phase}.optim.base_lr" if of_phase else "optim.base_lr"
         lower = f"{key}={config.phase(phase).optim.base_lr / 2:g}"
         repeat = f" To see what happened: python -m pretrain.replay {self._path}." if self._path.name else ""
         if latest is None:
@@ -97,7 +98,13 @@ def replay(record: dict[str, Any], run: Path, device: torch.device) -> list[str]
         ValueError: the checkpoint or the images are not there any more.
     """
     config = merge_config(TrainConfig(), record["config"], "the record")
-    config = replace(config, execution=replace(config.execution, parallel="auto", compile=False))
+    parts = record["ranks"] * config.execution.accumulation_steps
+    phase_config = config.phase(record["phase"])
+    if phase_config.loss.koleo_group_size * parts > phase_config.global_batch_size:
+        parts = config.execution.accumulation_steps  # neighbours were sought over several micro-batches
+    # The micro-batches of the ranks one after another: their images, and so their noise.
+    execution = replace(config.execution, parallel="auto", compile=False, accumulation_steps=parts)
+    config = replace(config, execution=execution)
     index = config.phase_names.index(record["phase"])
     latest = None if record["checkpoint"] is None else run / "checkpoints" / record["checkpoint"]
     position = Position()

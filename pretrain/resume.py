@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,11 +26,13 @@ from pretrain.data.shards import ImageTable
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.watch.lines import read_lines
 from pretrain.watch.metrics import CHANGES
+from pretrain.weight_files import BACKBONE, HEADS
+from pretrain.weights import Weights
 
 # How a run is computed and watched, not what is computed.
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.
-_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer")
+_READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer", "start_from")
 _FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention", "fp8")
 log = logging.getLogger("pretrain")
 
@@ -183,12 +184,18 @@ def check_allowed(config: TrainConfig, allowed: Iterable[str]) -> None:
             )
 
 
-def network_hash(network: nn.Module) -> str:
-    """32 hex digits over names, shapes and bytes of a network's tensors, which are on the processor."""
+def weights_hash(weights: Weights, network: nn.Module) -> str:
+    """32 hex digits over names, shapes and float32 bytes of a network's tensors, one of which is in memory at a time.
+
+    Args:
+        network: that these are the weights of, for its names; its own values are not looked at.
+    """
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    stored = weights.stored((BACKBONE, *HEADS))
+    for name in network.state_dict():
+        tensor = stored[name].read().float().contiguous()
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(np.ascontiguousarray(tensor.detach().reshape(-1).view(torch.uint8).numpy()).data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -270,7 +277,7 @@ def _change(position: Position, phase: str, key: str, old: Any, new: Any) -> dic
 
 
 def _with_names_of(phase: TrainConfig, found: TrainConfig) -> TrainConfig:
-    """`found` with its datasets named as in `phase`: `--shards` names them by path, and only their order counts."""
+    """`found` with its datasets named as in `phase`: `--data` names them by path, and only their order counts."""
     before, now = found.data.datasets, phase.data.datasets
     if len(before) != len(now):
         return found

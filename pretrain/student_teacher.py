@@ -20,6 +20,7 @@ from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.losses.prototypes import Targets
 from pretrain.models import architectures
+from pretrain.models.initial import Initial, prefixed
 from pretrain.models.projection_head import ProjectionHead
 from pretrain.models.vision_transformer import VisionTransformer
 
@@ -44,11 +45,13 @@ class Network(nn.Module):
     def forward(self, compute: Callable[["Network"], T]) -> T:
         return compute(self)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        self.backbone.init_weights(generator)
-        self.dino_head.init_weights(generator)
-        if self.ibot_head is not None:
-            self.ibot_head.init_weights(generator)
+    def initials(self) -> dict[str, Initial]:
+        """What each parameter starts from, by its name."""
+        heads = {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
+        found = prefixed("backbone", self.backbone.initials())
+        for name, head in heads.items():
+            found |= prefixed(name, head.initials()) if head is not None else {}
+        return found
 
 
 def build_network(config: TrainConfig) -> Network:
@@ -97,8 +100,14 @@ class Crops:
     num_images: int
 
     @staticmethod
-    def from_batch(batch: Batch, device: torch.device) -> "Crops":
-        """Uint8 crops to normalised floats; positions of the masks are found on the processor, where nothing waits."""
+    def from_batch(batch: Batch, device: torch.device, teacher_only: bool = False) -> "Crops":
+        """Uint8 crops to normalised floats; positions of the masks are found on the processor, where nothing waits.
+
+        Args:
+            teacher_only: leave out what the teacher does not see, the local and Gram crops.
+        """
+        if teacher_only:
+            batch = batch.only_global()
         num_global, num_images = batch.global_crops.shape[:2]
         masks, masked, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         if batch.masks is not None:
@@ -165,11 +174,40 @@ def _projected(
     return (of_cls, prototypes), (of_patches, prototypes)
 
 
-class Centering(nn.Module):
-    """Teacher logits to targets that cannot collapse: Sinkhorn-Knopp, or softmax with a moving centre.
+class TeacherLogits:
+    """The teacher's logits of all micro-batches of a step: one matrix a head, in the dtype that they were computed in.
 
-    The micro-batches of a step are centred together, so accumulation changes nothing.
+    They are centred together, so accumulation changes nothing; what is centred together lies together, once.
+
+    Args:
+        batch: this rank's images of the step, whose masks are on the processor.
+        num_parts: micro-batches.
     """
+
+    def __init__(self, batch: Batch, num_parts: int) -> None:
+        num_masked = 0 if batch.masks is None else int(batch.masks.sum())
+        self.rows = {"dino": batch.global_crops.shape[0] * batch.global_crops.shape[1], "ibot": num_masked}
+        self.num_parts = num_parts
+        self.matrices: dict[str, Tensor] = {}
+        self.lengths: dict[str, list[int]] = {}
+
+    def add(self, outputs: TeacherOutputs) -> None:
+        """The next micro-batch."""
+        for name, logits in (("dino", outputs.dino_logits), ("ibot", outputs.ibot_logits)):
+            if logits is None:
+                continue
+            lengths = self.lengths.setdefault(name, [])
+            if self.num_parts == 1:
+                self.matrices[name] = logits
+            else:
+                if not lengths:
+                    self.matrices[name] = logits.new_empty(self.rows[name], logits.shape[1])
+                self.matrices[name][sum(lengths) :][: len(logits)] = logits
+            lengths.append(len(logits))
+
+
+class Centering(nn.Module):
+    """Teacher logits to targets that cannot collapse: Sinkhorn-Knopp, or softmax with a moving centre."""
 
     def __init__(self, config: TrainConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -180,20 +218,19 @@ class Centering(nn.Module):
             self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum, self.compiled)
 
     @torch.no_grad()
-    def forward(self, outputs: Sequence[TeacherOutputs], temperature: float) -> list[TeacherTargets]:
-        parts = {name: [getattr(output, f"{name}_logits") for output in outputs] for name in ("dino", "ibot")}
-        logits = {name: torch.cat(part) for name, part in parts.items() if part[0] is not None}
-        centred: list[Targets] = []
+    def forward(self, logits: TeacherLogits, temperature: float) -> list[TeacherTargets]:
+        """The targets of each micro-batch."""
+        matrices, centred = logits.matrices, []
         if self.loss.centering == "softmax":
-            for name, head in logits.items():
+            for name, head in matrices.items():
                 centring = self.get_submodule(name)
                 centred.append(centring(head, temperature))
                 centring.update(head, self.sum_over_ranks)  # pyright: ignore[reportCallIssue]
-        elif logits:
-            iterations, heads = self.loss.sinkhorn_iterations, list(logits.values())
+        elif matrices:
+            iterations, heads = self.loss.sinkhorn_iterations, list(matrices.values())
             centred = sinkhorn_knopp(heads, temperature, iterations, self.sum_over_ranks, self.compiled)
-        split = {name: _split(one, [len(p) for p in parts[name]]) for name, one in zip(logits, centred, strict=True)}
-        nothing = [None] * len(outputs)
+        split = {name: _split(one, logits.lengths[name]) for name, one in zip(matrices, centred, strict=True)}
+        nothing = [None] * logits.num_parts
         of_both = zip(split.get("dino", nothing), split.get("ibot", nothing), strict=True)
         return [TeacherTargets(dino, ibot) for dino, ibot in of_both]
 
@@ -224,9 +261,14 @@ def student_losses(
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
     gather = gather if loss.koleo_group_size > num_images else None
-    groups, masks, local = [crops.global_crops], [crops.masks], [False]
+    # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
+    groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:
-        groups, masks, local = [*groups, crops.local_crops], [*masks, None], [*local, True]
+        seen = crops.local_crops
+        if config.crops.drop_local_remainder:
+            height, width = (side - side % network.backbone.patch_size for side in seen.shape[2:])
+            seen = seen[..., :height, :width]
+        groups, masks, local = [*groups, seen], [*masks, None], [*local, True]
     features = network.backbone(groups, masks, local, generator)
     cls = torch.cat([f.cls for f in features])
     patches = features[0].patches.flatten(0, 1)[crops.masked]

@@ -1,4 +1,4 @@
-"""Train a backbone on shards: torchrun -m pretrain.train --config NAME --shards PATH --out RUN [key=value ...]
+"""Train a backbone on images: torchrun -m pretrain.train --config NAME --data PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
 same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
@@ -36,6 +36,7 @@ from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.prefetch import transferred
+from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import full_tensors, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals() as stop:
         try:
             with stop.leaving_waits("RANK" not in os.environ):
-                config = load_train_config(asked.config, asked.overrides, asked.shards)
+                config = load_train_config(asked.config, asked.overrides, asked.data)
                 check_allowed(config, asked.allow_changed)
                 for line in idle_settings(config):
                     log.info(line)
@@ -206,7 +207,9 @@ class Run:
         loader = self._loader(self.position.phase, self.position.step)
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
             self._evaluate(config, phase.teacher)
-        batches = transferred(iter(loader), self.device)
+        batches = iter(loader)
+        if config.execution.accumulation_steps == 1:
+            batches = transferred(batches, self.device)
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
@@ -406,9 +409,7 @@ def _described_step(teacher: Path) -> int | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, help=f"a YAML file, or one of {', '.join(config_names(GROUP))}")
-    parser.add_argument(
-        "--shards", action="append", default=[], help="tars, or a folder that curation wrote; repeatable"
-    )
+    parser.add_argument("--data", "--shards", dest="data", action="append", default=[], help=DATA_HELP)
     parser.add_argument("--out", type=named_folder, help="the run folder")
     parser.add_argument(
         "--allow-changed",

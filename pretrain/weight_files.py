@@ -5,7 +5,10 @@ The kind of a file is told by its content, not its name. Wrappers (`teacher`, `m
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.distributed.tensor_files import DTYPES, Stored
 from pretrain.models.huggingface import backbone_state
 
 BACKBONE, HEADS = "backbone.", ("dino_head.", "ibot_head.")
@@ -26,13 +30,16 @@ HUGGINGFACE_FILES = (
 _CLS, _HUGGINGFACE_CLS = "cls_token", "embeddings.cls_token"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _MANY = 3
+_HUGGINGFACE_BLOCK = re.compile(r"(?:.*\.)?layer\.\d+\.")
 
 
-def read_tensors(file: Path, starts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+def stored_tensors(file: Path, starts: tuple[str, ...] = ("",)) -> dict[str, Stored]:
     """Every tensor of a safetensors file, a torch file, or the index of several such, by its dotted name.
 
+    Names and shapes are read now, of torch files from before 2020 (no zip) also the values.
+
     Args:
-        starts: of a safetensors file, only tensors whose names start with one of these are read.
+        starts: of a safetensors file, only tensors whose names start with one of these are looked for.
 
     Raises:
         ValueError: a file of another kind, a cut or damaged one, or one that holds no tensors.
@@ -47,11 +54,12 @@ def read_tensors(file: Path, starts: tuple[str, ...] = ("",)) -> dict[str, Tenso
     if file.name.endswith(".index.json"):
         tensors = {}
         for shard in _shards_of(file):
-            tensors |= read_tensors(shard)
+            tensors |= stored_tensors(shard)
     elif first[8:9] == b"{":
         tensors = _safetensors(file, starts)
     elif first.startswith((_ZIP, _PICKLE)):
-        tensors = dict(_flat(_torch_file(file, is_zip=first.startswith(_ZIP))))
+        content = _torch_file(file, is_zip=first.startswith(_ZIP))
+        tensors = {name: Stored.of(tensor) for name, tensor in _flat(content)}
     else:
         raise ValueError(f"{file} is no file of weights: neither safetensors nor what torch.save writes.")
     if not tensors and starts == ("",):
@@ -59,7 +67,7 @@ def read_tensors(file: Path, starts: tuple[str, ...] = ("",)) -> dict[str, Tenso
     return tensors
 
 
-def network_state(tensors: Mapping[str, Tensor], part: str, source: str) -> tuple[dict[str, Tensor], str]:
+def network_state(tensors: Mapping[str, Stored], part: str, source: str) -> tuple[dict[str, Stored], str]:
     """One network's tensors, as `backbone.*`, `dino_head.*` and `ibot_head.*`, and the prefix that its backbone had.
 
     Args:
@@ -100,25 +108,74 @@ def _prefix(names: Sequence[str], part: str, source: str) -> tuple[str, bool]:
     return chosen.removesuffix(_HUGGINGFACE_CLS if is_huggingface else _CLS), is_huggingface
 
 
-def _from_huggingface(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def renamed_blockwise(
+    tensors: Mapping[str, Stored], rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Stored]:
+    """Tensors of a Hugging Face class under our names, where some are put together from several: read block by block.
+
+    Args:
+        rename: of a state dict to ours; it needs no more than one block's tensors at once, and only their shapes to
+            know names and shapes.
+    """
+    groups: dict[str, dict[str, Stored]] = {}
+    for name, tensor in tensors.items():
+        block = _HUGGINGFACE_BLOCK.match(name)
+        groups.setdefault(block[0] if block else "", {})[name] = tensor
+
+    @lru_cache(maxsize=1)
+    def read(block: str) -> dict[str, Tensor]:
+        return rename({name: tensor.read() for name, tensor in groups[block].items()})
+
+    def stored(block: str, name: str, like: Tensor) -> Stored:
+        return Stored(tuple(like.shape), like.dtype, lambda start, stop: read(block)[name][start:stop])
+
+    found = {}
+    for block, members in groups.items():
+        empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in members.items()}
+        found |= {name: stored(block, name, like) for name, like in rename(empty).items()}
+    return found
+
+
+def _from_huggingface(state: Mapping[str, Stored], source: str) -> dict[str, Stored]:
     """Our names for theirs; the class is told by its names."""
     is_dinov2 = any(name.startswith("encoder.layer.") for name in state)
     gated = any("mlp.weights_in" in name or "mlp.gate_proj" in name for name in state)
     try:
-        return backbone_state(
+        return renamed_blockwise(
             state,
-            "dinov2" if is_dinov2 else "dinov3_vit",
-            family="dinov2" if is_dinov2 else "dinov3",
-            gated=gated,
+            partial(
+                backbone_state,
+                model_type="dinov2" if is_dinov2 else "dinov3_vit",
+                family="dinov2" if is_dinov2 else "dinov3",
+                gated=gated,
+            ),
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _safetensors(file: Path, starts: tuple[str, ...]) -> dict[str, Tensor]:
+def _safetensors(file: Path, starts: tuple[str, ...]) -> dict[str, Stored]:
+    with _reading(file), safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(starts)]  # noqa: SIM118
+        return {name: _in_safetensors(file, name, opened.get_slice(name)) for name in names}
+
+
+def _in_safetensors(file: Path, name: str, found: Any) -> Stored:
+    shape, kind = tuple(found.get_shape()), found.get_dtype()
+    if kind not in DTYPES:
+        raise ValueError(f"{file}: {name} is of type {kind}, and none of {', '.join(DTYPES)}.")
+
+    def rows(start: int, stop: int) -> Tensor:
+        with _reading(file), safe_open(file, "pt") as opened:
+            return opened.get_slice(name)[start:stop] if shape else opened.get_tensor(name)
+
+    return Stored(shape, DTYPES[kind], rows)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys() if name.startswith(starts)}  # noqa: SIM118
+        yield
     except (OSError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as safetensors, it is cut or damaged: {text}") from None

@@ -15,27 +15,37 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pretrain.checkpoint import MANIFEST, PREFIX, read_manifest, teacher_state
+from pretrain.checkpoint import MANIFEST, PREFIX, read_manifest, stored_state
 from pretrain.config import HeadConfig, TrainConfig
 from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.distributed.tensor_files import Stored, local_rows
 from pretrain.models.architectures import ARCHITECTURES, architecture, nearest
 from pretrain.models.huggingface import MODEL_TYPES, backbone_state, settings_of
-from pretrain.models.released import load_released, released_names
+from pretrain.models.released import fitting_state, is_looked_at, released_names
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.student_teacher import Network, build_head
-from pretrain.weight_files import BACKBONE, HEADS, HUGGINGFACE_FILES, network_state, read_tensors
+from pretrain.weight_files import (
+    BACKBONE,
+    HEADS,
+    HUGGINGFACE_FILES,
+    network_state,
+    renamed_blockwise,
+    stored_tensors,
+)
 
 TEACHER_WEIGHTS, TEACHER_CONFIG = "teacher.safetensors", "config.json"
 EXPORT_CONFIG, EXPORT_HEADS = "seedbed.json", "heads.safetensors"
 """beside an export for transformers, whose own config.json is that of its class"""
 RELEASED_OFFSET = 0.1
 """position_offset of the code that DINOv2 without registers was released with"""
-Reader = Callable[[tuple[str, ...]], dict[str, Tensor]]
+Finder = Callable[[tuple[str, ...]], dict[str, Stored]]
 log = logging.getLogger(__name__)
 
 
@@ -47,10 +57,14 @@ class Weights:
     description: dict[str, Any]
     """architecture, model (keyword arguments of VisionTransformer), image, and of ours also heads, step, phase and
     config; empty for a released file, which does not say what it is"""
-    read: Reader
-    """tensors whose names start with one of these: backbone.*, dino_head.*, ibot_head.*"""
+    stored: Finder
+    """tensors whose names start with one of these: backbone.*, dino_head.*, ibot_head.*; where they lie"""
     released: bool = False
     """from the released code, not from ours"""
+
+    def read(self, starts: tuple[str, ...]) -> dict[str, Tensor]:
+        """The same tensors, whole."""
+        return {name: tensor.read() for name, tensor in self.stored(starts).items()}
 
     def settings(self, name: str = "") -> dict[str, Any]:
         """Every keyword argument of VisionTransformer: as described, or as the architecture `name` has them.
@@ -78,7 +92,7 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
         raise ValueError(f"{path} does not exist; give a run, checkpoint, teacher or export folder, or released file.")
     if (path / TEACHER_WEIGHTS).is_file():
         description = _description(path / TEACHER_CONFIG)
-        return Weights(str(path), description, lambda starts: read_tensors(path / TEACHER_WEIGHTS, starts))
+        return Weights(str(path), description, lambda starts: stored_tensors(path / TEACHER_WEIGHTS, starts))
     if (path / EXPORT_CONFIG).is_file():
         return _exported(path)
     if (path / TEACHER_CONFIG).is_file():
@@ -92,24 +106,27 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
     return found
 
 
-def load_network(network: Network, source: str | Path, part: str = "teacher", keep_offset: bool = False) -> None:
-    """Fill a network, whole and not wrapped yet, from what `source` names.
+@torch.no_grad()
+def load_network(network: Network, source: str | Path, part: str = "teacher", keep_offset: bool = False) -> list[str]:
+    """Fill a network, whole or sharded, from what `source` names: a rank reads the rows that it holds.
 
-    A learned position table of another size is resized. Heads that the source lacks, as released files do, stay as they
-    are, and the log says so; heads of another shape are an error.
+    Of a network on `meta`, all is read and looked at, one tensor at a time, and nothing is kept. A learned position
+    table of another size is resized. Heads that the source lacks, as released files do, stay as they are, and the log
+    says so; heads of another shape are an error.
 
     Args:
         source: as for `find_weights`.
         part: `teacher` or `student`, where the source has both.
         keep_offset: the network's own position_offset holds, for it was asked for; else that of the source.
 
+    Returns:
+        Names of the heads that the source lacks.
+
     Raises:
         ValueError: nothing there that can be read, or another model.
     """
     weights = find_weights(source, part)
-    state = weights.read((BACKBONE, *HEADS))
-    if broken := next((name for name, tensor in state.items() if not tensor.isfinite().all()), ""):
-        raise ValueError(f"{weights.source} holds values that are not finite, in {broken}: give other weights.")
+    state = weights.stored((BACKBONE, *HEADS))
     model = network.backbone
     if not keep_offset and model.rope is None:
         model.position_offset = offset_of(weights, model)
@@ -121,16 +138,20 @@ def load_network(network: Network, source: str | Path, part: str = "teacher", ke
             model.position_offset,
         )
     backbone = {name.removeprefix(BACKBONE): t for name, t in state.items() if name.startswith(BACKBONE)}
+    known = {name: t.read() if is_looked_at(name) else _shape_of(t) for name, t in backbone.items()}
     try:
-        load_released(model, backbone, resize_position=True)
+        fitting = fitting_state(model, known, resize_position=True)
     except ValueError as error:
         raise ValueError(f"{weights.source} does not fit model.architecture: {error}") from None
+    chosen = {f"{BACKBONE}{n}": backbone[n] if t.is_meta else Stored.of(t) for n, t in fitting.items()}
+    lacking = []
     for name, head in network.named_children():
         if name == "backbone":
             continue
         tensors = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
         if not tensors:
             log.info("%s has no %s: it starts at random", weights.source, name)
+            lacking.append(name)
             continue
         own = head.state_dict()
         differing = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
@@ -141,7 +162,25 @@ def load_network(network: Network, source: str | Path, part: str = "teacher", ke
                 f"{list(own[differing[0]].shape)} here; set heads.{name.removesuffix('_head')} to the checkpoint's "
                 "numbers."
             )
-        head.load_state_dict({key: tensors[key] for key in own})
+        chosen |= {f"{name}.{key}": tensors[key] for key in own}
+    _fill(network, chosen, weights.source)
+    return lacking
+
+
+def _fill(network: Network, state: Mapping[str, Stored], source: str) -> None:
+    """Copy what this rank holds of each tensor that is given, one at a time."""
+    for name, tensor in network.state_dict().items():
+        if name not in state:
+            continue
+        start, local = local_rows(tensor)
+        rows = state[name].rows(start, start + len(local)) if local.ndim else state[name].read()
+        if not rows.isfinite().all():
+            raise ValueError(f"{source} holds values that are not finite, in {name}: give other weights.")
+        local.copy_(rows)
+
+
+def _shape_of(tensor: Stored) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def offset_of(weights: Weights, model: VisionTransformer) -> float:
@@ -152,7 +191,15 @@ def offset_of(weights: Weights, model: VisionTransformer) -> float:
 
 
 def load_teacher(source: str | Path) -> Network:
-    """A trained network with its heads, built from its own description.
+    """A trained network with its heads, whole, built from its own description; raises as `teacher_weights` does."""
+    weights, network = teacher_weights(source)
+    network.to_empty(device="cpu")
+    fill_teacher(network, weights)
+    return network
+
+
+def teacher_weights(source: str | Path) -> tuple[Weights, Network]:
+    """Where a trained network with its heads lies, and the network on `meta`, built from its own description.
 
     Raises:
         ValueError: nothing there that can be read, or no heads with it, as in released files.
@@ -163,14 +210,24 @@ def load_teacher(source: str | Path) -> Network:
             f"{weights.source} has no heads, and distillation needs the prototypes of its teacher: give a run, "
             "checkpoint, teacher or export of pretrain."
         )
-    network = described_network(weights.description)
-    state, expected = weights.read((BACKBONE, *HEADS)), network.state_dict()
+    with torch.device("meta"):
+        network = described_network(weights.description)
+    state, expected = weights.stored((BACKBONE, *HEADS)), network.state_dict()
     wrong = [k for k in expected.keys() | state.keys() if k not in state or k not in expected]
     wrong = wrong or [k for k in expected if expected[k].shape != state[k].shape]
     if wrong:
         raise ValueError(f"{weights.source} is not what its description says: {sorted(wrong)[0]} differs.")
-    network.load_state_dict(state)
-    return network
+    return weights, network
+
+
+@torch.no_grad()
+def fill_teacher(network: Network, weights: Weights) -> None:
+    """Fill the network of `teacher_weights`, whole or sharded: a rank reads the rows that it holds.
+
+    Raises:
+        ValueError: a file that is damaged, or values that are not finite.
+    """
+    _fill(network, weights.stored((BACKBONE, *HEADS)), weights.source)
 
 
 def described_network(description: Mapping[str, Any]) -> Network:
@@ -232,20 +289,20 @@ def _file(path: Path, part: str) -> Weights:
         return find_weights(path.parent, part)
     if path.name in HUGGINGFACE_FILES and any((path.parent / c).is_file() for c in (EXPORT_CONFIG, TEACHER_CONFIG)):
         return find_weights(path.parent, part)
-    tensors = read_tensors(path)
+    tensors = stored_tensors(path)
     state, prefix = network_state(tensors, part, str(path))
     # A teacher.safetensors of ours without its description has this prefix; released safetensors have none.
     released = not (prefix == BACKBONE and any(name.startswith(HEADS) for name in tensors))
     return Weights(str(path), {}, lambda starts: _starting(_canonical(state), starts), released)
 
 
-def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _canonical(state: Mapping[str, Stored]) -> dict[str, Stored]:
     """Released names of the backbone as the hub files have them, heads as they are."""
     backbone = released_names({k.removeprefix(BACKBONE): t for k, t in state.items() if k.startswith(BACKBONE)})
     return {f"{BACKBONE}{k}": t for k, t in backbone.items()} | _starting(state, HEADS)
 
 
-def _starting(state: Mapping[str, Tensor], starts: tuple[str, ...]) -> dict[str, Tensor]:
+def _starting(state: Mapping[str, Stored], starts: tuple[str, ...]) -> dict[str, Stored]:
     return {name: tensor for name, tensor in state.items() if name.startswith(starts)}
 
 
@@ -257,22 +314,21 @@ def _exported(folder: Path) -> Weights:
         raise ValueError(f"{folder / TEACHER_CONFIG}: model_type={model_type!r} is none of {', '.join(MODEL_TYPES)}.")
     settings = complete_settings(description["architecture"], description["model"])
 
-    def read(starts: tuple[str, ...]) -> dict[str, Tensor]:
+    rename = partial(
+        backbone_state, model_type=model_type, family=settings["family"], gated=settings["ffn"] == "swiglu"
+    )
+
+    def find(starts: tuple[str, ...]) -> dict[str, Stored]:
         tensors = {}
         if BACKBONE in starts:
-            state = backbone_state(
-                read_tensors(folder / HUGGINGFACE_FILES[0]),
-                model_type,
-                family=settings["family"],
-                gated=settings["ffn"] == "swiglu",
-            )
+            state = renamed_blockwise(stored_tensors(folder / HUGGINGFACE_FILES[0]), rename)
             scaled = settings["layerscale"]  # the classes have layer scales always, of ones if need be
             tensors = {f"{BACKBONE}{name}": value for name, value in state.items() if scaled or ".gamma" not in name}
         heads = tuple(start for start in starts if start != BACKBONE)
         has_heads = bool(heads) and (folder / EXPORT_HEADS).is_file()
-        return tensors | (read_tensors(folder / EXPORT_HEADS, heads) if has_heads else {})
+        return tensors | (stored_tensors(folder / EXPORT_HEADS, heads) if has_heads else {})
 
-    return Weights(str(folder), description, read)
+    return Weights(str(folder), description, find)
 
 
 def _huggingface(folder: Path, part: str) -> Weights:
@@ -290,7 +346,7 @@ def _huggingface(folder: Path, part: str) -> Weights:
     return Weights(
         str(folder),
         description,
-        lambda starts: _starting(network_state(read_tensors(file), part, str(file))[0], starts),
+        lambda starts: _starting(network_state(stored_tensors(file), part, str(file))[0], starts),
         released=True,
     )
 
@@ -308,10 +364,7 @@ def _checkpoint(folder: Path, part: str) -> Weights | None:
         return None
     description = _described(read_manifest(folder)["meta"].get("teacher"), folder / MANIFEST)
 
-    def read(starts: tuple[str, ...]) -> dict[str, Tensor]:
-        return _starting(teacher_state(folder, f"{part}."), starts)
-
-    return Weights(str(folder), description, read)
+    return Weights(str(folder), description, lambda starts: _starting(stored_state(folder, f"{part}."), starts))
 
 
 def _newest_of_run(run: Path, part: str) -> Weights | None:

@@ -42,8 +42,8 @@ ROOMS = [
     "explain",
     "truth",
 ]
-FROM_CURATION = ("curation.engine.lock", "curation.engine.manifest", "curation.reading")
-"""what pretrain may import: the lock of run folders, the manifests, and the one reader of images and samples"""
+FROM_CURATION = ("curation.engine.lock", "curation.engine.manifest", "curation.engine.progress", "curation.reading")
+"""what pretrain may import: locks, manifests, progress, and the one reader of images and samples"""
 
 
 def imported_names(path: Path) -> Iterator[str]:

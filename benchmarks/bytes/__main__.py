@@ -1,7 +1,6 @@
 """python -m benchmarks.bytes [--label NAME] [--config NAME] [key=value ...]: see the package's own words."""
 
 import argparse
-import functools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from benchmarks.bytes.compiled import backend
 from benchmarks.bytes.count import Counter
 from benchmarks.bytes.device import described
 from benchmarks.train_step import STEP, fixed_batch
+from pretrain import compiling
 from pretrain.config import TrainConfig, load_train_config
 from pretrain.losses.prototypes import compiled_pass
 from pretrain.phase import Phase
@@ -75,8 +75,7 @@ def count_step(config: TrainConfig) -> Counter:
             stack.enter_context(context)
         stack.callback(compiled_pass.cache_clear)  # what was compiled here only counts
         torch._dynamo.reset()
-        counting = functools.partial(torch.compile, backend=backend(counter))
-        stack.enter_context(patch.object(torch, "compile", counting))
+        stack.enter_context(patch.object(compiling, "BACKEND", backend(counter)))
         phase = Phase(config, 0, *(on_fake_gpu(network) for network in networks))
         phase.finite = Unwatched()  # type: ignore[assignment]
         counter.leave_out(phase.student.parameters())

@@ -128,4 +128,4 @@ def _planted(images: ImageSet, threshold: float) -> np.ndarray:
 
 
 def _columns(table: pa.Table) -> Iterator[np.ndarray]:
-    return tuple(table[name].to_numpy() for name in ("a", "b", "similarity"))  # type: ignore[return-value]
+    return (table[name].to_numpy() for name in ("a", "b", "similarity"))

@@ -378,8 +378,8 @@ def _hf_view(folder: Path, image_px: int | None) -> View:
 
 def _require_torch(spec: str) -> None:
     try:
-        import timm  # noqa: F401
-        import torch  # noqa: F401
+        import timm  # noqa: F401  asked for, not used
+        import torch  # noqa: F401  as well
     except ImportError as error:
         raise ValueError(
             f"encoder {spec!r} needs torch and timm ({error}); install seedbed[encoders], or use 'descriptors'."

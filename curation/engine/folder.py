@@ -111,7 +111,7 @@ class Folder:
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file."""
         with self._reached():
-            return self._fs[0].cat_file(self.path(name), start=start, end=stop)  # type: ignore[return-value]
+            return self._fs[0].cat_file(self.path(name), start=start, end=stop)  # type: ignore[return-value]  # as above
 
     def read_array(self, name: str) -> np.ndarray:
         return np.load(io.BytesIO(self.read_bytes(name)), allow_pickle=False)

@@ -205,11 +205,6 @@ class ImageSet:
         """One column over all gids: numbers as they are (0 for null), fixed-size binary as uint8 [N, width]."""
         return np.concatenate([column_values(self.index(part, [name])[name]) for part in range(self.num_parts)])
 
-    def arrow(self, name: str) -> pa.ChunkedArray:
-        """One column over all gids, as it is."""
-        tables = [self.index(part, [name]) for part in range(self.num_parts)]
-        return pa.concat_tables(tables).column(name)
-
     def embeddings(self, encoder: str, part: int) -> np.ndarray:
         """float16 [rows of the part, D]; rows of images that were not decoded are zero."""
         return self.folder.read_array(f"{encoder}/{self._name(part)}.npy")

@@ -149,6 +149,7 @@ def run_tasks(
     unit: str,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    take: Callable[[R], None] | None = None,
 ) -> list[R]:
     """function(item, *shared) for each item, in Ray tasks of one CPU; results in the order of items.
 
@@ -157,6 +158,7 @@ def run_tasks(
 
     Args:
         names: what to call each item in messages.
+        take: gets each result as it comes, in any order; none is kept then, and None stands in its place.
     """
     if not items:
         return []
@@ -181,10 +183,14 @@ def run_tasks(
                 for reference in ready(list(pending), queue.wait_s()):
                     number = pending.pop(reference)
                     try:
-                        results[number] = unwrapped(reference)
+                        result = unwrapped(reference)
                     except WorkerLost as error:
                         queue.put_back(number, losses.wait_s(number, error))
                     else:
+                        if take is None:
+                            results[number] = result
+                        else:
+                            take(result)
                         silence.heard()
                         progress.advance(weights[number])
         except BaseException:

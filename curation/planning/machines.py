@@ -89,7 +89,7 @@ def load_cluster(name_or_path: str) -> Cluster:
 def this_machine(execution: ExecutionConfig) -> Cluster:
     """What is here: input and output are taken to be as fast as it takes."""
     gpus, kind = 0, "a100"
-    if execution.device != "cpu" and importlib.util.find_spec("torch"):
+    if importlib.util.find_spec("torch"):
         import torch
 
         gpus = torch.cuda.device_count()

@@ -1,7 +1,7 @@
 """What the plan of a run starts from: its sets, its encoders, its cluster, and what a line of it holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from curation.encoders.load import View, encoder_view
@@ -71,6 +71,8 @@ class PlanNumbers:
         specs = run.config.embed.encoders()
         self.views: dict[str, View] = {spec: encoder_view(spec, run.config.embed.image_px) for spec in specs}
         self.cluster = cluster or this_machine(run.config.execution)
+        if run.config.execution.device == "cpu":
+            self.cluster = replace(self.cluster, gpus=0)
         self.memory = run.config.execution.memory_gb * 1e9
 
     @cached_property

@@ -88,7 +88,7 @@ class Unpacked:
         stop = self._position + size
         if self._spool is None and self._position < self._passed - len(self._window):
             self._begin()
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this reader
         while self._passed < stop and self._advance():
             pass
         if self._spool is not None:

@@ -116,6 +116,19 @@ def choose_column(sets: Sequence[Listing], column: str) -> list[Listing]:
 
 
 def _parts(url: str, files: Sequence[Found], images_per_folder_part: int, ledger: Ledger) -> list[Part]:
+    parts, loose = shards_and_loose(files, ledger)
+    has_shards = bool(parts)
+    for root, named in loose.items():
+        parts += _folder_parts(root, named, images_per_folder_part, has_shards, ledger)
+    return parts
+
+
+def shards_and_loose(files: Sequence[Found], ledger: Ledger) -> tuple[list[Part], dict[str, dict[str, Found]]]:
+    """Of listed files, tars and Parquet files as parts; and by folder the files that are images, or may come with one.
+
+    Raises:
+        ValueError: a file that was given by its name and is of no known kind.
+    """
     files = _without_accounts(files, ledger)
     kinds = [_kind(file) for file in files]
     shards = [(file, kind) for file, kind in zip(files, kinds, strict=True) if kind is not None]
@@ -133,10 +146,7 @@ def _parts(url: str, files: Sequence[Found], images_per_folder_part: int, ledger
             ledger.ignore(METADATA, join(file.root, file.name))
         else:
             by_root.setdefault(file.root, {})[file.name] = file
-    has_shards = bool(parts)
-    for root, named in by_root.items():
-        parts += _folder_parts(root, named, images_per_folder_part, has_shards, ledger)
-    return parts
+    return parts, by_root
 
 
 def _without_accounts(files: Sequence[Found], ledger: Ledger) -> list[Found]:
@@ -167,9 +177,7 @@ def _folder_parts(
     parts, chunk = [], list[Found]()
     if has_shards:  # checksums, lists, notes: what lies beside shards and is no image is no lost sample either
         loose = [name for cluster in clusters(files) for name in cluster.loose]
-        with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
-            are_images = list(pool.map(lambda name: begins_like_image(root, name), loose))
-        others = {name for name, is_image in zip(loose, are_images, strict=True) if not is_image}
+        others = set(loose) - set(hidden_images(root, loose))
         for name in sorted(others):
             ledger.ignore(UNKNOWN, join(root, name))
         files = {name: file for name, file in files.items() if name not in others}
@@ -179,6 +187,13 @@ def _folder_parts(
             chunk = []
         chunk += [files[name] for name in cluster.names]
     return [*parts, _folder_part(root, chunk)] if chunk else parts
+
+
+def hidden_images(root: str, names: Sequence[str]) -> list[str]:
+    """Of files without the name of an image, those that begin like one."""
+    with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
+        are_images = list(pool.map(lambda name: begins_like_image(root, name), names))
+    return [name for name, is_image in zip(names, are_images, strict=True) if is_image]
 
 
 def _folder_part(root: str, files: Sequence[Found]) -> Part:

@@ -32,7 +32,7 @@ def read_parquet(part: Part, max_file_bytes: int) -> Iterator[Sample]:
     stem = stem[: -len(".parquet")] if stem.lower().endswith(".parquet") else stem
     with open_file(part.url) as file:
         try:
-            table = _Table(file)
+            table = ParquetTable(file)
             column = part.column or table.image_column()
         except Exception:  # a damaged file can raise anything out of the reader
             yield Sample(f"{stem}@0", reason="damaged_shard", unread_bytes=part.size)
@@ -63,7 +63,7 @@ def holds_images(url: str) -> bool:
     """Whether some column's first values look like images. A file that cannot be read counts as one that does."""
     try:
         with open_file(url) as file:
-            return _Table(file).image_column(by_name=False) is not None
+            return ParquetTable(file).image_column(by_name=False) is not None
     except Exception:  # whatever is wrong with it, reading it will say so in a row
         return True
 
@@ -83,7 +83,7 @@ class CellReader:
     """Cells of one Parquet file again, by row: for members that read_parquet named. Rows are best asked in order."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._table = _Table(file)
+        self._table = ParquetTable(file)
         self._columns: list[str] = []
         self._group = -1
         self._batch: pa.RecordBatch | None = None
@@ -115,7 +115,7 @@ class CellReader:
         return cells(self._batch, number - self._start)
 
 
-class _Table:
+class ParquetTable:
     """One open Parquet file, read in batches that are bounded by bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -131,6 +131,19 @@ class _Table:
         """Bytes of a row group in the file."""
         about = self.file.metadata.row_group(group)
         return sum(about.column(i).total_compressed_size for i in range(about.num_columns))
+
+    def column_bytes(self, group: int, path: str) -> int | None:
+        """Bytes of a (dotted) column in one row group; None where it has nothing but nulls."""
+        about = self.file.metadata.row_group(group)
+        top = _top(path, self.schema.names)
+        chunks = [about.column(i) for i in range(about.num_columns)]
+        chunks = [
+            chunk for chunk in chunks if chunk.path_in_schema == top or chunk.path_in_schema.startswith(f"{top}.")
+        ]
+        held = [c for c in chunks if not c.path_in_schema.endswith(".path")]  # a name beside the bytes is no image
+        if all(c.statistics is not None and c.statistics.null_count == c.num_values for c in held):
+            return None
+        return sum(chunk.total_compressed_size for chunk in chunks)
 
     def batches(self, group: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         about = self.file.metadata.row_group(group)

@@ -57,8 +57,11 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}" if url else name
 
 
-def open_file(url: str) -> IO[bytes]:
+def open_file(url: str, block_size: int | None = None) -> IO[bytes]:
     """Open a file of a part (named as `readable` names it). Nothing but a regular file is opened, so none can hang.
+
+    Args:
+        block_size: bytes that a store is asked for at once; None for what its client does.
 
     Raises:
         OSError: it is not there, not readable, or no regular file.
@@ -67,7 +70,7 @@ def open_file(url: str) -> IO[bytes]:
     if is_local(url):
         return open(local_path(url), "rb", opener=_open_regular)
     fs, path = file_system(url)
-    return fs.open(path, "rb")  # type: ignore[return-value]  # fsspec says text or bytes
+    return fs.open(path, "rb", **({"block_size": block_size} if block_size else {}))  # type: ignore[return-value]  # fsspec says text or bytes
 
 
 def file_size(url: str) -> int:
@@ -87,7 +90,7 @@ def read_file(url: str, max_bytes: int) -> tuple[int, bytes | None]:
             return size, file.read() if size <= max_bytes else None
     size = file_size(url)
     fs, path = file_system(raw(url))
-    return size, bytes(fs.cat_file(path)) if size <= max_bytes else None  # type: ignore[arg-type]
+    return size, bytes(fs.cat_file(path)) if size <= max_bytes else None  # type: ignore[arg-type]  # fsspec says text or bytes
 
 
 def read_head(url: str, num_bytes: int) -> bytes:
@@ -96,7 +99,7 @@ def read_head(url: str, num_bytes: int) -> bytes:
         with open_file(url) as file:
             return file.read(num_bytes)
     fs, path = file_system(raw(url))
-    return bytes(fs.cat_file(path, start=0, end=min(num_bytes, file_size(url))))  # type: ignore[arg-type]
+    return bytes(fs.cat_file(path, start=0, end=min(num_bytes, file_size(url))))  # type: ignore[arg-type]  # fsspec says text or bytes
 
 
 @dataclass
@@ -123,7 +126,7 @@ def read_range(url: str, start: int, stop: int, fetched: Fetched | None = None) 
         return b""
     fs, path = file_system(raw(url))
     try:
-        content = bytes(fs.cat_file(path, start=start, end=stop))  # type: ignore[arg-type]
+        content = bytes(fs.cat_file(path, start=start, end=stop))  # type: ignore[arg-type]  # fsspec says text or bytes
     except FileNotFoundError:
         raise
     except Exception:
@@ -158,7 +161,7 @@ class RangeFile(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io says any buffer
         content = read_range(self.url, self._position, self._position + len(buffer), self._fetched)
         buffer[: len(content)] = content
         self._position += len(content)

@@ -60,7 +60,7 @@ def train_centroids(
 
     Args:
         seed: another than the config's.
-        scratch: a folder for this k-means alone; what is finished in it is not done again. `clear` empties it.
+        scratch: a folder for this k-means alone; what is finished in it is not done again.
     """
     if scratch.exists("centroids.npy"):
         return scratch.read_array("centroids.npy")
@@ -82,11 +82,6 @@ def _centroids_of(
 ) -> np.ndarray:
     rows, ids = read_sample(scratch, names)
     return ops.kmeans(rows, num_clusters, num_iterations, seed, ids=ids, device=device).centroids
-
-
-def clear(scratch: Folder) -> None:
-    """Delete what `train_centroids` left in its folder."""
-    scratch.clear(FILES)
 
 
 def sample_limit(source: RowSource, size: int, seed: int, execution: ExecutionConfig, label: str) -> int | None:

@@ -88,8 +88,12 @@ def count_ids(
 ) -> np.ndarray:
     """int64 [num_ids]: how often each id occurs in `ids_of(number)`, of all numbers of ranges; tasks call it."""
     counts = np.zeros(num_ids, np.int64)
-    for ids, some in run_tasks(_count, numbers, ids_of, execution=execution, label=label, unit="ranges"):
+
+    def add(counted: tuple[np.ndarray, np.ndarray]) -> None:
+        ids, some = counted
         counts[ids] += some
+
+    run_tasks(_count, numbers, ids_of, execution=execution, label=label, unit="ranges", take=add)
     return counts
 
 

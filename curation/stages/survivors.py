@@ -150,10 +150,6 @@ class Survivors:
         """LEAKS of a range, in the order of gids."""
         return self.folder.read_table(_leaks(number))
 
-    def all_leaks(self) -> pa.Table:
-        """LEAKS of the whole pool: only where that is small."""
-        return pa.concat_tables(self.leaks(number) for number in range(self.num_ranges))
-
 
 def is_clustered(number: int, dedup_folder: Folder, folder: Folder, ranges: Ranges) -> np.ndarray:
     """bool by gid of a range: the images that are clustered: those that stood for a group before leaks went, or do."""

@@ -63,9 +63,18 @@ class Batch:
         slices = [self._slice(slice(i * size, (i + 1) * size)) for i in range(count)]
         return [replace(slices[0], skipped=self.skipped, odd=self.odd), *slices[1:]]
 
+    def only_global(self) -> "Batch":
+        """Without local and Gram crops: what a teacher sees."""
+        return replace(
+            self,
+            local_crops=self.local_crops[:0],
+            local_photometric=self.local_photometric[:0],
+            gram_crops=None,
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         """Crops and masks to the device, without waiting where memory is pinned. Parameters stay on the host."""
-        return self._map_large(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_large(lambda tensor: _copied(tensor, torch.device(device)))
 
     def pin_memory(self) -> "Batch":
         """Into page-locked memory; the data loader calls it."""
@@ -94,6 +103,19 @@ class Batch:
             skipped=(),
             odd=(),
         )
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """[V, B, ...] on the device, in the same memory format.
+
+    Crop by crop: of a slice over B each is one piece of memory, which a pinned host hands over without a wait.
+    """
+    if tensor.device == device:
+        return tensor
+    there = torch.empty_like(tensor, device=device)
+    for copy, crops in zip(there, tensor, strict=True):
+        copy.copy_(crops, non_blocking=True)
+    return there
 
 
 def collate(

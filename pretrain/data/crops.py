@@ -48,6 +48,9 @@ class CropsConfig:
     """0: no Gram crops"""
     sizes: list[CropSizes] = field(default_factory=list)
     """several sizes, of which each step draws one for all ranks; empty: the three above"""
+    drop_local_remainder: bool = False
+    """true: of a local crop that is no multiple of the patch the network leaves out what is over at the right and the
+    bottom, as DINOv3's 168 px become 10 x 10 patches of 16; false: such a side is refused"""
     num_local_crops: int = 8
     global_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])
     """least and most area of a crop, as a share of the image"""

@@ -35,7 +35,8 @@ class DatasetConfig:
     """One curated dataset."""
 
     shards: str
-    """a tar, a glob or {0000..0009} braces of tars, a folder of tars, or a run folder of curation; local or a URL"""
+    """a folder of images, tars or Parquet files, a glob or {0000..0009} braces of them, a .txt list of paths, or a run
+    folder of curation; local or a URL"""
     weight: float = 1.0
     """share of the heterogeneous batches, relative to the other datasets; 0 only for the homogeneous one"""
 
@@ -58,7 +59,7 @@ class DataConfig:
         check_ranges("data", self, homogeneous_share="[0, 1]", shuffle_shards="[0, inf)")
         for name, dataset in self.datasets.items():
             if not dataset.shards.strip():
-                raise ValueError(f"data.datasets.{name}.shards (--shards) is empty: name tars, or a folder of them.")
+                raise ValueError(f"data.datasets.{name}.shards (--data) is empty: name images, tars or Parquet.")
             check_ranges(f"data.datasets.{name}", dataset, weight="[0, inf)")
         if self.homogeneous and self.datasets and self.homogeneous not in self.datasets:
             raise ValueError(
@@ -173,12 +174,19 @@ class Steps(Dataset[Batch]):
     def _masks(self, step: int, positions: np.ndarray, sizes: CropSizes) -> torch.Tensor:
         """bool [V, B, N]"""
         side = sizes.global_px // self.patch_size
-        size = self.order.batch_size
-        crops = np.concatenate([positions + view * size for view in range(NUM_GLOBAL_CROPS)])
-        masks = step_masks(
-            self.masks, (side, side), crops, NUM_GLOBAL_CROPS * size, self.order.seed, self.order.phase, step
+        order = self.order
+        return torch.from_numpy(
+            step_masks(
+                self.masks,
+                (side, side),
+                positions,
+                order.batch_size,
+                NUM_GLOBAL_CROPS,
+                order.seed,
+                order.phase,
+                step,
+            )
         )
-        return torch.from_numpy(masks).view(NUM_GLOBAL_CROPS, len(positions), -1)
 
 
 @dataclass(frozen=True)
@@ -315,7 +323,7 @@ def build_loader(
             f"{' and '.join(str(n) for n in (below, below + world_size) if n)}."
         )
     if not config.datasets:
-        raise ValueError("data.datasets is empty: give --shards PATH, or data.datasets.NAME.shards=PATH.")
+        raise ValueError("data.datasets is empty: give --data PATH, or data.datasets.NAME.shards=PATH.")
     if tables is None:
         tables = read_tables(config)
     for name, table in tables.items():
@@ -360,13 +368,17 @@ def read_tables(config: DataConfig) -> dict[str, ImageTable]:
 
 
 def check_sizes(crops: CropsConfig, patch_size: int) -> None:
-    """Every side is a multiple of the patch.
+    """Every side is a multiple of the patch, but for local crops whose remainder is dropped.
 
     Raises:
         ValueError: one is not; the nearest that are.
     """
     for sizes in crops.all_sizes():
-        sides = {"global_px": sizes.global_px, "local_px": sizes.local_px, "gram_px": sizes.gram_px}
+        sides = {"global_px": sizes.global_px, "gram_px": sizes.gram_px}
+        if not crops.drop_local_remainder:
+            sides["local_px"] = sizes.local_px
+        elif sizes.local_px < patch_size:
+            raise ValueError(f"crops.local_px={sizes.local_px} is less than a patch of {patch_size}.")
         for name, side in sides.items():
             if side % patch_size:
                 below = side // patch_size * patch_size

@@ -1,8 +1,9 @@
 """Which patches of which global crops the student does not see: block masks for iBOT, as DINOv2 draws them.
 
-A share of the global batch's crops is masked, with ratios spread evenly over a range, so the number of masked patches
-of a step hardly varies. Which crop gets which ratio depends on (seed, phase, step) and the crop's place in the global
-batch, not on how ranks split it. arXiv:2304.07193; blocks: BEiT, arXiv:2106.08254.
+A share of the global crops is masked, with ratios spread evenly over a range, in groups of four images that follow each
+other in the global batch. A group has as many masked patches as any other; so have ranks and micro-batches of a
+multiple of four images, and no rank waits for another. A crop's ratio depends on (seed, phase, step) and its place in
+the global batch, not on how ranks split it. arXiv:2304.07193; blocks: BEiT, arXiv:2106.08254.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from configs.ranges import check_ranges
 from pretrain.data.randomness import Stream, generator
 
 _BLOCK_ATTEMPTS = 10
+GROUP_IMAGES = 4
+"""images whose crops share out the range of ratios"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,8 @@ class MaskConfig:
     """Mask sampling, with DINOv2's values."""
 
     probability: float = 0.5
-    """share of the global crops that are masked, exactly; 0 for no masks at all"""
+    """share of the global crops that are masked, exactly; 0 for no masks at all. With a multiple of 1/4, and of four
+    images on each rank, all ranks have as many masked patches"""
     ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])
     """least and most share of patches masked in such a crop"""
     min_patches: int = 4
@@ -40,35 +44,60 @@ class MaskConfig:
 
 
 def step_masks(
-    config: MaskConfig, grid: tuple[int, int], crops: np.ndarray, num_crops: int, seed: int, phase: int, step: int
+    config: MaskConfig,
+    grid: tuple[int, int],
+    positions: np.ndarray,
+    batch_size: int,
+    num_views: int,
+    seed: int,
+    phase: int,
+    step: int,
 ) -> np.ndarray:
-    """Masks of some of a step's global crops: bool [n, h * w], true where the student sees the mask token.
+    """Masks of the global crops of some of a step's images: bool [V, B, h * w], true where the mask token stands.
 
     Args:
         grid: h, w in patches.
-        crops: places of the wanted ones among all global crops of the global batch, int [n].
-        num_crops: of the global batch.
+        positions: places of the images in the global batch, int [B].
+        batch_size: images of the global batch.
+        num_views: V, global crops of an image.
     """
-    counts = mask_counts(config, grid[0] * grid[1], num_crops, generator(seed, phase, Stream.MASK_RATIOS, step))[crops]
+    groups, members = np.unique(positions // GROUP_IMAGES, return_inverse=True)
+    drawn = []
+    for group in groups.tolist():
+        images = range(group * GROUP_IMAGES, min((group + 1) * GROUP_IMAGES, batch_size))
+        rng = generator(seed, phase, Stream.MASK_RATIOS, step, group)
+        counts = np.zeros((num_views, GROUP_IMAGES), np.int64)
+        counts[:, : len(images)] = mask_counts(config, grid[0] * grid[1], images, num_views, rng)
+        drawn.append(counts)
+    counts = np.stack(drawn)[members, :, positions % GROUP_IMAGES].T.ravel()
+    crops = (np.arange(num_views)[:, None] * batch_size + positions).ravel()
     masked = np.flatnonzero(counts)
     rngs = [generator(seed, phase, Stream.MASK_BLOCKS, step, int(crop)) for crop in crops[masked]]
     masks = np.zeros((len(crops), *grid), bool)
     masks[masked] = block_masks(config, grid, counts[masked], rngs)
-    return masks.reshape(len(crops), grid[0] * grid[1])
+    return masks.reshape(num_views, len(positions), grid[0] * grid[1])
 
 
-def mask_counts(config: MaskConfig, num_patches: int, num_crops: int, rng: np.random.Generator) -> np.ndarray:
-    """Patches to mask in each global crop, int64 [num_crops]: int(probability * num_crops) of them are not 0.
+def mask_counts(
+    config: MaskConfig, num_patches: int, images: range, num_views: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Patches to mask in each global crop of images that follow each other in the global batch: int64 [V, images].
 
-    The j-th of those has a ratio uniform in the j-th of as many equal bins of the range; then all are shuffled.
+    Of all crops of the batch up to any group's end the share `probability` is masked, rounded down. The j-th of the K
+    masked crops of these images has a ratio uniform in the j-th of K equal bins of the range, and the j-th from the end
+    what it lacks to the sum of both ends of the range: two such crops have the same number of patches in any step.
     """
-    num_masked = int(num_crops * config.probability)
-    counts = np.zeros(num_crops, np.int64)
-    low, high = config.ratio
-    bins = (np.arange(num_masked) + rng.random(num_masked)) / max(num_masked, 1)
-    counts[:num_masked] = num_patches * (low + (high - low) * bins)
+    first, last = (int(image * num_views * config.probability + 1e-9) for image in (images.start, images.stop))
+    num_masked, (low, high) = last - first, config.ratio
+    num_pairs, is_odd = divmod(num_masked, 2)
+    bins = (np.arange(num_pairs + is_odd) + rng.random(num_pairs + is_odd)) / max(num_masked, 1)
+    drawn = np.ceil(num_patches * (low + (high - low) * bins) - 1e-9)
+    of_two = int(num_patches * (low + high) + 1e-9)
+    counts = np.zeros(num_views * len(images), np.int64)
+    counts[: len(drawn)] = drawn
+    counts[len(drawn) : num_masked] = of_two - drawn[:num_pairs]
     rng.shuffle(counts)
-    return counts
+    return counts.reshape(num_views, len(images))
 
 
 def block_masks(

@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
-TIMEOUT = timedelta(minutes=30)  # the first step compiles, and a rank may wait for another's slow disk
+START_TIMEOUT = timedelta(minutes=30)  # the first step compiles, and a rank may wait for another's slow disk
+STEP_TIMEOUT = timedelta(minutes=10)  # after it a rank that is waited for longer is lost
 
 
 def choose_device(name: str, key: str) -> torch.device:
@@ -36,7 +37,7 @@ def choose_device(name: str, key: str) -> torch.device:
     return torch.device(name if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
+def start(device: str = "auto", timeout: timedelta = START_TIMEOUT) -> torch.device:
     """Join the process group that torchrun (or pretrain.launch) describes in the environment, if it does.
 
     Args:
@@ -66,6 +67,18 @@ def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=here if on_gpu else None)
     return here
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long a rank from now on waits for the others, in every group that there is."""
+    if is_distributed():
+        for group in {id(group): group for group in _groups()}.values():
+            dist.set_timeout(timeout, group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    # torch lists its groups nowhere else; those of meshes are among them.
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def stop() -> None:
@@ -129,11 +142,73 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 def any_over_ranks(flag: bool) -> bool:
     """Whether the flag is up on any rank (a signal to stop). Hosts wait for each other, not for their devices."""
+    return bool(max_over_ranks(int(flag)))
+
+
+def max_over_ranks(number: int) -> int:
+    """The largest number of all ranks'; hosts wait for each other, not for their devices."""
     if not is_distributed():
-        return flag
-    raised = torch.tensor(flag, dtype=torch.int32)  # on the processor: gloo, also beside NCCL
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+        return number
+    largest = torch.tensor(number)  # on the processor: gloo, also beside NCCL
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+def from_every_rank(one: T) -> list[T]:
+    """What each rank has, small, by rank."""
+    if not is_distributed():
+        return [one]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, one)
+    return every
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns on this rank; what it raises on any rank is raised on all, instead of a hang.
+
+    `make` itself must not wait for other ranks.
+    """
+    result, error = None, None
+    try:
+        result = make()
+    except Exception as found:
+        error = found
+    if any_over_ranks(error is not None):
+        raise next(met for met in from_every_rank(error) if met is not None)
+    return result  # pyright: ignore[reportReturnType]  # made, where nothing was raised
+
+
+def in_step(items: Iterable[T], work: Callable[[T | None], None], left: Callable[[], bool] = lambda: False) -> bool:
+    """Do the work on every item, as many turns on every rank: None on a rank that has no more while another has.
+
+    So `work` may hold collectives, such as the forward of a sharded network. What one rank's items or work raise is
+    raised on all at the next turn; only an error between two collectives of one turn leaves the others waiting.
+
+    Args:
+        left: whether this rank is asked to stop.
+
+    Returns:
+        Whether all was done; False: some rank was asked to stop.
+    """
+    turns, error = iter(items), None
+    while True:
+        item, has_item = None, False
+        if error is None:
+            try:
+                item, has_item = next(turns), True
+            except StopIteration:
+                pass
+            except Exception as found:
+                error = found
+        state = max_over_ranks(3 if error is not None else 2 if left() else int(has_item))
+        if state == 3:
+            raise next(met for met in from_every_rank(error) if met is not None)
+        if state != 1:
+            return state == 0
+        try:
+            work(item)
+        except Exception as found:
+            error = found
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
@@ -150,6 +225,25 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]
+
+
+def from_first_of_machine(make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank of this machine; an error on any machine is raised on every rank."""
+    if not is_distributed():
+        return make()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    message: list[Any] = [None, None]
+    if local_rank == 0:
+        try:
+            message[0] = make()
+        except Exception as error:
+            message[1] = error
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    for _, error in messages:
+        if error is not None:
+            raise error
+    return messages[rank() - local_rank][0]
 
 
 class _Gather(torch.autograd.Function):

@@ -8,17 +8,14 @@ and no rank needs another one to write or to read, so it works without a process
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 DTYPES = {
     "F64": torch.float64,
@@ -53,61 +50,97 @@ def local_rows(x: Tensor) -> tuple[int, Tensor]:
     """
     if not isinstance(x, DTensor):
         return 0, x
-    assert x.placements == (Shard(0),), f"sharded over rows of one mesh, found {x.placements}"
-    rows = -(-x.shape[0] // x.device_mesh.size())
+    *copies, rows_of = x.placements
+    assert [rows_of, *copies] == [Shard(0), *[Replicate()] * len(copies)], f"sharded over rows, found {x.placements}"
+    mesh_dim = x.device_mesh.ndim - 1
+    rows = -(-x.shape[0] // x.device_mesh.size(mesh_dim))
     local = x.to_local()
-    start = min(x.device_mesh.get_local_rank() * rows, x.shape[0])
+    start = min(x.device_mesh.get_local_rank(mesh_dim) * rows, x.shape[0])
     assert len(local) == min(rows, x.shape[0] - start)
     return start, local
 
 
+def _replica(x: DTensor) -> tuple[int, int]:
+    """Which copy of a sharded tensor this rank holds a part of, and how many there are."""
+    mesh = x.device_mesh
+    return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim > 1 else (0, 1)
+
+
 def pieces_of_rank(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> list[Piece]:
-    """What one rank writes: its rows of sharded tensors, and of the others those that fall to it, by size."""
+    """What one rank writes: its rows of sharded tensors, and of the others those that fall to it, by size.
+
+    Where a tensor is held in several copies, one of them is written; which one, goes by size too.
+    """
     pieces = []
-    load = [0] * num_ranks
+    loads: dict[bool, list[int]] = {}
     for name, tensor in tensors.items():
         start, local = local_rows(tensor)
-        if not isinstance(tensor, DTensor):
-            owner = load.index(min(load))
-            load[owner] += tensor.nbytes
-            if owner != rank:
-                continue
-        elif not len(local):
-            continue
-        pieces.append(Piece(name, tuple(tensor.shape), start, local))
+        sharded = isinstance(tensor, DTensor)
+        mine, num_copies = _replica(tensor) if sharded else (rank, num_ranks)
+        load = loads.setdefault(sharded, [0] * num_copies)
+        owner = load.index(min(load))
+        load[owner] += tensor.numel() * tensor.dtype.itemsize
+        if owner == mine and (len(local) if sharded else True):
+            pieces.append(Piece(name, tuple(tensor.shape), start, local))
     return pieces
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Whole tensors as one safetensors file. Raises OSError as every other write does, which safetensors does not."""
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        raise
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file, read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[int, int], Tensor]
+    """its rows start..stop, on the processor; of a tensor without dimensions (0, 1), and itself"""
+
+    def read(self) -> Tensor:
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Stored":
+        """One that is in memory, or mapped into it."""
+        tensor = tensor.detach()
+        return Stored(tuple(tensor.shape), tensor.dtype, lambda a, b: tensor[a:b] if tensor.ndim else tensor)
+
+
+def save_tensors(tensors: Mapping[str, Tensor | Stored], path: Path) -> None:
+    """Whole tensors as one safetensors file, on the disk when this returns; one at a time is in memory."""
+    # Wide numbers first, so that each tensor begins where its dtype may: the order of the safetensors library.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = _header([(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order], {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(header)
+        for name in order:
+            tensor = tensors[name]
+            whole = tensor.read() if isinstance(tensor, Stored) else tensor.detach()
+            file.write(_bytes_of(whole.cpu().contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file of these tensors begins with, its length first."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:
     """One safetensors file of pieces on the CPU, on the disk when this returns."""
-    header: dict[str, Any] = {}
-    details: dict[str, Any] = {}
-    offset = 0
-    for piece in pieces:
-        content = _bytes_of(piece.tensor)
-        end = offset + len(content)
-        header[piece.name] = {
-            "dtype": DTYPE_NAMES[piece.tensor.dtype],
-            "shape": list(piece.tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        details[piece.name] = [list(piece.shape), piece.start, hashlib.sha256(content).hexdigest()]
-        offset = end
-    header["__metadata__"] = {"pieces": json.dumps(details)}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    details = {
+        piece.name: [list(piece.shape), piece.start, hashlib.sha256(_bytes_of(piece.tensor)).hexdigest()]
+        for piece in pieces
+    }
+    held = [(piece.name, piece.tensor.dtype, tuple(piece.tensor.shape)) for piece in pieces]
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(_header(held, {"pieces": json.dumps(details)}))
         for piece in pieces:
             file.write(_bytes_of(piece.tensor))
         file.flush()
@@ -184,6 +217,9 @@ class TensorFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
+
+    def stored(self, name: str) -> Stored:
+        return Stored(self.shape(name), self.dtype(name), lambda start, stop: self.read(name, start, stop))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of a tensor (all of it by default), on the CPU.

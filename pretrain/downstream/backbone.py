@@ -5,18 +5,23 @@ backbone = load_backbone("RUN/checkpoints/step-00010000")
 backbone = load_backbone("RUN/teacher")            # teacher.safetensors + config.json
 backbone = load_backbone("EXPORT")                 # a Hugging Face folder that pretrain.downstream.export wrote
 backbone = load_backbone("dinov2_vits14_reg4_pretrain.pth", architecture="dinov2_vits14_reg")
+backbone = load_backbone("hf:facebook/dinov2-small")                       # of the Hugging Face hub, or its cache
+backbone = load_backbone("timm:vit_small_patch16_dinov3.lvd1689m")         # any ViT of timm
 features = backbone.features(images)               # Features(cls, registers, patches, grid)
+features = backbone.layers(images, "four")         # of the four blocks that dense heads want
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.downstream.timm_model import TimmModel, load_timm
 from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.released import load_released
 from pretrain.models.vision_transformer import Features, VisionTransformer
@@ -32,6 +37,9 @@ log = logging.getLogger(__name__)
 CHANGEABLE = ("attention", "fp8", "position_antialias", "position_offset")
 # The kernels of training may not exist where the model is used.
 _ANYWHERE = {"attention": "sdpa", "fp8": False}
+FITS = ("exact", "pad", "resize")
+HUB, TIMM = "hf:", "timm:"
+_HUB_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -59,28 +67,126 @@ class ImageSettings:
 class Backbone:
     """A trained model in eval mode, float32, with what is known about it."""
 
-    model: VisionTransformer
+    model: VisionTransformer | TimmModel
     image: ImageSettings
     architecture: str
-    """name in pretrain.models.architectures"""
+    """name in pretrain.models.architectures, or timm's"""
     settings: dict[str, Any]
-    """keyword arguments of VisionTransformer, complete"""
+    """keyword arguments of VisionTransformer, complete; empty for a model of timm"""
     source: str
     """the folder or file that was read"""
     description: dict[str, Any]
     """config.json of the teacher: step, phase, heads, the training config; empty for released weights"""
 
-    def features(self, images: Tensor) -> Features:
-        """Tokens of normalised images [B, 3, H, W] of any size that the patch divides; without gradient."""
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.model.depth if isinstance(self.model, TimmModel) else len(self.model.blocks)
+
+    def features(self, images: Tensor, fit: str = "exact") -> Features:
+        """Tokens after the last block and the final norm; without gradient.
+
+        Args:
+            images: normalised, [B, 3, H, W].
+            fit: what to do where the patch does not divide a side: `exact` is an error, see `fitted`.
+        """
         with torch.inference_mode():
-            return self.model([images])[0]
+            return self.model([fitted(images, self.model.patch_size, fit)])[0]
+
+    def layers(
+        self, images: Tensor, which: int | str | Sequence[int], norm: bool = True, fit: str = "exact"
+    ) -> list[Features]:
+        """Tokens after several blocks; without gradient.
+
+        Args:
+            images: normalised, [B, 3, H, W].
+            which: see `chosen_layers`.
+            norm: apply the final norm to each.
+            fit: as for `features`.
+        """
+        indices = chosen_layers(which, self.depth)
+        with torch.inference_mode():
+            return self.model.layers(fitted(images, self.model.patch_size, fit), indices, norm=norm)
+
+    def features_of_each(self, images: Sequence[Tensor], fit: str = "exact") -> list[Features]:
+        """Tokens of images of different sizes, each [3, H, W]: in their order, one image in each result.
+
+        Images of equal size go through the model together.
+        """
+        ready = [fitted(image[None], self.model.patch_size, fit) for image in images]
+        sizes: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(ready):
+            sizes.setdefault(image.shape, []).append(number)
+        found: dict[int, Features] = {}
+        with torch.inference_mode():
+            groups = self.model([torch.cat([ready[n] for n in numbers]) for numbers in sizes.values()])
+        for group, numbers in zip(groups, sizes.values(), strict=True):
+            for place, number in enumerate(numbers):
+                one = slice(place, place + 1)
+                found[number] = Features(group.cls[one], group.registers[one], group.patches[one], group.grid)
+        return [found[number] for number in range(len(images))]
+
+
+def fitted(images: Tensor, patch_size: int, fit: str) -> Tensor:
+    """Normalised images [B, 3, H, W] whose sides the patch divides.
+
+    Args:
+        fit: `exact`: they must be; `pad`: the mean colour is added at the right and below; `resize`: to the nearest
+            sides that are, antialiased bicubic.
+
+    Raises:
+        ValueError: sides that the patch does not divide, with `exact`; an unknown `fit`.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit={fit!r} is unknown; choose one of {', '.join(FITS)}.")
+    height, width = images.shape[-2:]
+    if not (height % patch_size or width % patch_size):
+        return images
+    if fit == "exact":
+        raise ValueError(
+            f"images of {height} x {width} px do not split into patches of {patch_size} px; use fit='pad' or "
+            "fit='resize'."
+        )
+    if fit == "pad":  # normalised: the mean colour is 0
+        return F.pad(images, (0, -width % patch_size, 0, -height % patch_size))
+    size = [max(round(side / patch_size), 1) * patch_size for side in (height, width)]
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+def chosen_layers(which: int | str | Sequence[int], depth: int) -> list[int]:
+    """Numbers of blocks, from 0.
+
+    Args:
+        which: the last so many; or numbers, negative ones from the end; or `four`, those of the published dense heads:
+            4, 11, 17, 23 of 24, the last of each quarter elsewhere (DINOv2, arXiv:2304.07193, and its released code).
+
+    Raises:
+        ValueError: blocks that the model does not have.
+    """
+    if which == "four":
+        if depth < 4:
+            raise ValueError(f"layers='four' needs a model of 4 blocks or more, this one has {depth}.")
+        return [4, 11, 17, 23] if depth == 24 else [(quarter * depth) // 4 - 1 for quarter in (1, 2, 3, 4)]
+    if isinstance(which, str):
+        raise ValueError(
+            f"layers={which!r} is unknown: give a number (the last so many), numbers of blocks, or 'four'."
+        )
+    if isinstance(which, int):
+        if not 1 <= which <= depth:
+            raise ValueError(f"layers={which}: the last {which} blocks of a model that has {depth}.")
+        return list(range(depth - which, depth))
+    wrong = [number for number in which if not -depth <= number < depth]
+    if wrong or not len(which):
+        raise ValueError(f"layers={list(which)} of a model of {depth} blocks: numbers from {-depth} to {depth - 1}.")
+    return [number % depth for number in which]
 
 
 def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> Backbone:
     """Load a backbone strictly: every parameter, and none that the model lacks.
 
     Args:
-        path: a run folder, step-* checkpoint, teacher folder, export of ours, or a released .pth or .safetensors.
+        path: a run folder, step-* checkpoint, teacher folder, export of ours, a released .pth or .safetensors, a
+            Hugging Face folder; `hf:OWNER/NAME` of the hub; `timm:NAME`.
         architecture: of a released file, which does not say; must be empty or agree for everything else.
         changes: `attention`, `position_antialias` or `position_offset`: how a trained model is run.
 
@@ -94,7 +200,11 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         )
     if not isinstance(offset := changes.get("position_offset", 0), int | float) or not 0 <= offset < 1:
         raise ValueError(f"position_offset={offset} must be in [0, 1).")
-    weights = find_weights(path)
+    if str(path).startswith(TIMM):
+        if architecture or changes:
+            raise ValueError(f"{path} is a model of timm as it is: architecture and changes do not apply.")
+        return _of_timm(str(path))
+    weights = find_weights(_place(path))
     known = weights.description.get("architecture", "")
     if not architecture and not known:
         raise ValueError(
@@ -122,9 +232,32 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
     )
 
 
+def _of_timm(path: str) -> Backbone:
+    name = path.removeprefix(TIMM)
+    model, known = load_timm(name)
+    image = ImageSettings(tuple(known["mean"]), tuple(known["std"]), int(known["input_size"][-1]))
+    return Backbone(model=model, image=image, architecture=name, settings={}, source=path, description={})
+
+
+def _place(path: str | Path) -> Path:
+    """Of `hf:OWNER/NAME` the folder, fetched where it is not in the cache yet; `hf:FOLDER` is that folder."""
+    if not str(path).startswith(HUB):
+        return Path(path)
+    name = str(path).removeprefix(HUB)
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client and its transports each have their own
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is neither a folder nor can it be had from the hub: {told}") from None
+
+
 def load_heads(path: str | Path) -> dict[str, Tensor]:
     """Tensors of the projection heads beside a backbone, dino_head.* and ibot_head.*; none where there are none."""
-    return find_weights(path).read(HEADS)
+    return find_weights(_place(path)).read(HEADS)
 
 
 def build_model(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> VisionTransformer:

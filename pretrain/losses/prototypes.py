@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain import compiling
+
 # Bytes of one float32 block of rows x prototypes, per kind of device. On a processor the passes over a block should
 # stay in its caches; a GPU wants few large kernels. Larger bands read and write the prototypes less often.
 BLOCK_BYTES = {"cpu": 1 << 20}
@@ -53,7 +55,7 @@ def is_streamed(device: torch.device, num_prototypes: int, compiled: bool) -> bo
 @functools.cache
 def compiled_pass(function: Callable[..., Any]) -> Callable[..., Any]:
     """One pass over whole logits, as one or two kernels."""
-    return torch.compile(function)
+    return compiling.compiled(function, any_rows=True)
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
@@ -215,7 +217,7 @@ def whole_pass(function: Callable[..., Any], compiled: bool, *arguments: Any) ->
     num_rows = arguments[0].shape[1]
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.ndim > 1 and argument.shape[1] == num_rows:
-            torch._dynamo.maybe_mark_dynamic(argument, 1)
+            compiling.open_rows(argument, 1)
     return compiled_pass(function)(*arguments)
 
 

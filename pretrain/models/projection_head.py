@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.initial import LINEAR, Initial, initialise, prefixed
+
 
 class Prototypes(nn.Module):
     """The last layer: K directions, plain (DINOv3) or weight-normed, lengths trained (DINOv2) or fixed (DINO)."""
@@ -27,13 +29,10 @@ class Prototypes(nn.Module):
         # Under FSDP a parameter is not to leave its module; its alias carries the gradient hooks.
         return self.weight.view_as(self.weight)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def initials(self) -> dict[str, Initial]:
         if self.weight_norm:
-            bound = self.dim**-0.5
-            nn.init.uniform_(self.weight_v, -bound, bound, generator=generator)
-            nn.init.ones_(self.weight_g)
-        else:
-            nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
+            return {"weight_v": Initial("uniform", self.dim**-0.5), "weight_g": Initial("constant", 1.0)}
+        return {"weight": Initial("normal", 0.02)}
 
 
 class ProjectionHead(nn.Module):
@@ -72,12 +71,15 @@ class ProjectionHead(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Set every parameter anew, also one that `to_empty` left undefined."""
-        for module in self.mlp.modules():
+        initialise(self, self.initials(), generator)
+
+    def initials(self) -> dict[str, Initial]:
+        """What each parameter starts from, by its name."""
+        found = prefixed("last_layer", self.last_layer.initials())
+        for name, module in self.mlp.named_modules(prefix="mlp"):
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
-        self.last_layer.init_weights(generator)
+                found |= prefixed(name, LINEAR)
+        return found
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to unit-norm features [N, bottleneck], float32 or wider, and prototypes [K, bottleneck]."""

@@ -14,6 +14,8 @@ from pretrain.models.vision_transformer import VisionTransformer
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+\.)")
 _HEADS = ("dino_head.", "ibot_head.")
 _WRAPPERS = ("teacher", "model")
+# Constants that released files hold beside the parameters.
+_BIAS_MASK, _PERIODS = ".attn.qkv.bias_mask", "rope_embed.periods"
 
 
 def load_released(
@@ -22,13 +24,23 @@ def load_released(
     *,
     resize_position: bool = False,
 ) -> None:
-    """Copy released weights into a model of the same architecture; nothing may be missing or left over.
+    """Copy released weights into a model of the same architecture; arguments and errors as of `fitting_state`."""
+    model.load_state_dict(fitting_state(model, source, resize_position=resize_position), strict=True)
+
+
+def fitting_state(
+    model: VisionTransformer,
+    source: Mapping[str, Tensor],
+    *,
+    resize_position: bool = False,
+) -> dict[str, Tensor]:
+    """Released weights as a model of the same architecture has them; nothing may be missing or left over.
 
     Takes the hub files, and the teacher checkpoints that the DINOv2 trainer writes (`teacher` around everything, names
     with `backbone.` and block chunks, heads beside them, which are left out).
 
     Args:
-        source: the state dict of a released file.
+        source: the state dict of a released file. All but those that `is_looked_at` may lie on `meta`, as the model.
         resize_position: resize a learned position table of another size, as the model would interpolate it.
 
     Raises:
@@ -55,7 +67,12 @@ def load_released(
             f"the checkpoint is not of this architecture ({len(problems)} differences: "
             f"{'; '.join(sorted(problems)[:4])})."
         )
-    model.load_state_dict(state, strict=True)
+    return state
+
+
+def is_looked_at(name: str) -> bool:
+    """Whether `fitting_state` needs the values of a tensor, and not its shape only."""
+    return name in ("pos_embed", _PERIODS) or name.endswith(_BIAS_MASK)
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,14 +91,14 @@ def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_constants(model: VisionTransformer, state: dict[str, Tensor]) -> None:
     """Take out the buffers that this model computes instead, once they are seen to agree with it."""
-    for name in [name for name in state if name.endswith(".attn.qkv.bias_mask")]:
+    for name in [name for name in state if name.endswith(_BIAS_MASK)]:
         mask = state.pop(name)
         width = model.embed_dim
         expected = torch.ones(3 * width)
         expected[width : 2 * width] = 0
         if not torch.equal(mask.float().cpu(), expected):
             raise ValueError(f"{name} masks more than the key bias; this model cannot.")
-    stored = state.pop("rope_embed.periods", None)
+    stored = state.pop(_PERIODS, None)
     if stored is None:
         return
     if model.rope is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.initial import LINEAR, NORM, Initial, initialise, prefixed
 from pretrain.models.layers.attention import Attention, Layout, make_layout
 from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
@@ -142,24 +143,22 @@ class VisionTransformer(nn.Module):
         return "register_tokens" if self.family == "dinov2" else "storage_tokens"
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set every parameter anew, also one that `to_empty` left undefined; distributions as released."""
-        for module in self.modules():
+        """Set every parameter anew, also one that `to_empty` left undefined."""
+        initialise(self, self.initials(), generator)
+
+    def initials(self) -> dict[str, Initial]:
+        """What each parameter starts from, by its name; distributions as released."""
+        token = Initial("normal", 1e-6 if self.family == "dinov2" else 0.02)
+        found = {"cls_token": token, self.registers_name: token, "pos_embed": Initial("normal", 0.02)}
+        found["mask_token"] = Initial("constant", 0.0)
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                found |= prefixed(name, LINEAR)
             elif isinstance(module, LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                module.init_weights()
-        self.patch_embed.init_weights(generator)
-        std = 1e-6 if self.family == "dinov2" else 0.02
-        nn.init.normal_(self.cls_token, std=std, generator=generator)
-        if self.num_registers:
-            nn.init.normal_(self.get_parameter(self.registers_name), std=std, generator=generator)
-        if self.rope is None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
-        nn.init.zeros_(self.mask_token)
+                found |= prefixed(name, NORM)
+            elif isinstance(module, LayerScale | PatchEmbed):
+                found |= prefixed(name, module.initials())
+        return found
 
     def forward(
         self,

@@ -32,7 +32,7 @@ def clip_by_module(modules: Mapping[str, Sequence[nn.Parameter]], max_norm: floa
                 squares[row, column] = torch.stack(norms).double().square().sum()
     for mesh in meshes:
         assert len(meshes) == 1, "parameters are sharded over one mesh"
-        dist.all_reduce(squares[1], group=mesh.get_group())
+        dist.all_reduce(squares[1], group=mesh.get_group(mesh.ndim - 1))  # copies of a shard hold the same gradient
     norms = squares.sum(0).sqrt().float()
     if max_norm > 0:
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)

@@ -283,7 +283,7 @@ def test_mistakes_are_told_before_any_time_is_lost(shards: Path, arguments: dict
 def test_missing_shards_and_empty_datasets_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.datasets is empty"):
         loader(DataConfig())
-    with pytest.raises(ValueError, match=r"data\.datasets\.web\.shards: .* names no \.tar"):
+    with pytest.raises(ValueError, match=r"data\.datasets\.web\.shards: nothing found at"):
         loader(DataConfig(datasets={"web": DatasetConfig(shards=str(tmp_path / "nothing"))}))
     write_tar(tmp_path / "text.tar", [("a.txt", b"words"), ("a.json", b"{}")])
     with pytest.raises(ValueError, match=r"data\.datasets\.web\.shards: .* without a usable image"):

@@ -101,9 +101,9 @@ KNN = ["--train", "shards", "--val", "shards"]
             (command, [*TRAIN[:2], "--shards", shards, *TRAIN[4:]], words)
             for command in ("train", "launch")
             for shards, words in [
-                ("", "is empty: name tars"),
+                ("", "is empty: name images"),
                 (" ", "is empty"),
-                ("nowhere", "'nowhere' names no .tar"),
+                ("nowhere", "nothing found at 'nowhere'"),
             ]
         ],
         *[

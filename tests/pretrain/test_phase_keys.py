@@ -27,6 +27,8 @@ REFUSED = {
     "model.num_registers": "2",
     "model.ffn": "swiglu",
     "model.depth": "1",
+    "model.norm_eps": "0.001",
+    "model.mask_key_bias": "true",
     "model.layerscale": "0.1",
     "model.untied_local_norm": "true",
     "heads.dino.num_prototypes": "32",
@@ -51,6 +53,7 @@ READ = {
     "optim.max_skipped_steps": ("-1", "optim.max_skipped_steps=-1"),
     "model.attention": ("none", "attention"),
     "model.fp8": ("true", "fp8=true"),
+    "crops.drop_local_remainder": ("perhaps", "crops.drop_local_remainder"),
 }
 TWO_SETS = "data.datasets={shards: {}, other: {shards: OTHER}}"
 # Key -> its other value, and what else makes it matter.
@@ -60,6 +63,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "precision": ("bfloat16",),
     "optim.freeze_backbone_steps": ("1",),
     "reset_optimizer": ("false",),
+    "start_from": ("teacher",),
     "distill_from": ("FIRST", "gram.weight=0"),
     "model.position_px": ("48",),
     "model.position_offset": ("0.5", "model.position_px=48"),
@@ -71,6 +75,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "heads.ibot.train_lengths": ("false",),
     "loss.dino_weight": ("0.5",),
     "loss.dino_local_weight": ("0.5",),
+    "loss.dino_local_ramp_steps": ("2", "loss.dino_local_weight=0.5"),
     "loss.same_crop_pairs": ("true",),
     "loss.ibot_weight": ("0.5",),
     "loss.koleo_weight": ("0.5",),
@@ -80,6 +85,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "loss.sinkhorn_iterations": ("1",),
     "loss.center_momentum": ("0.5", "loss.centering=softmax"),
     "gram.weight": ("2",),
+    "gram.ramp_steps": ("2",),
     "gram.teacher": ("FIRST",),
     "gram.refresh_every_steps": ("1",),
     "gram.max_refreshes": ("0", "gram.refresh_every_steps=1"),

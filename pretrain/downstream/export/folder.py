@@ -10,6 +10,7 @@ from pretrain.downstream.backbone import Backbone, load_backbone, load_heads
 from pretrain.downstream.export import huggingface, safetensors
 from pretrain.downstream.export.card import model_card
 from pretrain.downstream.export.parity import check_folder
+from pretrain.downstream.timm_model import TimmModel
 from pretrain.weights import EXPORT_HEADS
 
 FORMATS = ("huggingface", "safetensors")
@@ -35,6 +36,10 @@ def export(checkpoint: str | Path, out: str | Path, format_: str, architecture: 
     if out.exists():
         raise ValueError(f"{out} exists; choose a folder that does not, or remove it.")
     backbone = load_backbone(checkpoint, architecture, **changes)
+    if isinstance(backbone.model, TimmModel):
+        raise ValueError(
+            f"{checkpoint} is a model of timm, which exports its own; give weights of pretrain or a release."
+        )
     heads = load_heads(checkpoint)
     return write_checked(backbone, heads, out, format_)
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.initial import Initial
 from pretrain.models.layers import fp8
 from pretrain.models.layers.fp8 import Fp8Linear
 
@@ -39,5 +40,5 @@ class LayerScale(nn.Module):
             return self(linear(x))
         return fp8.linear(linear, x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
 
-    def init_weights(self) -> None:
-        nn.init.constant_(self.gamma, self.initial)
+    def initials(self) -> dict[str, Initial]:
+        return {"gamma": Initial("constant", self.initial)}

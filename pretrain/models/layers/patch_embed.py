@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.initial import Initial
+
 
 class PatchEmbed(nn.Module):
     """The linear map of non-overlapping patches, stored as the convolution of the released checkpoints.
@@ -46,9 +48,7 @@ class PatchEmbed(nn.Module):
         split = tokens.split([len(rows) for rows in pixels])
         return [rows.unflatten(0, (len(group), h * w)) for rows, group, (h, w) in zip(split, crops, grids, strict=True)]
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def initials(self) -> dict[str, Initial]:
         """Uniform within 1 / sqrt(fan in), weights and bias, as both families do."""
-        bound = 1 / math.sqrt(self.in_channels * self.patch_size**2)
-        nn.init.uniform_(self.proj.weight, -bound, bound, generator=generator)
-        assert self.proj.bias is not None
-        nn.init.uniform_(self.proj.bias, -bound, bound, generator=generator)
+        bound = Initial("uniform", 1 / math.sqrt(self.in_channels * self.patch_size**2))
+        return {"proj.weight": bound, "proj.bias": bound}

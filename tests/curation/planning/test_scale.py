@@ -151,6 +151,13 @@ def test_tasks_that_want_more_memory_than_a_node_has_are_told() -> None:
     assert any("want 6,144 GB" in note for note in planned(10**8, "execution.memory_gb=64").notes())
 
 
+def test_gpus_that_may_not_be_used_are_not_planned() -> None:
+    on_cores = planned(10**8, "execution.device=cpu")
+    work = step(on_cores, "join").work
+    assert on_cores.cluster.gpu_s(work) == 0
+    assert on_cores.cluster.core_s(work) > H100.core_s(work)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 DESCRIBED = ["--images", "1300000000", "--cluster", "h100x160", "--dry-run", "--config", "offline"]

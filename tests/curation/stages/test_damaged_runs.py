@@ -54,7 +54,7 @@ def test_damage_is_told_everywhere(ray_session: None, pool: Path, tmp_path: Path
         ("damaged_shard", True, 6),
         ("no_end_marker", False, 0),
     ]
-    others = run.pool.arrow("others").to_pylist()
+    others = run.pool.rows(0, run.pool.num_images, ["others"])["others"].to_pylist()
     assert [len(o) for o, row in zip(others, rows, strict=True) if row["source"].endswith("d.tar")] == [1] * 4
     counts = run.manifests["embed/pool"].counts
     assert counts["images"] == len(rows) == 8 + 6 + 1 + 4 + 1 + 4

@@ -50,7 +50,7 @@ def shards(run):
 
 
 def leaks(run):
-    table = Survivors(run.folder / "survivors").all_leaks()
+    table = Survivors(run.folder / "survivors").leaks(0)
     return dict(zip(table["gid"].to_pylist(), table["evaluation"].to_pylist(), strict=True))
 
 
