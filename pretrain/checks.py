@@ -27,7 +27,16 @@ from pretrain.watch.evaluation import check_sets
 from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
-_FREE_MODEL = ("position_px", "position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
+_FREE_MODEL = (
+    "position_px",
+    "position_offset",
+    "rope_shift",
+    "rope_jitter",
+    "rope_rescale",
+    "drop_path",
+    "attention",
+    "fp8",
+)
 _FREE_HEAD = ("train_lengths",)
 _ROPE = ("rope_shift", "rope_jitter", "rope_rescale")
 Tables = dict[str, ImageTable]

@@ -17,6 +17,7 @@ from pretrain.data.loader import Loader, build_loader
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
+from pretrain.models.layers.fp8 import check_device
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
@@ -67,6 +68,8 @@ class Phase:
         execution = config.execution
         self.device = device or next(student.parameters()).device
         depth = len(student.backbone.blocks)
+        if config.model.fp8:
+            check_device(self.device)
         freeze_unused(student, config)
         self.wrapped: Wrapped = wrap(
             student,

@@ -216,11 +216,11 @@ class Centering(nn.Module):
 
     def __init__(self, config: TrainConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.loss, self.sum_over_ranks = config.loss, sum_over_ranks
+        self.loss, self.sum_over_ranks, self.compiled = config.loss, sum_over_ranks, config.execution.compile
         if config.loss.centering == "softmax":
             momentum = config.loss.center_momentum
-            self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum)
-            self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum)
+            self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum, self.compiled)
+            self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum, self.compiled)
 
     @torch.no_grad()
     def forward(self, logits: TeacherLogits, temperature: float) -> list[TeacherTargets]:
@@ -233,7 +233,7 @@ class Centering(nn.Module):
                 centring.update(head, self.sum_over_ranks)  # pyright: ignore[reportCallIssue]
         elif matrices:
             iterations, heads = self.loss.sinkhorn_iterations, list(matrices.values())
-            centred = sinkhorn_knopp(heads, temperature, num_iterations=iterations, sum_over_ranks=self.sum_over_ranks)
+            centred = sinkhorn_knopp(heads, temperature, iterations, self.sum_over_ranks, self.compiled)
         split = {name: _split(one, logits.lengths[name]) for name, one in zip(matrices, centred, strict=True)}
         nothing = [None] * logits.num_parts
         of_both = zip(split.get("dino", nothing), split.get("ibot", nothing), strict=True)
@@ -292,6 +292,7 @@ def student_losses(
             loss.student_temperature,
             include_same_crop=loss.same_crop_pairs,
             local_weight=loss.dino_local_weight,
+            compiled=config.execution.compile,
         )
         terms["dino"] = loss.dino_weight * dino.total
         watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
@@ -302,6 +303,7 @@ def student_losses(
             crops.mask_weights,
             num_global * num_images,
             loss.student_temperature,
+            config.execution.compile,
         )
         terms["ibot"] = loss.ibot_weight * ibot
     if loss.koleo_weight:

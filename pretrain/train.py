@@ -33,6 +33,7 @@ from pretrain.checkpoint import Checkpoints, read_manifest, stored_state, write_
 from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
+from pretrain.data.prefetch import transferred
 from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import plain_module
@@ -216,6 +217,8 @@ class Run:
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
             self._evaluate(config, teacher)
         batches, first = iter(loader), self.position.global_step
+        if config.execution.accumulation_steps == 1:
+            batches = transferred(batches, self.device)
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
