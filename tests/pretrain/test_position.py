@@ -38,8 +38,8 @@ def test_products_are_the_interpolation(grid: tuple[int, int], antialias: bool, 
         _, ours = patch_positions(table, grid, antialias=antialias, offset=offset)
     theirs = interpolated(table[:, 1:], grid, antialias, offset)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-    # Resizing is linear, so the gradient of any sum says what another table gives. PyTorch's own gradient does not, where
-    # it antialiases by a scale factor.
+    # Resizing is linear, so the gradient of any sum says what another table gives. PyTorch's own gradient does not,
+    # where it antialiases by a scale factor.
     weights, other = torch.randn_like(ours), torch.randn_like(table)
     (gradient,) = torch.autograd.grad((ours * weights).sum(), table)
     expected = (interpolated(other[:, 1:], grid, antialias, offset) * weights).sum()
