@@ -18,6 +18,7 @@ from pretrain.config import HeadConfig, ModelConfig, TrainConfig
 from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
+from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
 from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
@@ -80,6 +81,7 @@ def check_run(
 def check_numbers(config: TrainConfig, world_size: int) -> None:
     """Raises ValueError: settings of a phase that do not fit each other, or these ranks."""
     phases = [(name, config.phase(name)) for name in config.phase_names]
+    ranks_of_a_copy(config.execution.parallel, config.execution.shard_ranks, world_size)
     for (_, before), (name, phase) in pairwise(phases):
         with _of_phase(name):
             _check_goes_on(before, phase)
@@ -142,11 +144,11 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise global_batch_size, "
             "set loss.koleo_group_size, or loss.koleo_weight=0."
         )
-    group = loss.koleo_group_size
-    if group and (group < 2 or config.global_batch_size % group or (group % images and images % group)):
+    group, at_once = loss.koleo_group_size, images * world_size
+    if group and (group < 2 or at_once % group or (group % images and images % group)):
         raise ValueError(
-            f"loss.koleo_group_size={group} must be 2 or more, divide the {images} images of a micro-batch or be a "
-            f"multiple of them, and divide global_batch_size={config.global_batch_size}."
+            f"loss.koleo_group_size={group} must be 2 or more and either divide the {images} images of a micro-batch, "
+            f"or be a multiple of them that divides the {at_once} that all ranks have at once; 0 is the micro-batch."
         )
     if group > images and world_size % (group // images):
         raise ValueError(

@@ -207,7 +207,8 @@ class ExecutionConfig:
     shard_ranks: int = 0
     """ranks that share a copy of all weights under hybrid, next to each other; 0: those of a node"""
     accumulation_steps: int = 1
-    """micro-batches of a step; losses equal those of one batch but for KoLeo, whose neighbours are the micro-batch's"""
+    """micro-batches of a step; losses equal those of one batch but for KoLeo without a group, stochastic depth and RoPE
+    noise, which are a micro-batch's own"""
     activation_checkpointing: bool = False
     compile: bool = False
     """torch.compile of every block"""

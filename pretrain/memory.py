@@ -27,9 +27,7 @@ def masked_share(config: TrainConfig) -> float:
 
 def shards(config: TrainConfig, world_size: int, mode: str) -> int:
     """Ranks that hold one copy of the weights together."""
-    if mode == "hybrid":
-        return ranks_of_a_copy(config.execution.shard_ranks, world_size)
-    return world_size if mode == "fsdp" else 1
+    return ranks_of_a_copy(mode, config.execution.shard_ranks, world_size)
 
 
 def start_memory(config: TrainConfig, network: Network, frozen: Network, num_shards: int) -> float:

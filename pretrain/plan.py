@@ -5,6 +5,7 @@ Models are built on `meta`, so the plan of a 7B model takes seconds on a laptop.
 """
 
 import io
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.checks import check_numbers, check_run
-from pretrain.config import TrainConfig, micro_batch_size
+from pretrain.config import LIKE, TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
+from pretrain.machine import SHARED, waiting_bytes
 from pretrain.memory import count, rank_memory, shards, start_memory
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
@@ -222,10 +224,20 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
     yield f"in all {steps:,} steps and {_scaled(flops, _FLOP)} on {world_size} rank(s)"
     for plan in plans:
         optim, batch = plan.config.optim, plan.config.global_batch_size
+        like = (plan.config.phases.get(plan.name) or {}).get(LIKE)
         yield (
-            f"{plan.name}: learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
+            (f"{plan.name}, like {like}: " if like else f"{plan.name}: ")
+            + f"learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
             f"({optim.base_lr:g} by rule {optim.lr_rule} for batch {batch:,}), "
             f"{optim.schedule} after {optim.warmup_steps:,} steps"
+        )
+    waiting = max(waiting_bytes(plan.config, world_size) for plan in plans)
+    if waiting:
+        loader = plans[0].config.execution.loader
+        there = f"; this machine has {_scaled(shutil.disk_usage(SHARED).free, _BYTES)}" if SHARED.is_dir() else ""
+        yield (
+            f"shared memory ({SHARED}) for batches that wait: {_scaled(waiting, _BYTES)} on each rank "
+            f"({loader.num_workers} workers x {loader.prefetch} batches){there}"
         )
     if not all(plan.config.data.datasets for plan in plans):
         yield "no dataset is named, so epochs are not known: give --data"

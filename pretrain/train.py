@@ -26,36 +26,36 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 
 from configs.loader import config_names
 from configs.messages import named_folder, sentence
 from pretrain import plan
-from pretrain.checkpoint import Checkpoints, read_manifest, teacher_state, write_teacher
+from pretrain.checkpoint import Checkpoints, read_manifest, stored_state, write_teacher
 from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import full_tensors, plain_module
+from pretrain.distributed.fsdp import plain_module
 from pretrain.distributed.tensor_files import DamagedFile
+from pretrain.evaluating import Answering, evaluate_teacher, saved_teacher
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
 from pretrain.garbage import collecting_by_steps
+from pretrain.machine import check_shared_memory
+from pretrain.machine import notes as machine_notes
 from pretrain.numerics import settle_numerics
-from pretrain.phase import Phase, fresh_network, phase_loader, start_phase
+from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
 from pretrain.stopping import SharedStop, Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
-from pretrain.watch.evaluation import run_evaluation
-from pretrain.watch.flops import measured_peak_flops, peak_flops
+from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import TEACHER_CONFIG, describe_teacher, load_network
+from pretrain.weights import TEACHER_CONFIG, describe_teacher
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 log = logging.getLogger("pretrain")
@@ -115,6 +115,10 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
         check_numbers(config, collectives.world_size())
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world_size()))
+        collectives.from_first_of_machine(lambda: check_shared_memory(config, collectives.world_size(), ranks_here))
+        for line in machine_notes(config, collectives.world_size(), ranks_here):
+            log.warning(line)
         # A rank that leaves alone would leave the others waiting: with several, the first step is done before stopping.
         is_alone = collectives.world_size() == 1
         with stop.leaving_waits(is_alone):
@@ -167,16 +171,15 @@ class Run:
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
             if self.position.phase < len(self.phases):
                 write_changes(out, self.standing)
-        self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
-        if not self.peak:  # a CPU: what a matrix product reaches here, now
-            self.peak = measured_peak_flops(device, getattr(torch, config.precision))
+        # A processor has no data sheet, and what it reaches now depends on who else uses it: the rate stands alone.
+        peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         self.metrics = Metrics(
             out if self.is_first else None,
             config.watch,
             device,
             collectives.mean_over_ranks,
             start_step=self.position.global_step,
-            peak_flops=self.peak * collectives.world_size(),
+            peak_flops=peak * collectives.world_size(),
             run_config=asdict(config),
         )
         self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
@@ -203,6 +206,7 @@ class Run:
         name = self.config.phase_names[self.position.phase]
         self.standing = replace(self.standing, position=self.position, latest=self.checkpoints.latest())
         log.info("phase %s: step %d of %d", name, self.position.step, self.phases[name].steps)
+        collectives.set_timeout(collectives.START_TIMEOUT)  # it may compile, and read weights from a slow disk
         log.info("phase %s draws from %s", name, ", ".join(self.phases[name].data.datasets))
         return start_phase(self.config, self.standing, self.checkpoints, self.device, self.allowed)
 
@@ -214,9 +218,10 @@ class Run:
         started = self.position.global_step - self.position.step
         alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
         loader = self._loader(self.position.phase, self.position.step)
+        teacher = Answering(phase.teacher, phase.wrapped)
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
-            self._evaluate(config, phase.teacher)
-        batches = iter(loader)
+            self._evaluate(config, teacher)
+        batches, first = iter(loader), self.position.global_step
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
@@ -248,6 +253,8 @@ class Run:
                 for alarm in alarms.look(line):
                     self._alarm(alarm)
             self.progress.advance(step, name)
+            if step == first + 1:
+                collectives.set_timeout(collectives.STEP_TIMEOUT)
             after_step(step)
             saves = step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps
             stop = shared_stop.after(step, now=saves)
@@ -257,7 +264,7 @@ class Run:
                 with self._not_finite(phase, loader):
                     self._save(phase, always=stop)  # first: no evaluation may cost it
             if config.evaluation.is_due(step, total_steps(self.config)):
-                self._evaluate(config, phase.teacher, may_leave=self.position.step < config.steps)
+                self._evaluate(config, teacher, may_leave=self.position.step < config.steps)
             if stop and self.position.step < config.steps:
                 return self._stopped()
         self.checkpoints.wait()
@@ -341,9 +348,7 @@ class Run:
         if latest is not None:
             config = self.phases[read_manifest(latest)["meta"]["phase"]]
             if self._is_evaluation_owed(config):
-                network = fresh_network(config)
-                load_network(network, latest, keep_offset=config.model.position_offset is not None)
-                self._evaluate(config, network)
+                self._evaluate(config, saved_teacher(config, latest, self.device))
 
     def _is_evaluation_owed(self, config: TrainConfig) -> bool:
         step = self.position.global_step
@@ -352,37 +357,29 @@ class Run:
         lines = collectives.from_rank_zero(lambda: read_lines(self.out / EVALUATIONS))
         return all(line.get("step") != step for line in lines)
 
-    def _evaluate(self, config: TrainConfig, network: nn.Module, may_leave: bool = True) -> None:
-        """k-NN and pictures of the teacher as it is, on the first rank; the others wait.
+    def _evaluate(self, config: TrainConfig, teacher: Answering, may_leave: bool = True) -> None:
+        """k-NN and pictures of the teacher as it lies, the images shared out over the ranks.
 
         It changes nothing in the training, so once that goes on, a failure is written down and no more. A stop signal
         ends it where it `may_leave`, and the run evaluates when it goes on.
         """
-        with self.metrics.untimed():
-            teacher = fresh_network(config)
-            teacher.load_state_dict(dict(full_tensors(network)))
-            teacher.backbone.position_offset = plain_module(network).get_submodule("backbone").position_offset
-            step, backbone = self.position.global_step, teacher.backbone.eval().to(self.device)
-
-            def evaluate() -> dict[str, float] | str | None:
-                try:
-                    with self.stop.leaving_waits(may_leave):
-                        return run_evaluation(backbone, config.evaluation, self.out, step, IMAGENET_MEAN, IMAGENET_STD)
-                except Stopped:
-                    return None
-                except Exception as error:
-                    if step == 0:
-                        raise
-                    log.debug("evaluation at step %d", step, exc_info=True)
-                    if isinstance(error, OUT_OF_MEMORY):
-                        return "memory has run out: lower evaluation.batch_size."
-                    return failure(error) or f"{type(error).__name__}: {error}"
-
-            figures = collectives.from_rank_zero(evaluate)
-        if isinstance(figures, str):
-            self.metrics.evaluation(step, {"failed": figures})
-            self._alarm(Alarm("evaluation_failed", f"the evaluation failed, and training goes on: {figures}"))
-        elif figures is not None:
+        step, figures, failed = self.position.global_step, {}, ""
+        try:
+            with self.metrics.untimed(), self.stop.leaving_waits(may_leave and self.is_alone):
+                figures = evaluate_teacher(teacher, config, self.out, step, lambda: may_leave and bool(self.stop))
+        except Stopped:
+            return
+        except Exception as error:
+            if step == 0 or (isinstance(error, RuntimeError) and collectives.lost_rank(error)):
+                raise
+            log.debug("evaluation at step %d", step, exc_info=True)
+            failed = failure(error) or f"{type(error).__name__}: {error}"
+            if isinstance(error, OUT_OF_MEMORY):
+                failed = "memory has run out: lower evaluation.batch_size."
+        if failed:
+            self.metrics.evaluation(step, {"failed": failed})
+            self._alarm(Alarm("evaluation_failed", f"the evaluation failed, and training goes on: {failed}"))
+        else:
             self.metrics.evaluation(step, figures)
             self.progress.evaluation(figures)
 
@@ -401,10 +398,9 @@ class Run:
             )
             return
         try:
-            state = teacher_state(last)
+            write_teacher(teacher, stored_state(last), description)
         except DamagedFile as error:
             raise ValueError(f"{error} {self.checkpoints.without(last)}") from None
-        write_teacher(teacher, state, description)
         write_report(self.out)
         self.progress.message(f"the teacher: {teacher}; the report: {report}")
 

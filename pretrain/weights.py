@@ -319,7 +319,7 @@ def _exported(folder: Path) -> Weights:
     )
 
     def find(starts: tuple[str, ...]) -> dict[str, Stored]:
-        tensors = {}
+        tensors: dict[str, Stored] = {}
         if BACKBONE in starts:
             state = renamed_blockwise(stored_tensors(folder / HUGGINGFACE_FILES[0]), rename)
             scaled = settings["layerscale"]  # the classes have layer scales always, of ones if need be

@@ -17,8 +17,8 @@ from pretrain.data.collate import Batch
 from pretrain.phase import Phase
 
 LARGE, BASE, SMALL = "dinov2_vitl16_short", "dinov2_vitb16_short", "dinov2_vits16_short"
-# Two heads and Sinkhorn-Knopp, as in the full recipes.
-_FULL_RECIPE = ("heads.tied=false", "loss.centering=sinkhorn")
+# Two heads and Sinkhorn-Knopp, as in the full recipes; KoLeo over whatever images a step has.
+_FULL_RECIPE = ("heads.tied=false", "loss.centering=sinkhorn", "loss.koleo_group_size=0")
 TOP_KERNELS = 40
 
 

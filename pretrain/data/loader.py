@@ -81,8 +81,8 @@ class LoaderConfig:
 
     num_workers: int = 2
     """processes on each rank that decode and crop; 0: in the training process itself"""
-    prefetch: int = 4
-    """batches that each worker makes ahead"""
+    prefetch: int = 2
+    """batches that each worker makes ahead, in shared memory (/dev/shm)"""
     timeout_s: float = 600.0
     """to wait for a batch before giving up; 0 for ever"""
 

@@ -71,14 +71,12 @@ def start(device: str = "auto", timeout: timedelta = START_TIMEOUT) -> torch.dev
 
 def set_timeout(timeout: timedelta) -> None:
     """How long a rank from now on waits for the others, in every group that there is."""
-    if is_distributed():
-        for group in {id(group): group for group in _groups()}.values():
-            dist.set_timeout(timeout, group)
-
-
-def _groups() -> list[dist.ProcessGroup]:
-    # torch lists its groups nowhere else; those of meshes are among them.
-    return list(dist.distributed_c10d._world.pg_map)
+    if not is_distributed():
+        return
+    # torch lists its groups, those of meshes too, nowhere else; the public name came with torch 2.13 or so.
+    set_one = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_one(timeout, group)
 
 
 def stop() -> None:

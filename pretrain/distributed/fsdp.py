@@ -170,12 +170,14 @@ def place(mode: str, precision: str, device: torch.device, shard_ranks: int, num
     return Placement(mode, precision, device, _mesh(mode, device, shard_ranks))
 
 
-def ranks_of_a_copy(shard_ranks: int, world_size: int) -> int:
-    """The ranks that hold one copy under hybrid: as asked, or those of a node, which torchrun tells.
+def ranks_of_a_copy(mode: str, shard_ranks: int, world_size: int) -> int:
+    """The ranks that hold one copy of the weights: under hybrid as asked, or those of a node, which torchrun tells.
 
     Raises:
         ValueError: groups of so many do not divide the ranks.
     """
+    if mode != "hybrid":
+        return world_size if mode == "fsdp" else 1
     asked = shard_ranks or min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     if world_size % asked:
         raise ValueError(
@@ -189,9 +191,9 @@ def _mesh(mode: str, device: torch.device, shard_ranks: int) -> DeviceMesh | Non
     if mode not in SHARDED:
         return None
     ranks = dist.get_world_size()
+    copy = ranks_of_a_copy(mode, shard_ranks, ranks)
     if mode == "fsdp":
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    copy = ranks_of_a_copy(shard_ranks, ranks)
     return init_device_mesh(device.type, (ranks // copy, copy), mesh_dim_names=("replicate", "shard"))
 
 

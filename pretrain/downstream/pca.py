@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.distributed import collectives
+from pretrain.watch.evaluation import Backbone
 from pretrain.watch.pictures import chosen_steps, pca_files, read_pictures
 
 _TILE_PX, _GAP_PX = 128, 6
@@ -69,9 +70,9 @@ def _aligned(scores: np.ndarray, previous: np.ndarray) -> np.ndarray:
     return scores[:, list(order)] * signs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def patch_features(
-    backbone: VisionTransformer, images: Tensor, mean: Sequence[float], std: Sequence[float], least_grid: int
+    backbone: Backbone, images: Tensor, mean: Sequence[float], std: Sequence[float], least_grid: int
 ) -> Tensor:
     """Patch features [I, h, w, D] of uint8 images [I, 3, H, W].
 
@@ -87,8 +88,15 @@ def patch_features(
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     centre, spread = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     # One image at a time: a picture's size may be far above that of training.
-    features = [backbone([((image - centre) / spread)[None]])[0] for image in pixels]
-    return torch.cat([f.patches.float().unflatten(1, f.grid) for f in features])
+    features: list[Tensor] = []
+
+    def embed(image: Tensor | None) -> None:
+        assert image is not None, "every rank has the same images"
+        (found,) = backbone([((image - centre) / spread)[None]])
+        features.append(found.patches.float().unflatten(1, found.grid))
+
+    collectives.in_step(pixels, embed)
+    return torch.cat(features)
 
 
 def contact_sheet(images: np.ndarray, pictures: Sequence[np.ndarray]) -> Image.Image:
@@ -115,7 +123,7 @@ def _shows(path: Path, images: np.ndarray) -> bool:
 
 
 def write_pictures(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     images: Tensor,
     folder: Path,
     step: int,
@@ -123,7 +131,7 @@ def write_pictures(
     std: Sequence[float],
     least_grid: int = 16,
 ) -> float:
-    """Make the pictures of one evaluation and renew the contact sheet.
+    """Make the pictures of one evaluation and renew the contact sheet; every rank calls it, and the first writes.
 
     Writes `<folder>/step-<step>/pca.png` (images and their pictures) and `pca.npz` (scores, colours), and
     `<folder>/pca.png`: the images and their pictures at up to seven steps.
@@ -135,10 +143,14 @@ def write_pictures(
     Returns:
         the share of the variance that the three components hold.
     """
+    features = patch_features(backbone, images, mean, std, least_grid)
+    return collectives.from_rank_zero(lambda: _write_pictures(features, images, folder, step))
+
+
+def _write_pictures(features: Tensor, images: Tensor, folder: Path, step: int) -> float:
     shown = images.permute(0, 2, 3, 1).cpu().numpy()
     # A phase, or a run that goes on, may show other images: only pictures of the same ones stand side by side.
     earlier = {n: path for n, path in pca_files(folder).items() if n < step and _shows(path, shown)}
-    features = patch_features(backbone, images, mean, std, least_grid)
     previous = None
     if earlier:
         previous = read_pictures(earlier[max(earlier)])["scores"]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from pretrain.models.layers.position import resize_pos_embed
 from pretrain.models.layers.rope import periods
 from pretrain.models.vision_transformer import VisionTransformer
 
+T = TypeVar("T")
 # DINOv2 training checkpoints number the chunk of blocks before the block: blocks.1.13.norm1 is block 13.
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+\.)")
 _HEADS = ("dino_head.", "ibot_head.")
@@ -75,7 +77,7 @@ def is_looked_at(name: str) -> bool:
     return name in ("pos_embed", _PERIODS) or name.endswith(_BIAS_MASK)
 
 
-def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def released_names(state: Mapping[str, T]) -> dict[str, T]:
     """A state dict with the names of the hub files: unwrapped, without heads, block chunks folded."""
     for wrapper in _WRAPPERS:
         inner = state.get(wrapper)

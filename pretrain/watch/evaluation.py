@@ -1,12 +1,16 @@
 """What the trainer measures of the teacher as it trains; the work itself is called by name in pretrain.downstream."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from configs.ranges import check_ranges
-from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.models.vision_transformer import Features
 
 ONLINE = "pretrain.downstream.evals.online"
 
@@ -38,7 +42,7 @@ class EvaluationConfig:
     batch_size: int = 128
     """images through the backbone at once"""
     bfloat16: bool = False
-    """bfloat16 autocast for the backbone"""
+    """bfloat16 for the backbone also where training is not"""
     pca_images: int = 8
     """how many images get a PCA picture; 0: none"""
     pca_grid: int = 16
@@ -69,23 +73,40 @@ def check_sets(config: EvaluationConfig) -> None:
     importlib.import_module(ONLINE).check_sets(asdict(config))
 
 
+class Backbone(Protocol):
+    """What is evaluated: a VisionTransformer in eval mode, or what answers as one does."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    def __call__(self, crops: Sequence[Tensor]) -> list[Features]: ...
+
+
 def run_evaluation(
-    backbone: VisionTransformer,
+    backbone: Backbone,
+    untrained: Callable[[], Backbone],
     config: EvaluationConfig,
     folder: Path,
     step: int,
     mean: Sequence[float],
     std: Sequence[float],
+    device: torch.device,
+    left: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Evaluate a backbone in eval mode; pictures and result.json go to `<folder>/evaluation`.
+    """Evaluate a backbone; pictures and result.json go to `<folder>/evaluation`.
+
+    Every rank calls it: images are shared out, the backbone is called in step, all get the figures.
 
     Args:
-        backbone: in eval mode, whole on this rank.
+        untrained: makes a backbone of the same form, for the baseline.
         folder: the run folder.
         mean, std: per channel, of pixel values from 0 to 1, as in training.
+        device: of the backbone.
+        left: whether this rank is asked to stop; all then raise Stopped.
 
     Returns:
         figures for Metrics.evaluation: `knn`, `knn/<k>`, and of the first evaluation `knn_pixels`, `knn_random`.
     """
     online = importlib.import_module(ONLINE)
-    return online.run(backbone, {**asdict(config), "mean": list(mean), "std": list(std)}, folder, step)
+    settings = {**asdict(config), "mean": list(mean), "std": list(std)}
+    return online.run(backbone, untrained, settings, folder, step, device, left)

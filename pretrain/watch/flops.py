@@ -152,6 +152,8 @@ def named_peak_flops(name: str) -> float:
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, budget_s: float = 0.5) -> float:
     """The best rate of a square matrix product on this machine, in FLOP/s: a peak where no data sheet gives one.
 
+    On a machine that others use too it is what they leave: for ratios within one run, as in benchmarks/gpu.
+
     Args:
         size: side of the matrices.
         budget_s: seconds to spend after one product to warm up.

@@ -22,7 +22,7 @@ from pretrain.optim.schedules import OptimConfig, StepValues
 TIMEOUT_S = 240
 # Forked from a process that has imported torch once and done nothing with it: importing takes longer than the tests.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.checkpoint"])
+PROCESSES.set_forkserver_preload(["tests.pretrain.ranks", "pretrain.phase"])
 VALUES = StepValues(
     lr=1e-2,
     last_layer_lr=5e-3,
@@ -160,7 +160,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 class Run:
     """Student, teacher and optimizer, and the steps that a training loop takes with them."""
 
-    def __init__(self, mode: str, precision: str = "float32", micro_batches: int = 1, **options: bool) -> None:
+    def __init__(self, mode: str, precision: str = "float32", micro_batches: int = 1, **options: int) -> None:
         self.micro_batches = micro_batches
         self.wrapped = wrap(*make_networks(), mode, precision, **options)
         self.student = plain_module(self.wrapped.student)

@@ -11,7 +11,7 @@ from pretrain.models import architectures
 from tests.pretrain.ranks import Run, make_networks, run_ranks
 
 
-def train(mode: str, precision: str = "float32", micro_batches: int = 1, **options: bool) -> dict[str, Any]:
+def train(mode: str, precision: str = "float32", micro_batches: int = 1, **options: int) -> dict[str, Any]:
     """Four steps; whole weights of both networks, the first step's gradients, losses and norms."""
     run = Run(mode, precision, micro_batches, **options)
     answers = [run.answer()]
@@ -36,6 +36,7 @@ def train_in_many_ways() -> dict[str, Any]:
         "fsdp": train("fsdp"),
         "ddp accumulated": train("ddp", micro_batches=2),
         "fsdp accumulated": train("fsdp", micro_batches=2),
+        "hybrid accumulated": train("hybrid", micro_batches=2, shard_ranks=1),
         "fsdp recomputed": train("fsdp", checkpoint_blocks=True),
         "ddp recomputed": train("ddp", checkpoint_blocks=True),
         "fsdp bfloat16": train("fsdp", precision="bfloat16"),
@@ -66,7 +67,8 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", ["ddp", "fsdp", "ddp accumulated", "fsdp accumulated", "fsdp recomputed", "ddp recomputed"]
+    "way",
+    ["ddp", "fsdp", "ddp accumulated", "fsdp accumulated", "hybrid accumulated", "fsdp recomputed", "ddp recomputed"],
 )
 def test_two_ranks_take_the_steps_of_one(two_ranks: Any, one_process: Any, way: str) -> None:
     """Float32 sums in another order; AdamW divides small moments, which multiplies their rounding."""
@@ -153,7 +155,7 @@ def test_modes_are_chosen_and_refused() -> None:
     assert wrap(student, teacher, "auto", "float32").mode == "single"
     with pytest.raises(ValueError, match="start with torchrun"):
         wrap(student, teacher, "fsdp", "float32")
-    with pytest.raises(ValueError, match="one of auto, single, ddp, fsdp"):
+    with pytest.raises(ValueError, match="one of auto, single, ddp, fsdp, hybrid"):
         wrap(student, teacher, "zero", "float32")
     with pytest.raises(ValueError, match="one of float32, bfloat16"):
         wrap(student, teacher, "single", "float16")

@@ -353,6 +353,6 @@ def test_features_are_those_of_the_images(real_data: Path) -> None:
         resize_px=32,
         max_train_images=200,
     )
-    rows, labels = extract(pixel_features, config, "train", CPU)
+    rows, labels, _ = extract(pixel_features, config, "train", CPU)
     assert rows.shape == (200, 768)
     assert len(set(labels)) == 10

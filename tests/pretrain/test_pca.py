@@ -135,10 +135,10 @@ def test_evaluation_by_name_writes_figures_pictures_and_baselines_once(tmp_path:
         every_steps=5, train=tar, val=tar, px=32, resize_px=32, k=[1, 5], pca_images=2, pca_grid=5
     )
     run = tmp_path / "run"
-    first = run_evaluation(tiny_model(), config, run, 0, MEAN, STD)
+    first = run_evaluation(tiny_model(), tiny_model, config, run, 0, MEAN, STD, torch.device("cpu"))
     assert first["knn"] == first["knn/1"] == first["knn_pixels"] == 1.0  # each image is its own neighbour
     baselines = (run / "evaluation" / "baselines.json").stat().st_mtime_ns
-    run_evaluation(tiny_model(1), config, run, 5, MEAN, STD)
+    run_evaluation(tiny_model(1), tiny_model, config, run, 5, MEAN, STD, torch.device("cpu"))
     assert (run / "evaluation" / "baselines.json").stat().st_mtime_ns == baselines
     result = json.loads((run / "evaluation" / "step-00000005" / "result.json").read_text())
     assert result["num_val"] == 24

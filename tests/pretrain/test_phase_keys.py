@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import pretrain.train
+import pretrain.evaluating
 from pretrain.config import TrainConfig
 from pretrain.resume import flat
 from pretrain.train import FINISHED, WRONG_INPUT
@@ -204,14 +204,14 @@ class Runs:
             out = self.folder / f"run-{len(self.shown)}"
             shutil.copytree(self.folder / architecture, out)
             evaluated: list[dict[str, Any]] = []
-            real = pretrain.train.run_evaluation
+            real = pretrain.evaluating.run_evaluation
 
-            def watched(backbone: Any, settings: Any, *others: Any) -> dict[str, float]:
+            def watched(backbone: Any, untrained: Any, settings: Any, *others: Any) -> dict[str, float]:
                 evaluated.append(asdict(settings))
-                return real(backbone, settings, *others)
+                return real(backbone, untrained, settings, *others)
 
             with self.monkeypatch.context() as patched:
-                patched.setattr(pretrain.train, "run_evaluation", watched)
+                patched.setattr(pretrain.evaluating, "run_evaluation", watched)
                 phases = f"phases={json.dumps({'a': {'steps': 2}, 'b': BASE})}"
                 status = run(
                     self.path(architecture), self.shards, out, phases, *(f"phases.b.{o}" for o in settings[1:])

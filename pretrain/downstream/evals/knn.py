@@ -13,25 +13,32 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from configs.messages import named_folder, sentence
 from configs.ranges import check_ranges
+from pretrain.distributed import collectives
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.evals.labelled import LeftOut, batches
+from pretrain.models.vision_transformer import Features as TokenFeatures
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.stopping import Stopped
 
 BASELINES = ("pixels", "random")
 _PIXELS = 16  # side of the thumbnail of the pixel baseline
 _ROWS = 512  # validation rows compared at once: bounds the similarity matrix
 
+Tokens = Callable[[Sequence[Tensor]], Sequence[TokenFeatures]]
+"""normalised images, one group [B, 3, H, W] -> their tokens: a backbone, or the call of a wrapped one"""
 Features = Callable[[Tensor], Tensor]
 """uint8 [B, 3, H, W] -> float [B, D]"""
 
@@ -91,14 +98,43 @@ def knn_votes(
     Returns:
         k -> [N, num_classes]: sums of exp(cosine / temperature) over the neighbours of that class.
     """
-    similarity, neighbours = (queries @ bank.T).topk(max(k), dim=1)
+    return _votes(*_nearest(queries, bank, labels, max(k)), num_classes, k, temperature)
+
+
+def _nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and labels [N, k] of the nearest bank rows, nearest first; -inf where the bank has fewer rows."""
+    similarity, neighbours = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    missing = (0, k - similarity.shape[1])
+    return F.pad(similarity, missing, value=-torch.inf), F.pad(labels[neighbours], missing)
+
+
+def _votes(
+    similarity: Tensor, labels: Tensor, num_classes: int, k: Sequence[int], temperature: float
+) -> dict[int, Tensor]:
     # exp(s/T) overflows in no case here (|s| <= 1, T >= 0.012 in float32); the shift makes that true for every T.
     weights = torch.exp((similarity - similarity[:, :1]) / temperature)
-    neighbour_labels = labels[neighbours]
-    return {
-        n: queries.new_zeros(len(queries), num_classes).scatter_add_(1, neighbour_labels[:, :n], weights[:, :n])
-        for n in k
-    }
+    empty = weights.new_zeros(len(weights), num_classes)
+    return {n: empty.scatter_add(1, labels[:, :n], weights[:, :n]) for n in k}
+
+
+def _nearest_of_all_ranks(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`_nearest` for the queries [N, D] of this rank, over the banks of all; N is the same on every rank.
+
+    Every rank looks through its own bank for everyone's queries, so that no bank travels.
+    """
+    ranks = collectives.world_size()
+    if ranks == 1:
+        return _nearest(queries, bank, labels, k)
+    asked = queries.new_empty(ranks * len(queries), queries.shape[1])
+    dist.all_gather_into_tensor(asked, queries)
+    found = _nearest(asked, bank, labels, k)
+    answers = [torch.empty_like(part) for part in found]
+    for answer, part in zip(answers, found, strict=True):
+        dist.all_to_all_single(answer, part)
+    # [ranks * N, k], one bank after another -> [N, ranks * k]
+    similarity, names = (answer.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1) for answer in answers)
+    similarity, places = similarity.topk(k, dim=1)
+    return similarity, names.gather(1, places)
 
 
 def knn_accuracy(
@@ -111,6 +147,8 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """k -> share of validation rows whose class gets the most votes.
 
+    Of several ranks each gives its own rows, and all get the result over the rows of all.
+
     Args:
         train: [M, D], val: [N, D]; any length, normalised here in float32.
 
@@ -118,67 +156,105 @@ def knn_accuracy(
         ValueError: a set of fewer than two images or classes, a k beyond the number of training images, or labels that
             the sets do not share.
     """
-    if len(train) < 2 or len(val) < 2:
+    num_train, num_val = (sum(collectives.from_every_rank(len(rows))) for rows in (train, val))
+    names, names_of_val = ([*_union(labels)] for labels in (train_labels, val_labels))
+    if num_train < 2 or num_val < 2:
         raise ValueError(
-            f"k-NN needs two images or more on both sides, found {len(train)} that vote and {len(val)} to classify."
+            f"k-NN needs two images or more on both sides, found {num_train} that vote and {num_val} to classify."
         )
-    if max(k) > len(train):
-        raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {len(train)} images.")
-    names = sorted(set(train_labels))
-    for side, labels_there in (("training", names), ("validation", sorted(set(val_labels)))):
+    if max(k) > num_train:
+        raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {num_train} images.")
+    for side, labels_there in (("training", names), ("validation", names_of_val)):
         if len(labels_there) < 2:
             raise ValueError(f"all images of the {side} set have the label {labels_there[0]!r}: any features would do.")
     number = {name: n for n, name in enumerate(names)}
-    if not number.keys() & set(val_labels):
+    if not number.keys() & set(names_of_val):
         raise ValueError(f"no class of the validation set is in the training set, which has {', '.join(names[:5])} ...")
-    labels = torch.tensor([number[name] for name in train_labels], device=train.device)
-    truth = torch.tensor([number.get(name, -1) for name in val_labels], device=val.device)
-    bank, correct = F.normalize(train.float(), dim=1), dict.fromkeys(k, 0)
-    for start in range(0, len(val), _ROWS):
-        rows = F.normalize(val[start : start + _ROWS].float(), dim=1)
-        votes = knn_votes(rows, bank, labels, len(names), k, temperature)
-        for n, vote in votes.items():
-            correct[n] += int((vote.argmax(dim=1) == truth[start : start + _ROWS]).sum())
-    return {n: count / len(val) for n, count in correct.items()}
+    dim = collectives.max_over_ranks(train.shape[1])
+    device = train.device
+    labels = torch.tensor([number[name] for name in train_labels], dtype=torch.int64, device=device)
+    truth = torch.tensor([number.get(name, -1) for name in val_labels], dtype=torch.int64, device=device)
+    bank = collectives.together(lambda: F.normalize(train.float(), dim=1) if len(train) else train.new_zeros(0, dim))
+    correct = torch.zeros(len(k), dtype=torch.int64, device=device)
+    size = -(-_ROWS // collectives.world_size())
+
+    def classify(rows: slice | None) -> None:
+        queries, true = (val[rows], truth[rows]) if rows is not None else (val[:0], truth[:0])
+        padded = val.new_zeros(size, dim, dtype=torch.float32)
+        if len(queries):
+            padded[: len(queries)] = F.normalize(queries.float(), dim=1)
+        similarity, names_found = _nearest_of_all_ranks(padded, bank, labels, max(k))
+        voted = _votes(similarity[: len(queries)], names_found[: len(queries)], len(names), k, temperature)
+        correct.add_(torch.stack([(vote.argmax(dim=1) == true).sum() for vote in voted.values()]))
+
+    collectives.in_step((slice(start, start + size) for start in range(0, len(val), size)), classify)
+    collectives.sum_over_ranks(correct)
+    return {n: count / num_val for n, count in zip(k, correct.tolist(), strict=True)}
+
+
+def _union(names: Iterable[str]) -> list[str]:
+    """All ranks' names, each once, in order."""
+    return sorted(set[str]().union(*collectives.from_every_rank(set(names))))
 
 
 def extract(
-    features: Features, config: KnnConfig, split: str, device: torch.device, left_out: LeftOut | None = None
-) -> tuple[Tensor, list[str]]:
-    """Features [N, D] float32 of one split (`train` or `val`), and its labels.
+    features: Features,
+    config: KnnConfig,
+    split: str,
+    device: torch.device,
+    left: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, list[str], LeftOut]:
+    """Features [N, D] float32 of this rank's share of one split (`train` or `val`), its labels, and what of the whole
+    set could not be used. The ranks go through their batches in step, so that features may come of a sharded network.
 
     Args:
-        left_out: filled with the images that could not be used.
+        left: whether this rank is asked to stop.
+
+    Raises:
+        ValueError: no image, or more than MAX_LEFT_OUT of them damaged or without a label.
+        Stopped: a rank was asked to stop.
     """
-    rows, names = [], []
+    rows, names, mine = [], [], LeftOut()
+    pattern, labels_file = getattr(config, split), getattr(config, f"{split}_labels")
     reading = batches(
-        getattr(config, split),
+        pattern,
         config.px,
         config.short_side_px,
         config.batch_size,
-        getattr(config, f"{split}_labels"),
+        labels_file,
         getattr(config, f"max_{split}_images"),
-        left_out=left_out,
+        left_out=mine,
+        rank=collectives.rank(),
+        num_ranks=collectives.world_size(),
     )
-    for images, labels in reading:
-        rows.append(features(images.to(device, non_blocking=True)).float())
-        names += labels
-    return torch.cat(rows) if rows else torch.empty(0, 1, device=device), names
+
+    def embed(batch: tuple[Tensor, list[str]] | None) -> None:
+        if batch is None:  # another rank needs this one's part of the network
+            features(torch.zeros(1, 3, config.px, config.px, dtype=torch.uint8, device=device))
+            return
+        rows.append(features(batch[0].to(device, non_blocking=True)).float())
+        names.extend(batch[1])
+
+    if not collectives.in_step(reading, embed, left):
+        raise Stopped
+    left_out = LeftOut.of_all(collectives.from_every_rank(mine))
+    left_out.check(pattern, labels_file)
+    together = collectives.together(lambda: torch.cat(rows) if rows else torch.empty(0, 1, device=device))
+    return together, names, left_out
 
 
-def backbone_features(
-    backbone: VisionTransformer, mean: Sequence[float], std: Sequence[float], bfloat16: bool
-) -> Features:
+def backbone_features(backbone: Tokens, mean: Sequence[float], std: Sequence[float], bfloat16: bool) -> Features:
     """The unit CLS token of a backbone in eval mode.
 
     Args:
         mean, std: per channel, of pixel values from 0 to 1.
     """
 
-    @torch.inference_mode()
+    # Not inference mode: what FSDP keeps from one forward to the next must serve training too.
+    @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         centre, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else nullcontext():
             cls = backbone([(images.float() / 255 - centre) / scale])[0].cls
         return F.normalize(cls.float(), dim=-1)
 
@@ -207,22 +283,24 @@ def random_like(backbone: VisionTransformer, seed: int = 0) -> VisionTransformer
     return fresh.to(next(backbone.parameters()).device).eval()
 
 
-def evaluate(features: Features, config: KnnConfig, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    features: Features, config: KnnConfig, device: torch.device, left: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Accuracies of one kind of feature, as result.json has them: `accuracy` at the first of config.k, `by_k` at each.
 
     The first, and not the best, so that nothing is chosen by looking at the answers. `left_out` counts and names the
-    images of each set that are damaged or have no label.
+    images of each set that are damaged or have no label. Several ranks share the images, and all get the result.
     """
-    left_out = {"train": LeftOut(), "val": LeftOut()}
-    train, train_labels = extract(features, config, "train", device, left_out["train"])
-    val, val_labels = extract(features, config, "val", device, left_out["val"])
+    train, train_labels, train_left_out = extract(features, config, "train", device, left)
+    val, val_labels, val_left_out = extract(features, config, "val", device, left)
+    left_out = {"train": train_left_out, "val": val_left_out}
     by_k = knn_accuracy(train, train_labels, val, val_labels, config.k, config.temperature)
     return {
         "accuracy": by_k[config.k[0]],
         "by_k": {str(n): value for n, value in by_k.items()},
-        "num_train": len(train),
-        "num_val": len(val),
-        "num_classes": len(set(train_labels)),
+        "num_train": left_out["train"].images - len(left_out["train"]),
+        "num_val": left_out["val"].images - len(left_out["val"]),
+        "num_classes": len(_union(train_labels)),
         "left_out": {split: {"images": len(those), "first": those.names} for split, those in left_out.items()},
     }
 

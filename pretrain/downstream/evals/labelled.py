@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from pretrain.data.decode import Damaged, ImageLimits, open_image
 MAX_LEFT_OUT = 0.01
 """share of a set's images that may be damaged or without a label; a figure on the others is still one on that set"""
 _LIMITS = ImageLimits()
+_PARTS_PER_RANK = 4
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,21 @@ class LeftOut:
 
     def add(self, key: str, reason: str) -> None:
         self.reasons[reason] += 1
-        if len(self.names) < 5:
+        if len(self.names) < _MOST_NAMES:
             self.names.append(f"{key} ({reason})")
 
     def __len__(self) -> int:
         return sum(self.reasons.values())
+
+    @staticmethod
+    def of_all(parts: Iterable["LeftOut"]) -> "LeftOut":
+        """What several ranks left out of one set."""
+        whole = LeftOut()
+        for part in parts:
+            whole.images += part.images
+            whole.reasons += part.reasons
+            whole.names += part.names[: _MOST_NAMES - len(whole.names)]
+        return whole
 
     def check(self, pattern: str, labels: str) -> None:
         """
@@ -97,18 +109,29 @@ def read_labels(path: str) -> dict[str, str]:
         return {_plain(row["key"]): row["label"] for row in reader}
 
 
-def samples(pattern: str, labels: str = "", max_images: int = 0) -> Iterator[Sample]:
+def samples(
+    pattern: str, labels: str = "", max_images: int = 0, block: int = 1, rank: int = 0, num_ranks: int = 1
+) -> Iterator[Sample]:
     """Images of the sets in order; the label is that of the csv file `labels` or of the json member beside the image.
 
     Args:
         max_images: 0 for all; otherwise the first ones.
+        block, rank, num_ranks: of several ranks, only this one's images: every so many-th tar where there are four or
+            more for each rank, so that no rank reads all of them; else every so many-th block of this many images.
 
     Raises:
         ValueError: a tar that is damaged or cannot be read, or a csv without a needed column.
     """
     table = read_labels(labels) if labels else None
-    found = itertools.chain.from_iterable(_part_samples(part, table) for part in find_sets(pattern))
-    return itertools.islice(found, max_images or None)
+    parts, by_part = find_sets(pattern), False
+    if num_ranks > 1 and not max_images and len(parts) >= _PARTS_PER_RANK * num_ranks:
+        parts, by_part = parts[rank::num_ranks], True
+    found = itertools.islice(
+        itertools.chain.from_iterable(_part_samples(part, table) for part in parts), max_images or None
+    )
+    if by_part or num_ranks == 1:
+        return found
+    return (sample for place, sample in enumerate(found) if place // block % num_ranks == rank)
 
 
 def _part_samples(part: Part, table: dict[str, str] | None) -> Iterator[Sample]:
@@ -165,16 +188,20 @@ def batches(
     max_images: int = 0,
     num_threads: int = 4,
     left_out: LeftOut | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """(uint8 [B, 3, px, px], labels) in order; decoded by threads, at most one batch ahead.
 
     Args:
-        left_out: filled with what could not be used.
+        left_out: filled with what could not be used; whoever gives it calls its `check`.
+        rank, num_ranks: only this rank's share, see `samples`.
 
     Raises:
-        ValueError: no image, or more than MAX_LEFT_OUT of them damaged or without a label; at the end.
+        ValueError: no image, or more than MAX_LEFT_OUT of them damaged or without a label; at the end, where no
+            `left_out` is given.
     """
-    left_out = LeftOut() if left_out is None else left_out
+    checked, left_out = left_out is None, LeftOut() if left_out is None else left_out
 
     def load(sample: Sample) -> np.ndarray | str:
         if sample.content is None:
@@ -187,7 +214,7 @@ def batches(
             return damage.reason
 
     with ThreadPoolExecutor(num_threads) as pool:
-        todo = samples(pattern, labels, max_images)
+        todo = samples(pattern, labels, max_images, batch_size, rank, num_ranks)
         ahead = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
         while ahead:
             following = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
@@ -203,4 +230,5 @@ def batches(
             if images:
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), names
             ahead = following
-    left_out.check(pattern, labels)
+    if checked:
+        left_out.check(pattern, labels)

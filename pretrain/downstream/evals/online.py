@@ -6,7 +6,7 @@ over time.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,51 @@ import torch
 from torch import Tensor
 
 from pretrain.data.decode import Damaged
-from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
+from pretrain.distributed import collectives
+from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features
 from pretrain.downstream.evals.labelled import eval_crop, samples
 from pretrain.downstream.pca import write_pictures
-from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.watch.evaluation import Backbone
 
 
-def run(backbone: VisionTransformer, config: Mapping[str, Any], folder: Path, step: int) -> dict[str, float]:
-    """Evaluate one backbone.
+def run(
+    backbone: Backbone,
+    untrained: Callable[[], Backbone],
+    config: Mapping[str, Any],
+    folder: Path,
+    step: int,
+    device: torch.device,
+    left: Callable[[], bool],
+) -> dict[str, float]:
+    """Evaluate one backbone. Every rank calls it and takes its share of the images; the first writes the files.
 
     Args:
-        backbone: in eval mode, whole on this rank.
+        backbone: in eval mode; it may hold collectives, as a sharded one does.
+        untrained: makes one of the same form, for the baseline.
         config: the fields of EvaluationConfig, and `mean` and `std` of pixel values from 0 to 1.
         folder: the run folder.
+        left: whether this rank is asked to stop.
 
     Returns:
         `knn` (accuracy at the first k), `knn/<k>`, `pca_explained`; and `knn_pixels`, `knn_random`.
 
     Raises:
         ValueError: sets that cannot be read or compared; see knn.py.
+        Stopped: a rank was asked to stop.
     """
     target = folder / "evaluation" / f"step-{step:08d}"
-    target.mkdir(parents=True, exist_ok=True)
-    device = next(backbone.parameters()).device
     figures: dict[str, float] = {}
     if config["train"]:
         names = {field.name for field in fields(KnnConfig)}
         knn = KnnConfig(**{name: value for name, value in config.items() if name in names})
         features = backbone_features(backbone, config["mean"], config["std"], knn.bfloat16)
-        result = evaluate(features, knn, device)
-        _write(target / "result.json", {"eval": "knn", "step": step, **result})
+        result = evaluate(features, knn, device, left)
+        collectives.from_rank_zero(lambda: _write(target / "result.json", {"eval": "knn", "step": step, **result}))
         figures["knn"] = result["accuracy"]
         figures |= {f"knn/{k}": value for k, value in result["by_k"].items()}
-        figures |= _baselines(backbone, config, knn, folder / "evaluation", device)
+        figures |= _baselines(untrained, config, knn, folder / "evaluation", device, left)
     if config["pca_images"]:
-        images = first_images(config).to(device)
+        images = collectives.from_rank_zero(lambda: first_images(config)).to(device)
         figures["pca_explained"] = write_pictures(
             backbone, images, folder / "evaluation", step, config["mean"], config["std"], config["pca_grid"]
         )
@@ -77,21 +87,25 @@ def check_sets(config: Mapping[str, Any]) -> None:
 
 
 def _baselines(
-    backbone: VisionTransformer, config: Mapping[str, Any], knn: KnnConfig, folder: Path, device: torch.device
+    untrained: Callable[[], Backbone],
+    config: Mapping[str, Any],
+    knn: KnnConfig,
+    folder: Path,
+    device: torch.device,
+    left: Callable[[], bool],
 ) -> dict[str, float]:
     """Accuracy of pixels and of an untrained backbone: computed when these settings are asked for first, then read."""
     path = folder / "baselines.json"
     settings = asdict(knn)
-    known = json.loads(path.read_text()) if path.exists() else []
+    known = collectives.from_rank_zero(lambda: json.loads(path.read_text()) if path.exists() else [])
     found = next((entry["figures"] for entry in known if entry["settings"] == settings), None)
     if found is None:
-        fresh = random_like(backbone)
-        untrained = backbone_features(fresh, config["mean"], config["std"], knn.bfloat16)
+        features = backbone_features(untrained(), config["mean"], config["std"], knn.bfloat16)
         found = {
-            "knn_pixels": evaluate(pixel_features, knn, device)["accuracy"],
-            "knn_random": evaluate(untrained, knn, device)["accuracy"],
+            "knn_pixels": evaluate(pixel_features, knn, device, left)["accuracy"],
+            "knn_random": evaluate(features, knn, device, left)["accuracy"],
         }
-        _write(path, [*known, {"settings": settings, "figures": found}])
+        collectives.from_rank_zero(lambda: _write(path, [*known, {"settings": settings, "figures": found}]))
     return found
 
 
@@ -118,6 +132,7 @@ def first_images(config: Mapping[str, Any]) -> Tensor:
 
 def _write(path: Path, content: Any) -> None:
     """Under a temporary name first: a killed run leaves no half file that a later one would believe."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
