@@ -9,10 +9,10 @@ EVERY_STEPS = 50
 
 @contextmanager
 def collecting_by_steps() -> Iterator[Callable[[int], None]]:
-    """No collection but where the function that it gives is called after a step, with the step's number.
+    """Around a phase: no collection but where the function that it gives is called after a step, with its number.
 
     The first call leaves what is there by then (modules, networks, tables) out of all later ones, the others look every
-    fifty steps.
+    fifty steps. When the phase is over its networks, which are full of cycles, can be collected again.
     """
     was_enabled = gc.isenabled()
     is_first = True

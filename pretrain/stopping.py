@@ -68,19 +68,24 @@ class SharedStop:
         self._due = 0
         self._asked: tuple[int, float] | None = None
 
-    def after(self, step: int) -> bool:
-        """Call it after every step, with its number in the run."""
+    def after(self, step: int, now: bool = False) -> bool:
+        """Call it after every step.
+
+        Args:
+            step: its number in the run.
+            now: ask in any case, on all ranks; as before something is written.
+        """
         if collectives.world_size() == 1:
             return bool(self.request)
-        if step < self._due:
+        if step < self._due and not now:
             return False
-        now, steps = time.monotonic(), 1
+        at, steps = time.monotonic(), 1
         if self._asked is not None:
-            steps = int(ASK_EVERY_S * (step - self._asked[0]) / max(now - self._asked[1], 1e-9))
+            steps = int(ASK_EVERY_S * (step - self._asked[0]) / max(at - self._asked[1], 1e-9))
         steps = min(max(steps, 1), ASK_EVERY_STEPS)
         # One number says both: whether one stops, and else the fewest steps that any would wait.
         fewest = ASK_EVERY_STEPS - collectives.max_over_ranks(ASK_EVERY_STEPS - (0 if self.request else steps))
-        self._asked, self._due = (step, now), step + fewest
+        self._asked, self._due = (step, at), step + fewest
         return fewest == 0
 
 

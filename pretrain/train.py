@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -186,13 +187,18 @@ class Run:
 
     def go(self) -> int:
         """Returns FINISHED or STOPPED."""
-        with self.progress, collecting_by_steps() as after_step:
+        with self.progress:
             self._evaluate_missed()
             while self.position.phase < len(self.phases):
                 with self.stop.leaving_waits(self.is_alone):
                     phase = self._start_phase()
-                if not self._run_phase(phase, after_step):
+                with collecting_by_steps() as after_step:
+                    is_over = self._run_phase(phase, after_step)
+                if not is_over:
                     return STOPPED
+                del phase
+                if self.position.phase + 1 < len(self.phases):
+                    gc.collect()  # its networks, before those of the next are made
                 self.position = self.position.next_phase()
             self._finish()
         return FINISHED
@@ -253,10 +259,11 @@ class Run:
             if step == first + 1:
                 collectives.set_timeout(collectives.STEP_TIMEOUT)
             after_step(step)
-            stop = shared_stop.after(step)
+            saves = step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps
+            stop = shared_stop.after(step, now=saves)
             if stop:
                 self.check_lock()  # who lost it must not save there
-            if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:
+            if stop or saves:
                 with self._not_finite(phase, loader):
                     self._save(phase, always=stop)  # first: no evaluation may cost it
             if config.evaluation.is_due(step, total_steps(self.config)):
