@@ -27,7 +27,16 @@ from pretrain.watch.evaluation import check_sets
 from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
-_FREE_MODEL = ("position_px", "position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
+_FREE_MODEL = (
+    "position_px",
+    "position_offset",
+    "rope_shift",
+    "rope_jitter",
+    "rope_rescale",
+    "drop_path",
+    "attention",
+    "fp8",
+)
 _FREE_HEAD = ("train_lengths",)
 _ROPE = ("rope_shift", "rope_jitter", "rope_rescale")
 Tables = dict[str, ImageTable]
@@ -92,6 +101,7 @@ def check_numbers(config: TrainConfig, world_size: int) -> None:
             _check_positions(phase.model)
             _check_schedule(phase)
             _check_gram(phase)
+            _check_deterministic(phase)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -143,11 +153,16 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
             f"KoLeo needs two images to have a neighbour, found {images} in a micro-batch; raise global_batch_size, "
             "set loss.koleo_group_size, or loss.koleo_weight=0."
         )
-    group = loss.koleo_group_size
-    if group and (group < 2 or config.global_batch_size % group or (group % images and images % group)):
+    group, at_once = loss.koleo_group_size, images * world_size
+    if group and (group < 2 or at_once % group or (group % images and images % group)):
         raise ValueError(
-            f"loss.koleo_group_size={group} must be 2 or more, divide the {images} images of a micro-batch or be a "
-            f"multiple of them, and divide global_batch_size={config.global_batch_size}."
+            f"loss.koleo_group_size={group} must be 2 or more and either divide the {images} images of a micro-batch, "
+            f"or be a multiple of them that divides the {at_once} that all ranks have at once; 0 is the micro-batch."
+        )
+    if group > images and world_size % (group // images):
+        raise ValueError(
+            f"loss.koleo_group_size={group} takes the micro-batches of {group // images} ranks, {images} images each; "
+            f"{world_size} ranks do not split so."
         )
 
 
@@ -166,6 +181,15 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ValueError(
             "nothing is learned, for every term of the loss is off; set loss.dino_weight, or loss.ibot_weight with "
             "masks.probability and masks.ratio above 0."
+        )
+
+
+def _check_deterministic(config: TrainConfig) -> None:
+    attention = config.model.attention
+    if config.execution.deterministic and attention != "sdpa":
+        raise ValueError(
+            f"execution.deterministic=true, but gradients of model.attention={attention} are not known to be added up "
+            "in a fixed order; use model.attention=sdpa, or leave execution.deterministic out."
         )
 
 

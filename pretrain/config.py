@@ -71,7 +71,9 @@ class ModelConfig:
     drop_path: float = 0.0
     """stochastic depth: share of the images that a block leaves out, in [0, 1)"""
     attention: str = "sdpa"
-    """sdpa (one call per crop size), varlen (packed), xformers"""
+    """sdpa (one call per crop size), auto (the same, kernel by length), varlen (packed), xformers"""
+    fp8: bool = False
+    """8-bit products in the linear layers of blocks that are 1024 wide or more, on GPUs; with precision bfloat16"""
 
     def __post_init__(self) -> None:
         check_choice("model.architecture", self.architecture, sorted(ARCHITECTURES))
@@ -85,7 +87,7 @@ class ModelConfig:
 
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
-        changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention}
+        changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention, "fp8": self.fp8}
         optional = ("patch_size", "num_registers", "ffn", "depth", "norm_eps", "mask_key_bias", "layerscale")
         optional += ("untied_local_norm", "position_offset", "rope_shift", "rope_jitter", "rope_rescale")
         for name in optional:
@@ -207,10 +209,13 @@ class ExecutionConfig:
     shard_ranks: int = 0
     """ranks that share a copy of all weights under hybrid, next to each other; 0: those of a node"""
     accumulation_steps: int = 1
-    """micro-batches of a step; losses equal those of one batch but for KoLeo, whose neighbours are the micro-batch's"""
+    """micro-batches of a step; losses equal those of one batch but for KoLeo without a group, stochastic depth and RoPE
+    noise, which are a micro-batch's own"""
     activation_checkpointing: bool = False
     compile: bool = False
-    """torch.compile of every block"""
+    """torch.compile of every block and head, and on GPUs of the losses over fewer than 2^18 prototypes"""
+    deterministic: bool = False
+    """equal runs on equal GPUs give equal bits, somewhat slower; on a processor they always do"""
     threads: int = 0
     """of one process on a CPU; 0: torch's own choice"""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -264,6 +269,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        if self.model.fp8 and self.precision != "bfloat16":
+            raise ValueError(f"model.fp8=true goes with precision=bfloat16, not {self.precision}.")
         check_choice("start_from", self.start_from, NETWORKS)
         check_ranges("", self, seed="[0, inf)", steps="[1, inf)", global_batch_size="[1, inf)")
 

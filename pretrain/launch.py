@@ -24,7 +24,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Resources:
     tasks_per_node: int = 0
     """processes on each node; 0: one a GPU, or one"""
     cpus_per_task: int = 0
-    """0: the cluster's default, and no limit locally"""
+    """0: one for each of the loader's workers and one more (execution.threads more) on Slurm, no limit locally"""
     mem_gb: float = 0
     """of a node; 0: the cluster's default"""
     time_min: int = 24 * 60
@@ -98,7 +98,7 @@ class Training:
 
     Args:
         arguments: of the `main` of `module`.
-        cpus: of one task; what its kernels may use.
+        cpus: of one task, without its loader's workers; what its kernels may use. 0: no limit.
     """
 
     arguments: list[str]
@@ -206,6 +206,8 @@ def make_executor(folder: Path, resources: Resources, name: str, cluster: str) -
     executor.update_parameters(
         **common,
         **{key: value for key, value in optional.items() if value},
+        # Since 22.05 srun does not take it from sbatch: each task would get one core.
+        slurm_srun_args=[f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else None,
         slurm_signal_delay_s=resources.signal_delay_s,
         slurm_additional_parameters={"requeue": True},
     )
@@ -273,12 +275,23 @@ def _launch(asked: argparse.Namespace) -> int:
     from pretrain import plan
     from pretrain.checks import check_numbers, check_run
     from pretrain.config import load_train_config
+    from pretrain.machine import loader_cpus
     from pretrain.run_folder import check_run_folder
 
     names = {name for name in Resources.__dataclass_fields__ if getattr(asked, name) is not None}
     resources = Resources(**{name: getattr(asked, name) for name in names})
     cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
     config = load_train_config(asked.config, asked.overrides, asked.data)
+    if cluster == "slurm":
+        needed = loader_cpus(config)
+        resources = replace(resources, cpus_per_task=resources.cpus_per_task or needed)
+        if resources.cpus_per_task < needed:
+            log.warning(
+                "--cpus-per-task %d leaves execution.loader.num_workers=%d too few cores: %d would do",
+                resources.cpus_per_task,
+                config.execution.loader.num_workers,
+                needed,
+            )
     check_numbers(config, resources.world_size)  # now, not after a day in the queue
     if not asked.dry_run and not all(config.phase(phase).data.datasets for phase in config.phase_names):
         raise ValueError("data.datasets is empty: give --data PATH, or data.datasets.NAME.shards=PATH.")
@@ -296,7 +309,8 @@ def _launch(asked: argparse.Namespace) -> int:
     data = [argument for path in asked.data for argument in ("--data", path)]
     allowed = [argument for key in asked.allow_changed for argument in ("--allow-changed", key)]
     arguments = ["--config", asked.config, *data, "--out", str(asked.out), *allowed, *asked.overrides]
-    training = Training(arguments, cpus=resources.cpus_per_task)
+    cpus = resources.cpus_per_task and max(1, resources.cpus_per_task - config.execution.loader.num_workers)
+    training = Training(arguments, cpus=cpus)
     check_run_folder(asked.out)
     folder, name = asked.out / "jobs", f"seedbed-{Path(asked.config).stem}"
     if asked.dry_run:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import Checkpoints
-from pretrain.config import TrainConfig
+from pretrain.config import TrainConfig, micro_batch_size
 from pretrain.data.collate import Batch
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import Loader, build_loader
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
+from pretrain.models.layers.fp8 import check_device
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
@@ -67,6 +68,8 @@ class Phase:
         execution = config.execution
         self.device = device or next(student.parameters()).device
         depth = len(student.backbone.blocks)
+        if config.model.fp8:
+            check_device(self.device)
         freeze_unused(student, config)
         self.wrapped: Wrapped = wrap(
             student,
@@ -96,6 +99,9 @@ class Phase:
         }
         self.cost = step_cost(config, student, teacher if frozen is None else frozen)
         self.centering = Centering(config, collectives.sum_over_ranks).to(self.device)
+        # Ranks whose images repel each other talk among themselves.
+        self.koleo_ranks = config.loss.koleo_group_size // micro_batch_size(config, collectives.world_size())
+        self.koleo_group = collectives.consecutive_ranks(self.koleo_ranks) if self.koleo_ranks > 1 else None
         self.gram: nn.Module | None = None
         self.distilled: str | None = None  # the hash of `frozen`
         self.finite = FiniteWatch(config.optim.max_skipped_steps)
@@ -196,8 +202,8 @@ class Phase:
                 config=self.config.at_step(step),
                 generator=generator,
                 gram_patches=gram_patches,
-                gather=collectives.gather_with_grad,
-                rank=collectives.rank(),
+                gather=partial(collectives.gather_with_grad, group=self.koleo_group) if self.koleo_ranks > 1 else None,
+                rank=collectives.rank() % max(self.koleo_ranks, 1),
             )
             return self.student(compute)
 

@@ -1,11 +1,11 @@
 """--dry-run: what a training would cost, by phase: parameters, memory, operations, time. Nothing is started or written.
 
-Models are built on `meta`, so the plan of a 7B model takes seconds on a laptop. Memory is reckoned, not measured: see
-`rank_memory` for what is counted; kernels' workspaces and fragmentation come on top. Operations are those of
-`watch.flops`; times are for the rates below.
+Models are built on `meta`, so the plan of a 7B model takes seconds on a laptop. Memory is reckoned, not measured
+(`pretrain/memory.py`). Operations are those of `watch.flops`; times are for the rates below.
 """
 
 import io
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from pretrain.checks import check_numbers, check_run
-from pretrain.config import TrainConfig, micro_batch_size
+from pretrain.config import LIKE, TrainConfig, micro_batch_size
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.data.loader import DataConfig
-from pretrain.distributed.fsdp import DDP_LIMIT, SHARDED, ranks_of_a_copy
-from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.distributed.fsdp import DDP_LIMIT
+from pretrain.machine import SHARED, waiting_bytes
+from pretrain.memory import count, rank_memory, shards, start_memory
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
 from pretrain.student_teacher import Network, build_network
@@ -52,7 +52,7 @@ RATES = (
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """The numbers of one phase. `memory` is of one rank, by what it is for, in bytes."""
+    """The numbers of one phase. `memory` is of one rank at the peak of a step, by what it is for, in bytes."""
 
     name: str
     config: TrainConfig
@@ -61,6 +61,8 @@ class PhasePlan:
     flops_per_image: float
     mode: str
     memory: dict[str, float]
+    start_bytes: float
+    """of one rank before the first step"""
 
     @property
     def images(self) -> int:
@@ -110,14 +112,10 @@ def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
                 flops_per_image=flops_per_image(step_cost(phase, network, frozen), phase.crops.all_sizes()),
                 mode=mode,
                 memory=rank_memory(phase, network, frozen, world_size, mode),
+                start_bytes=start_memory(phase, network, frozen, shards(phase, world_size, mode)),
             )
         )
     return plans
-
-
-def masked_share(config: TrainConfig) -> float:
-    """Of all patches of the global crops, the share that iBOT masks."""
-    return config.masks.probability * sum(config.masks.ratio) / 2 if config.uses_ibot else 0.0
 
 
 def flops_per_image(cost: StepCost, sizes: Sequence[CropSizes]) -> float:
@@ -133,54 +131,6 @@ def parallel_mode(config: TrainConfig, network: Network, world_size: int) -> str
     if world_size == 1:
         return "single"
     return "ddp" if count(network) <= DDP_LIMIT else "fsdp"
-
-
-def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_size: int, mode: str) -> dict[str, float]:
-    """Bytes that one rank holds at the peak of a step, at the largest crop sizes, by what they are for.
-
-    Parameters, gradients, both AdamW moments and the EMA teacher are float32, divided by the ranks of a copy; FSDP
-    gathers two blocks and the heads in the compute precision. Autocast keeps a bfloat16 copy of the weights otherwise.
-    """
-    parameters = count(network)
-    share = 1 / ranks_of_a_copy(mode, config.execution.shard_ranks, world_size)
-    width = 2 if config.precision == "bfloat16" else 4
-    blocks = [count(block) for block in network.backbone.blocks]
-    gathered = parameters - sum(blocks) + 2 * blocks[0]
-    images = micro_batch_size(config, world_size)
-    sizes = max(config.crops.all_sizes(), key=lambda s: _student_tokens(config, network.backbone, s, 1))
-    memory = {"weights": 4 * parameters * share, "gradients": 4 * parameters * share}
-    memory |= {"AdamW": 8 * parameters * share, "EMA teacher": 4 * parameters * share}
-    if config.gram.weight:
-        memory["Gram teacher"] = 4 * parameters * share
-    if config.distill_from:
-        memory["frozen teacher"] = width * count(frozen) * share
-    if mode in SHARDED:
-        memory["gathered weights"] = gathered * (width + 4)  # and their gradients before they are reduced, float32
-    elif width == 2:
-        memory["bfloat16 copy"] = 2 * parameters
-    memory["activations"] = activation_bytes(config, network.backbone, sizes, images)
-    memory["teacher logits"] = width * images * _logits(config, network.backbone, sizes)
-    memory["crops"] = 5 * images * _pixels(config, sizes)  # uint8 and float32
-    return memory
-
-
-def activation_bytes(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> float:
-    """What the student's blocks keep for the backward of one micro-batch.
-
-    Per token and block: the inputs of both residual branches in float32; in the compute precision the inputs of the
-    matrix products, of attention, of GELU or SwiGLU, and of layer scale. Stochastic depth leaves its share of images
-    out. With activation checkpointing: the inputs of all blocks, and the inside of one.
-    """
-    width = 2 if config.precision == "bfloat16" else 4
-    weights = dict(backbone.blocks[0].named_parameters())
-    gated = "mlp.w3.weight" in weights
-    dim, hidden = weights["mlp.w3.weight" if gated else "mlp.fc2.weight"].shape
-    inside = 8 * dim + (4 if gated else 2) * hidden
-    tokens = _student_tokens(config, backbone, sizes, images)
-    one_block = tokens * (1 - config.model.drop_path) * (8 * dim + width * inside)
-    if config.execution.activation_checkpointing:
-        return tokens * 4 * dim * len(backbone.blocks) + one_block
-    return one_block * len(backbone.blocks)
 
 
 def epochs(data: DataConfig, images_drawn: int, images_of: Mapping[str, int]) -> dict[str, float]:
@@ -202,25 +152,6 @@ def _frozen_teacher(config: TrainConfig, network: Network) -> Network:
         return network  # refused where it is loaded
     with torch.device("meta"):
         return described_network(description)
-
-
-def _student_tokens(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> int:
-    """Of all crops of so many images, CLS and registers included."""
-    tokens = [(px // backbone.patch_size) ** 2 + backbone.num_prefix_tokens for px in (sizes.global_px, sizes.local_px)]
-    return images * (NUM_GLOBAL_CROPS * tokens[0] + config.crops.num_local_crops * tokens[1])
-
-
-def _logits(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
-    """Teacher logits of one image: its global crops and their masked patches."""
-    masked = NUM_GLOBAL_CROPS * (sizes.global_px // backbone.patch_size) ** 2 * masked_share(config)
-    return NUM_GLOBAL_CROPS * config.heads.dino.num_prototypes + masked * config.heads.ibot.num_prototypes
-
-
-def _pixels(config: TrainConfig, sizes: CropSizes) -> int:
-    """Values of one image's crops."""
-    return 3 * (
-        NUM_GLOBAL_CROPS * (sizes.global_px**2 + sizes.gram_px**2) + config.crops.num_local_crops * sizes.local_px**2
-    )
 
 
 def _parameters(plan: PhasePlan) -> Table:
@@ -264,11 +195,12 @@ def _steps(plans: Sequence[PhasePlan], images_of: Sequence[Mapping[str, int]]) -
 
 def _memory(plans: Sequence[PhasePlan], world_size: int) -> Table:
     """One column a phase; one row for what memory is for."""
-    title = f"Memory of one rank of {world_size}, reckoned"
+    title = f"Memory of one rank of {world_size} at the peak of a step, reckoned"
     table = _table(title, "for", *(f">{plan.name}" for plan in plans))
     for name in dict.fromkeys(name for plan in plans for name in plan.memory):
         table.add_row(name, *(_scaled(plan.memory.get(name, 0), _BYTES) for plan in plans))
     table.add_row("in all", *(_scaled(sum(plan.memory.values()), _BYTES) for plan in plans))
+    table.add_row("before a step", *(_scaled(plan.start_bytes, _BYTES) for plan in plans))
     images = [micro_batch_size(plan.config, world_size) for plan in plans]
     table.add_row("", *(f"{n} images, {plan.mode}" for n, plan in zip(images, plans, strict=True)))
     return table
@@ -292,18 +224,23 @@ def _notes(plans: Sequence[PhasePlan], world_size: int) -> Iterator[str]:
     yield f"in all {steps:,} steps and {_scaled(flops, _FLOP)} on {world_size} rank(s)"
     for plan in plans:
         optim, batch = plan.config.optim, plan.config.global_batch_size
+        like = (plan.config.phases.get(plan.name) or {}).get(LIKE)
         yield (
-            f"{plan.name}: learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
+            (f"{plan.name}, like {like}: " if like else f"{plan.name}: ")
+            + f"learning rate {scaled_lr(optim.base_lr, batch, optim.lr_rule):.3g} "
             f"({optim.base_lr:g} by rule {optim.lr_rule} for batch {batch:,}), "
             f"{optim.schedule} after {optim.warmup_steps:,} steps"
         )
+    waiting = max(waiting_bytes(plan.config, world_size) for plan in plans)
+    if waiting:
+        loader = plans[0].config.execution.loader
+        there = f"; this machine has {_scaled(shutil.disk_usage(SHARED).free, _BYTES)}" if SHARED.is_dir() else ""
+        yield (
+            f"shared memory ({SHARED}) for batches that wait: {_scaled(waiting, _BYTES)} on each rank "
+            f"({loader.num_workers} workers x {loader.prefetch} batches){there}"
+        )
     if not all(plan.config.data.datasets for plan in plans):
         yield "no dataset is named, so epochs are not known: give --data"
-
-
-def count(module: nn.Module) -> int:
-    """Parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _crop_sizes(config: TrainConfig, size: CropSizes) -> str:

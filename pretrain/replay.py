@@ -24,6 +24,7 @@ from pretrain.config import LIKE, TrainConfig
 from pretrain.data.collate import Batch
 from pretrain.data.loader import Loader
 from pretrain.distributed import collectives
+from pretrain.numerics import settle_numerics
 from pretrain.optim.clip import SkippedStep
 from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.resume import Position, Standing
@@ -105,6 +106,7 @@ def replay(record: dict[str, Any], run: Path, device: torch.device) -> list[str]
     # The micro-batches of the ranks one after another: their images, and so their noise.
     execution = replace(config.execution, parallel="auto", compile=False, accumulation_steps=parts)
     config = replace(config, execution=execution)
+    settle_numerics(config.execution.deterministic)
     index = config.phase_names.index(record["phase"])
     latest = None if record["checkpoint"] is None else run / "checkpoints" / record["checkpoint"]
     position = Position()

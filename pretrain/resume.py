@@ -33,7 +33,7 @@ from pretrain.weights import Weights
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.
 _READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer", "start_from")
-_FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention")
+_FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention", "fp8")
 log = logging.getLogger("pretrain")
 
 

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pretrain.distributed import collectives
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED = 130
+# Ranks ask each other whether to stop after so many seconds of steps, and after so many steps at most.
+ASK_EVERY_S, ASK_EVERY_STEPS = 5.0, 50
 # One Ctrl-C under torchrun comes twice: from the terminal, and from torchrun.
 _ONE_PRESS_S = 1.0
 
@@ -54,6 +58,30 @@ class StopRequest:
         if self._may_leave:
             self._may_leave = False
             raise Stopped
+
+
+class SharedStop:
+    """Whether any rank is asked to stop; the same answer on all, which do not wait for each other in every step."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self._due = 0
+        self._asked: tuple[int, float] | None = None
+
+    def after(self, step: int) -> bool:
+        """Call it after every step, with its number in the run."""
+        if collectives.world_size() == 1:
+            return bool(self.request)
+        if step < self._due:
+            return False
+        now, steps = time.monotonic(), 1
+        if self._asked is not None:
+            steps = int(ASK_EVERY_S * (step - self._asked[0]) / max(now - self._asked[1], 1e-9))
+        steps = min(max(steps, 1), ASK_EVERY_STEPS)
+        # One number says both: whether one stops, and else the fewest steps that any would wait.
+        fewest = ASK_EVERY_STEPS - collectives.max_over_ranks(ASK_EVERY_STEPS - (0 if self.request else steps))
+        self._asked, self._due = (step, now), step + fewest
+        return fewest == 0
 
 
 @contextmanager

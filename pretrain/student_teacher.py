@@ -112,9 +112,7 @@ class Crops:
         masks, masked, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         if batch.masks is not None:
             masks = batch.masks.flatten(0, 1)
-            masked = masks.flatten().nonzero().squeeze(1)
-            counts = masks.sum(dim=1)
-            weights = (1 / counts.clamp(min=1))[:, None].expand_as(masks).flatten()[masked]
+            masked, weights = masked_patches(masks)
             masks = masks.to(device, non_blocking=True)
         global_crops, local_crops, gram_crops = prepare(batch, device)
         return Crops(
@@ -127,6 +125,14 @@ class Crops:
             num_global=num_global,
             num_images=num_images,
         )
+
+
+def masked_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of masks [V*B, N] on the processor the flat positions of the masked patches, int64 [M]; and the weight of each,
+    1 over those of its crop, float32 [M]."""
+    masked = masks.flatten().nonzero().squeeze(1)
+    weights = 1 / masks.sum(dim=1).clamp(min=1)
+    return masked, weights[:, None].expand_as(masks).flatten()[masked]
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,7 @@ class TeacherLogits:
     """
 
     def __init__(self, batch: Batch, num_parts: int) -> None:
-        num_masked = 0 if batch.masks is None else int(batch.masks.sum())
-        self.rows = {"dino": batch.global_crops.shape[0] * batch.global_crops.shape[1], "ibot": num_masked}
+        self.rows = {"dino": batch.global_crops.shape[0] * len(batch), "ibot": batch.num_masked()}
         self.num_parts = num_parts
         self.matrices: dict[str, Tensor] = {}
         self.lengths: dict[str, list[int]] = {}
@@ -211,11 +216,11 @@ class Centering(nn.Module):
 
     def __init__(self, config: TrainConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.loss, self.sum_over_ranks = config.loss, sum_over_ranks
+        self.loss, self.sum_over_ranks, self.compiled = config.loss, sum_over_ranks, config.execution.compile
         if config.loss.centering == "softmax":
             momentum = config.loss.center_momentum
-            self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum)
-            self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum)
+            self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum, self.compiled)
+            self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum, self.compiled)
 
     @torch.no_grad()
     def forward(self, logits: TeacherLogits, temperature: float) -> list[TeacherTargets]:
@@ -228,7 +233,7 @@ class Centering(nn.Module):
                 centring.update(head, self.sum_over_ranks)  # pyright: ignore[reportCallIssue]
         elif matrices:
             iterations, heads = self.loss.sinkhorn_iterations, list(matrices.values())
-            centred = sinkhorn_knopp(heads, temperature, num_iterations=iterations, sum_over_ranks=self.sum_over_ranks)
+            centred = sinkhorn_knopp(heads, temperature, iterations, self.sum_over_ranks, self.compiled)
         split = {name: _split(one, logits.lengths[name]) for name, one in zip(matrices, centred, strict=True)}
         nothing = [None] * logits.num_parts
         of_both = zip(split.get("dino", nothing), split.get("ibot", nothing), strict=True)
@@ -256,11 +261,11 @@ def student_losses(
     Args:
         generator: draws the images that stochastic depth leaves out and the noise of RoPE.
         gram_patches: [V*B, N, D'] of the Gram teacher, on the student's grid.
-        gather: all-gather with gradient, and this process's rank, for KoLeo across ranks.
+        gather, rank: all-gather with gradient over the ranks of a KoLeo group, and this one's place among them; None: a
+            group lies on one rank.
     """
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
-    gather = gather if loss.koleo_group_size > num_images else None
     # A distilled student sees its crops whole, as released; iBOT's patches are those that masks choose.
     groups, masks, local = [crops.global_crops], [None if config.distill_from else crops.masks], [False]
     if crops.local_crops is not None and targets.dino is not None:
@@ -287,6 +292,7 @@ def student_losses(
             loss.student_temperature,
             include_same_crop=loss.same_crop_pairs,
             local_weight=loss.dino_local_weight,
+            compiled=config.execution.compile,
         )
         terms["dino"] = loss.dino_weight * dino.total
         watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
@@ -297,6 +303,7 @@ def student_losses(
             crops.mask_weights,
             num_global * num_images,
             loss.student_temperature,
+            config.execution.compile,
         )
         terms["ibot"] = loss.ibot_weight * ibot
     if loss.koleo_weight:

@@ -1,8 +1,8 @@
 """Train a backbone on images: torchrun -m pretrain.train --config NAME --data PATH --out RUN [key=value ...]
 
 One process needs no torchrun: python -m pretrain.train ... Stop it at any moment, the same command continues, with the
-same losses to the last bit on the same ranks. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit
-status 75); a second Ctrl-C ends it at once.
+same losses on the same ranks (to the last bit on a processor; on a GPU with execution.deterministic=true). Ctrl-C,
+SIGTERM, SIGUSR1 and SIGUSR2 end it after a checkpoint (exit status 75); a second Ctrl-C ends it at once.
 
 A run folder holds checkpoints/step-*, metrics.jsonl, evaluation/, config.yaml; in the end teacher/ and report.html.
 """
@@ -33,19 +33,24 @@ from pretrain.checkpoint import Checkpoints, read_manifest, stored_state, write_
 from pretrain.checks import check_numbers, check_run, idle_settings
 from pretrain.config import GROUP, TrainConfig, load_train_config, total_steps
 from pretrain.data.loader import Loader
+from pretrain.data.prefetch import transferred
 from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.evaluating import Answering, evaluate_teacher, saved_teacher
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
+from pretrain.garbage import collecting_by_steps
+from pretrain.machine import check_shared_memory
+from pretrain.machine import notes as machine_notes
+from pretrain.numerics import settle_numerics
 from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.replay import NonFinite
 from pretrain.resume import check_allowed, compare_images, find_standing, write_changes
 from pretrain.run_folder import check_run_folder, hold_run_folder, write_config
-from pretrain.stopping import Stopped, StopRequest, stop_signals
+from pretrain.stopping import SharedStop, Stopped, StopRequest, stop_signals
 from pretrain.watch.alarms import Alarm, AlarmWatch
-from pretrain.watch.flops import measured_peak_flops, peak_flops
+from pretrain.watch.flops import peak_flops
 from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
@@ -104,11 +109,16 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         ValueError: settings, shards or checkpoints that do not fit, before any time is lost.
         FloatingPointError: too many steps in a row were not finite; the message names the step and the term.
     """
+    settle_numerics(config.execution.deterministic)
     device = collectives.start(config.execution.device)
     try:
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
         check_numbers(config, collectives.world_size())
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world_size()))
+        collectives.from_first_of_machine(lambda: check_shared_memory(config, collectives.world_size(), ranks_here))
+        for line in machine_notes(config, collectives.world_size(), ranks_here):
+            log.warning(line)
         # A rank that leaves alone would leave the others waiting: with several, the first step is done before stopping.
         is_alone = collectives.world_size() == 1
         with stop.leaving_waits(is_alone):
@@ -161,28 +171,27 @@ class Run:
             write_config(out, yaml.safe_dump(asdict(config), sort_keys=False))
             if self.position.phase < len(self.phases):
                 write_changes(out, self.standing)
-        self.peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
-        if not self.peak:  # a CPU: what a matrix product reaches here, now
-            self.peak = measured_peak_flops(device, getattr(torch, config.precision))
+        # A processor has no data sheet, and what it reaches now depends on who else uses it: the rate stands alone.
+        peak = config.watch.peak_tflops * 1e12 or peak_flops(device)
         self.metrics = Metrics(
             out if self.is_first else None,
             config.watch,
             device,
             collectives.mean_over_ranks,
             start_step=self.position.global_step,
-            peak_flops=self.peak * collectives.world_size(),
+            peak_flops=peak * collectives.world_size(),
             run_config=asdict(config),
         )
         self.progress = TrainProgress(total_steps(config), self.position.global_step, shown=self.is_first)
 
     def go(self) -> int:
         """Returns FINISHED or STOPPED."""
-        with self.progress:
+        with self.progress, collecting_by_steps() as after_step:
             self._evaluate_missed()
             while self.position.phase < len(self.phases):
                 with self.stop.leaving_waits(self.is_alone):
                     phase = self._start_phase()
-                if not self._run_phase(phase):
+                if not self._run_phase(phase, after_step):
                     return STOPPED
                 self.position = self.position.next_phase()
             self._finish()
@@ -196,8 +205,9 @@ class Run:
         log.info("phase %s draws from %s", name, ", ".join(self.phases[name].data.datasets))
         return start_phase(self.config, self.standing, self.checkpoints, self.device, self.allowed)
 
-    def _run_phase(self, phase: Phase) -> bool:
+    def _run_phase(self, phase: Phase, after_step: Callable[[int], None]) -> bool:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
+        shared_stop = SharedStop(self.stop)
         config, name = phase.config, list(self.phases)[self.position.phase]
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
@@ -207,6 +217,8 @@ class Run:
         if self.position.global_step == 0 and self._is_evaluation_owed(config):
             self._evaluate(config, teacher)
         batches, first = iter(loader), self.position.global_step
+        if config.execution.accumulation_steps == 1:
+            batches = transferred(batches, self.device)
         while self.position.step < config.steps:
             try:
                 with self.metrics.waiting(), self.stop.leaving_waits(self.is_alone):
@@ -240,7 +252,8 @@ class Run:
             self.progress.advance(step, name)
             if step == first + 1:
                 collectives.set_timeout(collectives.STEP_TIMEOUT)
-            stop = collectives.any_over_ranks(bool(self.stop))
+            after_step(step)
+            stop = shared_stop.after(step)
             if stop:
                 self.check_lock()  # who lost it must not save there
             if stop or step % self.config.checkpoint.every_steps == 0 or self.position.step == config.steps:

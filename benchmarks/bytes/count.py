@@ -38,6 +38,8 @@ REGIONS = (
 _GATHERS = ("index_select", "index", "gather", "embedding")
 # What adds rows to its first tensor, or to a copy of it.
 _SCATTERS = ("index_add", "index_put", "scatter_add", "index_copy", "scatter")
+# What does not read its first tensor.
+_UNREAD = ("copy_", "fill_", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 _FREE = ("detach", "_unsafe_view", "_reshape_alias", "alias", "empty", "empty_like", "empty_strided", "new_empty")
 _CHUNK, _BLOCKS = 65_536, 320
 
@@ -128,7 +130,8 @@ class Counter(TorchDispatchMode):
         ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        # The latter has no form without a device; it gives nothing back.
+        out = func(*args, **kwargs) if func is not aten._fused_sgd_.default else None
         if self._on:
             made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
             if any(x.device.type == "cuda" for x in (*given, *made)):
@@ -155,13 +158,16 @@ class Counter(TorchDispatchMode):
             for x in tree_leaves(value)
             if isinstance(x, Tensor)
         ]
+        if name.startswith("_fused") and kwargs.get("grad_scale") is None:
+            written = [x for x in written if not any(x is gradient for gradient in args[1])]  # they could be scaled
         written += [kwargs["out"]] if "out" in kwargs else []
         fresh = [x for x in made if not any(x is other for other in given)]
         if name.startswith("_scaled_dot_product") or name.startswith(("_flash_attention", "_efficient_attention")):
             kind = "attention"
         else:
             kind = "products" if name in PRODUCTS else "elementwise"
-        read = _distinct(x for x in given if not (name in ("copy_", "fill_", "zero_") and x is args[0]))
+        given = given[1:] if name in _UNREAD else given
+        read = _distinct(given)
         num_bytes = sum(size(x) for x in read) + sum(size(x) for x in _distinct((*written, *fresh)))
         if name in _GATHERS:
             num_bytes += size(fresh[0]) - size(args[0])
@@ -172,6 +178,8 @@ class Counter(TorchDispatchMode):
             first = args[0]
             chunks = sum(math.ceil(x.numel() / _CHUNK) for x in first)
             launches = max(math.ceil(chunks / _BLOCKS), math.ceil(len(first) / 36))
+            if name == "_foreach_lerp_" and isinstance(args[2], list):
+                launches = len(first)  # weights that are no tensors of the same shape: one after another
         else:
             launches = 2 if name in _SCATTERS else 1
         self.add(region, kind, name, num_bytes, launches)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.measure import Setting, memory, milliseconds, relative_error
 from benchmarks.gpu.table import Absent, Figures, Part
 from pretrain.losses.centering import sinkhorn_knopp
-from pretrain.losses.prototypes import Targets, prototype_cross_entropy
+from pretrain.losses.prototypes import Targets, prototype_cross_entropy, whole_cross_entropy
 from pretrain.models.layers.attention import Attention, check_backend, make_layout
 from pretrain.models.layers.rope import Rope, tables
 
@@ -22,8 +22,11 @@ MODELS = {"S": 6, "L": 16}
 GRIDS, PREFIX_TOKENS = ((14, 14), (6, 6)), 5
 """of 224 and 96 px crops; CLS and four registers"""
 CROPS = (2, 8)
+Kinds = tuple[int, ...]
+"""which of the two sizes of crops take part"""
 FORMS: dict[str, tuple[str, SDPBackend | None]] = {
     "sdpa, torch's choice": ("sdpa", None),
+    "auto": ("auto", None),
     "sdpa, flash": ("sdpa", SDPBackend.FLASH_ATTENTION),
     "sdpa, cuDNN": ("sdpa", SDPBackend.CUDNN_ATTENTION),
     "sdpa, efficient": ("sdpa", SDPBackend.EFFICIENT_ATTENTION),
@@ -38,9 +41,14 @@ def attention(at: Setting) -> Iterator[Part]:
     for model in MODELS if at.on_gpu else ("S",):
         for form in FORMS:
             yield f"ViT-{model}, {form}", partial(one_attention, at, MODELS[model], *FORMS[form])
+    model = "L" if at.on_gpu else "S"
+    for kind, (h, w) in enumerate(GRIDS):  # what `attention.SHORT` is to be set by
+        for form in [name for name in FORMS if name.startswith("sdpa")]:
+            what = f"ViT-{model}, {PREFIX_TOKENS + h * w} tokens alone, {form}"
+            yield what, partial(one_attention, at, MODELS[model], *FORMS[form], (kind,))
 
 
-def one_attention(at: Setting, heads: int, backend: str, kernel: SDPBackend | None) -> Figures:
+def one_attention(at: Setting, heads: int, backend: str, kernel: SDPBackend | None, kinds: Kinds = (0, 1)) -> Figures:
     """Queries, keys and values of all crops [T, 3 D], rotated, attended, and back: bfloat16 against float64."""
     try:
         check_backend(backend)
@@ -51,11 +59,11 @@ def one_attention(at: Setting, heads: int, backend: str, kernel: SDPBackend | No
     held = nullcontext() if kernel is None else sdpa_kernel(kernel)
     images, width = at.sizes.attention_images, heads * HEAD_DIM
     with held:
-        forward_ms, both_ms = _attention_times(at, images, heads, backend)
-        found = _attended(1, heads, backend, at.device, torch.bfloat16)
-    reference = _attended(1, heads, "sdpa", torch.device("cpu"), torch.float64)
+        forward_ms, both_ms = _attention_times(at, images, heads, backend, kinds)
+        found = _attended(1, heads, backend, at.device, torch.bfloat16, kinds)
+    reference = _attended(1, heads, "sdpa", torch.device("cpu"), torch.float64, kinds)
     tokens = [PREFIX_TOKENS + h * w for h, w in GRIDS]
-    flops = sum(12 * images * crops * n**2 * width for crops, n in zip(CROPS, tokens, strict=True))
+    flops = sum(12 * images * CROPS[kind] * tokens[kind] ** 2 * width for kind in kinds)
     return {
         "forward_ms": forward_ms,
         "forward_backward_ms": both_ms,
@@ -66,18 +74,20 @@ def one_attention(at: Setting, heads: int, backend: str, kernel: SDPBackend | No
     }
 
 
-def _attention(images: int, heads: int, backend: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
+def _attention(
+    images: int, heads: int, backend: str, device: torch.device, kinds: Kinds
+) -> tuple[Callable[[Tensor], Tensor], int]:
     """The project's attention without its two linear layers, for the crops of so many images; and their tokens."""
     layer = Attention(heads * HEAD_DIM, heads, qkv_bias=False, mask_key_bias=False, backend=backend)
     layer.qkv = nn.Identity()  # type: ignore[assignment]
-    groups = [(images * crops, PREFIX_TOKENS + h * w) for crops, (h, w) in zip(CROPS, GRIDS, strict=True)]
+    groups = [(images * CROPS[kind], PREFIX_TOKENS + GRIDS[kind][0] * GRIDS[kind][1]) for kind in kinds]
     layout = make_layout(groups, backend, device)
-    turns = [tables(Rope(HEAD_DIM), grid, PREFIX_TOKENS, device) for grid in GRIDS]
+    turns = [tables(Rope(HEAD_DIM), GRIDS[kind], PREFIX_TOKENS, device) for kind in kinds]
     return lambda qkv: layer.mix(qkv, layout, turns), sum(layout.rows)
 
 
-def _attention_times(at: Setting, images: int, heads: int, backend: str) -> tuple[float, float]:
-    attend, rows = _attention(images, heads, backend, at.device)
+def _attention_times(at: Setting, images: int, heads: int, backend: str, kinds: Kinds) -> tuple[float, float]:
+    attend, rows = _attention(images, heads, backend, at.device, kinds)
     qkv = torch.randn(rows, 3 * heads * HEAD_DIM, device=at.device).bfloat16().requires_grad_()
     gradient = torch.randn(rows, heads * HEAD_DIM, device=at.device).bfloat16()
 
@@ -89,9 +99,11 @@ def _attention_times(at: Setting, images: int, heads: int, backend: str) -> tupl
     return forward_ms, milliseconds(both, at, budget_s=0.3)["ms"]
 
 
-def _attended(images: int, heads: int, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _attended(
+    images: int, heads: int, backend: str, device: torch.device, dtype: torch.dtype, kinds: Kinds
+) -> tuple[Tensor, Tensor]:
     """Result and gradient for fixed inputs that bfloat16 holds exactly."""
-    attend, rows = _attention(images, heads, backend, device)
+    attend, rows = _attention(images, heads, backend, device, kinds)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(rows, n * heads * HEAD_DIM, generator=generator).bfloat16() for n in (3, 1)]
     qkv, gradient = (x.to(device, dtype) for x in inputs)
@@ -125,19 +137,25 @@ def losses(at: Setting) -> Iterator[Part]:
     def plain() -> Tensor:
         return plain_cross_entropy(features, prototypes, targets, weights)
 
-    compiled = torch.compile(plain_cross_entropy, dynamic=False)
+    def whole(compiled: bool) -> Tensor:
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(at.device.type) else torch.float32
+        student = features.to(dtype) @ prototypes.to(dtype).T
+        return whole_cross_entropy(student, targets, weights, STUDENT_TEMPERATURE, None, compiled=compiled)[0]
+
     # Exact in all but the order of sums: what the others are measured against.
     exact = _gradients(lambda: plain_cross_entropy(features.float(), prototypes.float(), targets, weights), features)
     forms: dict[str, Callable[[], Tensor]] = {
         "streamed": streamed,
         "plain": plain,
-        "plain, compiled": lambda: compiled(features, prototypes, targets, weights),
+        "whole": lambda: whole(compiled=False),
+        "whole, compiled": lambda: whole(compiled=True),
     }
     what = f"cross-entropy {rows} x {at.sizes.prototypes}"
     for name, loss in forms.items():
         for dtype in ("bfloat16", "float32"):
             yield f"{what}, {name}, {dtype}", partial(_timed_loss, at, loss, dtype, (features, prototypes), exact)
-    for name, centring in (("eager", sinkhorn_knopp), ("compiled", torch.compile(sinkhorn_knopp, dynamic=False))):
+    # On a processor both are streamed; on a GPU what is compiled goes over whole logits.
+    for name, centring in (("streamed", sinkhorn_knopp), ("compiled", partial(sinkhorn_knopp, compiled=True))):
         what = f"Sinkhorn-Knopp {rows} x {at.sizes.prototypes}, {name}"
         yield what, partial(_timed_centring, at, centring, logits, targets)
 

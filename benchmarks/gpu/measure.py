@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
+from pretrain import compiling
 from pretrain.watch.flops import measured_peak_flops, peak_flops
 from pretrain.watch.metrics import machine, memory_mib
 
@@ -57,7 +58,7 @@ def setting(device: str, seconds: float, work: Path, images: list[str]) -> Setti
     if device == "cpu":
         # Blocks are traced, not turned into code: on a processor that takes longer than everything else here.
         torch.set_num_threads(1)  # threads bring nothing at these sizes, and wait for each other on a busy machine
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+        compiling.BACKEND = "aot_eager"
         return Setting(torch.device("cpu"), TINY, time.perf_counter() + seconds, work, tuple(images))
     torch.cuda.set_device(0)
     return Setting(torch.device("cuda", 0), FULL, time.perf_counter() + seconds, work, tuple(images))

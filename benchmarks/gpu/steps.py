@@ -1,5 +1,6 @@
 """Sections B, F and G: whole training steps, `pretrain.phase.Phase.step`, on one batch that lies ready."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,15 +11,16 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.measure import Setting, memory, peak
-from benchmarks.gpu.table import Figures, Part
+from benchmarks.gpu.table import Absent, Figures, Part
 from benchmarks.train_step import STEP, fixed_batch, our_phase
 from pretrain.config import TrainConfig, load_train_config
 from pretrain.data.collate import Batch
+from pretrain.data.prefetch import transferred
 from pretrain.phase import Phase
 
 LARGE, BASE, SMALL = "dinov2_vitl16_short", "dinov2_vitb16_short", "dinov2_vits16_short"
-# Two heads and Sinkhorn-Knopp, as in the full recipes.
-_FULL_RECIPE = ("heads.tied=false", "loss.centering=sinkhorn")
+# Two heads and Sinkhorn-Knopp, as in the full recipes; KoLeo over whatever images a step has.
+_FULL_RECIPE = ("heads.tied=false", "loss.centering=sinkhorn", "loss.koleo_group_size=0")
 TOP_KERNELS = 40
 
 
@@ -44,6 +46,7 @@ def eager_large(at: Setting) -> Iterator[Part]:
     phase, batch = ready(config, at)
     yield f"ViT-L, {len(batch)} images", lambda: timed_steps(phase, batch, at, share=0.4)
     yield "kernels of one step", lambda: kernels(phase, batch, at)
+    yield "transfers", lambda: transfers(phase, batch, at)
 
 
 def compiled_large(at: Setting) -> Iterator[Part]:
@@ -52,11 +55,37 @@ def compiled_large(at: Setting) -> Iterator[Part]:
     torch._logging.set_logs(recompiles=True, graph_breaks=True)  # pyright: ignore[reportPrivateImportUsage]
     first, *others = at.sizes.large_images
     phase, batch = ready(step_config(at, LARGE, first, "execution.compile=true"), at)
-    yield f"ViT-L, {first} images, compiled", lambda: compiled_steps(phase, batch, at, share=0.25)
-    yield "kernels of one compiled step", lambda: kernels(phase, batch, at)
+    yield f"ViT-L, {first} images, compiled", partial(compiled_steps, phase, batch, at, share=0.25)
+    yield "kernels of one compiled step", partial(kernels, phase, batch, at)
     for images in others:
         larger = ready_batch(step_config(at, LARGE, images), at)
         yield f"ViT-L, {images} images, compiled", partial(compiled_steps, phase, larger, at, share=0.3)
+    del phase
+    yield f"ViT-L, {first} images, compiled, 8-bit products", partial(eight_bit_steps, at, first)
+
+
+def eight_bit_steps(at: Setting, images: int) -> dict[str, Any]:
+    """`compiled_steps` with `model.fp8`."""
+    if not at.on_gpu:
+        raise Absent("the tiny model has no layer that is wide enough")
+    phase, batch = ready(step_config(at, LARGE, images, "execution.compile=true", "model.fp8=true"), at)
+    return compiled_steps(phase, batch, at, share=0.5)
+
+
+def transfers(phase: Phase, batch: Batch, at: Setting) -> Figures:
+    """Steps of a batch in page-locked memory: copied as part of the step, and beside the one before, as in training."""
+    count = 5 if at.on_gpu else 1
+    figures = {}
+    for name, batches in (
+        ("within_ms", itertools.repeat(batch)),
+        ("beside_ms", transferred(itertools.repeat(batch), at.device)),
+    ):
+        start = time.perf_counter()
+        for each in itertools.islice(batches, count):
+            phase.step(each, STEP, diagnose=False)
+        at.synchronize()
+        figures[name] = 1000 * (time.perf_counter() - start) / count
+    return figures
 
 
 def smaller(at: Setting) -> Iterator[Part]:

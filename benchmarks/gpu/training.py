@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.gpu.measure import Setting, check, relative_error
+from benchmarks.gpu.measure import Setting, check, peak, relative_error
 from benchmarks.gpu.steps import SMALL
 from benchmarks.gpu.table import Figures, Part
 from benchmarks.loading import drawn, write_shard
@@ -51,6 +51,7 @@ def run(at: Setting, config: str | Path, shards: Path, out: Path, *settings: str
     """The training command; its exit status."""
     workers = at.sizes.workers[-1]
     own = [f"execution.device={at.device.type}", f"execution.loader.num_workers={workers}", "execution.compile=false"]
+    own.append(f"watch.peak_tflops={peak(at.device)[0] / 1e12}")
     return main(["--config", str(config), "--shards", str(shards), "--out", str(out), *own, *settings])
 
 
@@ -58,7 +59,7 @@ def resumed(at: Setting) -> Iterator[Part]:
     tar, steps = image_tar(at), at.sizes.resumed_steps
     settings = [*at.sizes.models, f"global_batch_size={at.sizes.resumed_batch}", f"steps={steps}"]
     settings += ["optim.warmup_steps=4", "optim.freeze_last_layer_steps=2", "optim.teacher_temperature_warmup_steps=4"]
-    settings += ["watch.every_steps=1", f"checkpoint.every_steps={steps}"]
+    settings += ["watch.every_steps=1", f"checkpoint.every_steps={steps}", "loss.koleo_group_size=0"]
     whole, stopped = at.work / "whole", at.work / "stopped"
 
     def uninterrupted() -> Figures:

@@ -51,6 +51,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def num_masked(self) -> int:
+        """Patches that the student does not see."""
+        return 0 if self.masks is None else int(self.masks.sum())
+
     def micro_batches(self, count: int) -> list["Batch"]:
         """`count` equal slices over B; what was skipped or odd stays with the first.
 

@@ -4,6 +4,7 @@ A worker makes whole batches: `Steps[step]` is a pure function of the settings a
 another step, and nothing of the loader goes into a checkpoint.
 """
 
+import gc
 import logging
 import sys
 import threading
@@ -80,8 +81,8 @@ class LoaderConfig:
 
     num_workers: int = 2
     """processes on each rank that decode and crop; 0: in the training process itself"""
-    prefetch: int = 4
-    """batches that each worker makes ahead"""
+    prefetch: int = 2
+    """batches that each worker makes ahead, in shared memory (/dev/shm)"""
     timeout_s: float = 600.0
     """to wait for a batch before giving up; 0 for ever"""
 
@@ -237,6 +238,7 @@ def quiet_hook(met: threading.ExceptHookArgs) -> None:
 
 
 def _start_worker(number: int) -> None:
+    gc.enable()  # training collects by steps, a worker has none
     ignore_stop_signals(number)
     threading.excepthook = quiet_hook
     former = sys.excepthook

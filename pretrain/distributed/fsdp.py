@@ -7,7 +7,7 @@ stay those of the plain model. Only DDP puts a module around the student.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from pretrain import compiling
 from pretrain.compiling import compiled
 from pretrain.distributed.collectives import is_distributed
 from pretrain.distributed.names import plain_name
@@ -33,6 +34,7 @@ from pretrain.models.initial import Initial, fill_rows
 MODES = ("auto", "single", "ddp", "fsdp", "hybrid")
 SHARDED = ("fsdp", "hybrid")
 PRECISIONS = ("float32", "bfloat16")
+HEADS = ("dino_head", "ibot_head")
 DDP_LIMIT = 1_000_000_000
 """Parameters of the student up to which replicas are the default: below, sharding costs time and saves little."""
 
@@ -139,7 +141,7 @@ def wrap(
         precision: float32, or bfloat16 for compute; parameters, reductions and optimizer stay float32.
         checkpoint_blocks: keep only the inputs of the student's blocks and recompute the rest in the backward. Exact:
             a block draws nothing at random by itself, its stochastic depth is drawn before the first block.
-        compile_blocks: torch.compile the forward of each block; equal blocks share the compiled code.
+        compile_blocks: torch.compile the forward of each block and head; equal blocks share the compiled code.
         shard_ranks: of hybrid: neighbouring ranks that hold one copy; 0: those of a node.
 
     Raises:
@@ -204,6 +206,15 @@ def _replace_forwards(network: nn.Module, checkpoint_blocks: bool, compile_block
             block.forward = compiled(block.forward)
         if checkpoint_blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for name, head in network.named_children():
+        if compile_blocks and name in HEADS:
+            head.forward = partial(_for_any_rows, compiled(head.forward, any_rows=True))
+
+
+def _for_any_rows(forward: Callable[[Tensor], Any], rows: Tensor) -> Any:
+    """Masked patches are not as many in every step: one compiled form serves all numbers."""
+    compiling.open_rows(rows, 0)
+    return forward(rows)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

@@ -34,9 +34,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 log = logging.getLogger(__name__)
 # How a trained model is run, not what it is: the only settings that loading may change.
-CHANGEABLE = ("attention", "position_antialias", "position_offset")
+CHANGEABLE = ("attention", "fp8", "position_antialias", "position_offset")
 # The kernels of training may not exist where the model is used.
-_ANYWHERE = {"attention": "sdpa"}
+_ANYWHERE = {"attention": "sdpa", "fp8": False}
 FITS = ("exact", "pad", "resize")
 HUB, TIMM = "hf:", "timm:"
 _HUB_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")

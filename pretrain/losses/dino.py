@@ -25,6 +25,7 @@ def dino_loss(
     temperature: float = 0.1,
     include_same_crop: bool = False,
     local_weight: float = 1.0,
+    compiled: bool = False,
 ) -> DinoLoss:
     """Mean cross-entropy over all pairs of a student's and a teacher's crop of the same image.
 
@@ -39,6 +40,7 @@ def dino_loss(
         temperature: of the student.
         include_same_crop: also pair a global crop with itself (a distilled student sees no masks there).
         local_weight: multiplies the local term only (DINOv3 lowers it to 0.5 in its Gram phase).
+        compiled: code may be compiled, see `prototype_cross_entropy`.
 
     Raises ValueError if there is no pair. Source: arXiv:2104.14294; weights of the pairs as released with DINOv2,
     arXiv:2304.07193, and DINOv3, arXiv:2508.10104.
@@ -65,7 +67,7 @@ def dino_loss(
     weights[:num_globals] = global_share / (num_globals * num_images)
     weights[num_globals:] = local_share / max(num_locals * num_images, 1)
     total, cross_entropies = prototype_cross_entropy(
-        students.flatten(0, 1), prototypes, targets, weights.flatten(), temperature, pairing
+        students.flatten(0, 1), prototypes, targets, weights.flatten(), temperature, pairing, compiled
     )
     cross_entropies = cross_entropies.unflatten(0, (-1, num_images))
     global_term = cross_entropies[:num_globals].mean()

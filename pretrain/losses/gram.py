@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.layers.position import resize_weights, resized
+
 NEGATIVES = ("keep", "remove", "remove_teacher")
 
 
@@ -51,7 +53,7 @@ def resize_grid(patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, 
     if grid == target_grid:
         return patches
     assert patches.shape[1] == grid[0] * grid[1], (patches.shape, grid)
-    with torch.autocast(patches.device.type, enabled=False):
-        images = patches.float().mT.unflatten(2, grid)
-        resized = F.interpolate(images, size=target_grid, mode="bicubic", align_corners=False, antialias=False)
-    return resized.flatten(2).mT.to(patches.dtype)
+    rows, columns = (
+        resize_weights(n, target, None, False, patches.device) for n, target in zip(grid, target_grid, strict=True)
+    )
+    return resized(patches.float(), rows, columns).to(patches.dtype)

@@ -12,6 +12,7 @@ def ibot_loss(
     mask_weights: Tensor,
     num_images: int,
     temperature: float = 0.1,
+    compiled: bool = False,
 ) -> Tensor:
     """Cross-entropy per masked patch, averaged within an image, then over images: a scalar, in nats.
 
@@ -25,8 +26,10 @@ def ibot_loss(
         mask_weights: [M], 1 / (number of masked patches in that image); 0 for padding.
         num_images: global crops on this rank, masked or not.
         temperature: of the student.
+        compiled: code may be compiled, see `prototype_cross_entropy`.
 
     Source: arXiv:2111.07832, weighted as released with DINOv2, arXiv:2304.07193.
     """
-    loss, _ = prototype_cross_entropy(features, prototypes, targets, mask_weights / num_images, temperature)
+    weights = mask_weights / num_images
+    loss, _ = prototype_cross_entropy(features, prototypes, targets, weights, temperature, compiled=compiled)
     return loss

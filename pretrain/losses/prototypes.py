@@ -1,19 +1,26 @@
-"""Soft assignments over prototypes, and the cross-entropy against them that never holds all student logits.
+"""Soft assignments over prototypes, and the cross-entropy against them: streamed, or over whole logits (`is_streamed`).
 
 Since a target row sums to one, CE(q, z / T) = logsumexp(z / T) - q . z / T, and its gradient by z is
 (softmax(z / T) - q) / T. So loss and gradients come out of one streamed pass: a band of rows at a time (its logits
 in the compute dtype), and inside the band a block of prototypes at a time (float32). What the published code keeps,
 teacher assignments, student logits, their log-softmax, the product and a gradient, each tokens x prototypes, is never
 there. The gradients by features and prototypes are complete when the forward ends; the backward scales them.
+
+Whole, student logits and their gradient are held in the compute dtype, and nothing else of that size: one compiled
+kernel reads logits of both sides for the loss, one for the gradient.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pretrain import compiling
 
 # Bytes of one float32 block of rows x prototypes, per kind of device. On a processor the passes over a block should
 # stay in its caches; a GPU wants few large kernels. Larger bands read and write the prototypes less often.
@@ -24,12 +31,31 @@ BAND_BYTES = {"cpu": 16 << 20}
 BAND_BYTES_ELSEWHERE = 256 << 20
 
 
+STREAMED_PROTOTYPES = 1 << 18
+"""From here on logits are streamed on GPUs too: whole, they and their gradient would be a step's largest tensors."""
+
 # exp2 is several times as fast as exp on a processor, and no less exact: exponents are kept in base 2 inside.
 LOG2_E = math.log2(math.e)
 
 
 def block_bytes(device: torch.device) -> int:
     return BLOCK_BYTES.get(device.type, BLOCK_BYTES_ELSEWHERE)
+
+
+def is_streamed(device: torch.device, num_prototypes: int, compiled: bool) -> bool:
+    """Whether logits of so many prototypes are taken a block at a time, by the cross-entropy and by centring alike.
+
+    Compiled for a GPU, a pass over whole logits reads each once, in the compute dtype; streamed, each operator is a
+    pass of its own over float32 blocks (`benchmarks.bytes` counts both). Where nothing is compiled the two move about
+    as many bytes, and blocks hold fewer; on a processor blocks stay in its caches.
+    """
+    return not compiled or device.type == "cpu" or num_prototypes >= STREAMED_PROTOTYPES
+
+
+@functools.cache
+def compiled_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One pass over whole logits, as one or two kernels."""
+    return compiling.compiled(function, any_rows=True)
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
@@ -94,6 +120,7 @@ def prototype_cross_entropy(
     weights: Tensor,
     temperature: float,
     pairing: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over student rows of the cross-entropy to teacher assignments, in nats.
 
@@ -108,10 +135,11 @@ def prototype_cross_entropy(
         temperature: of the student, > 0.
         pairing: [G, V], rows sum to one: the target of student view g is the sum over v of pairing[g, v] * q[v] (a mean
             of cross-entropies is the cross-entropy to the mean). None: row i is the target of row i (G = V = 1).
+        compiled: code may be compiled; with the device and K it decides whether logits are streamed (`is_streamed`).
 
     Returns: sum_i weights[i] * CE_i, a scalar with gradients by features and prototypes; and CE [N], without.
 
-    Memory beyond inputs and gradients: BAND_BYTES and a few BLOCK_BYTES.
+    Memory beyond inputs and gradients: BAND_BYTES and a few BLOCK_BYTES, streamed; else twice the logits.
     """
     num_student, num_teacher = (1, 1) if pairing is None else pairing.shape
     assert len(features) * num_teacher == len(targets) * num_student, (
@@ -130,9 +158,108 @@ def prototype_cross_entropy(
     else:
         compute_dtype = torch.promote_types(features.dtype, prototypes.dtype)
     with torch.autocast(kind, enabled=False):
+        if len(features) and not is_streamed(features.device, len(prototypes), compiled):
+            logits = features.to(compute_dtype) @ prototypes.to(compute_dtype).T
+            return whole_cross_entropy(logits, targets, weights, temperature, pairing, compiled=True)
         return _PrototypeCrossEntropy.apply(
             features, prototypes, targets, weights, temperature, pairing, compute_dtype, torch.is_grad_enabled()
         )  # type: ignore[return-value]
+
+
+def whole_cross_entropy(
+    logits: Tensor, targets: Targets, weights: Tensor, temperature: float, pairing: Tensor | None, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """`prototype_cross_entropy` from student logits [N, K], not yet divided by the temperature, N above 0."""
+    num_student, num_teacher = (1, 1) if pairing is None else pairing.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    pairing = logits.new_ones(1, 1, dtype=dtype) if pairing is None else pairing.to(dtype)
+    return _WholeCrossEntropy.apply(
+        logits.unflatten(0, (num_student, -1)),
+        targets.logits.unflatten(0, (num_teacher, -1)),
+        targets.log_prototype,
+        targets.log_sample.unflatten(0, (num_teacher, -1)),
+        weights,
+        pairing,
+        temperature,
+        targets.temperature,
+        compiled,
+    )  # type: ignore[return-value]
+
+
+class _WholeCrossEntropy(torch.autograd.Function):
+    """Keeps the logits of both sides and a number a row; the gradient of the logits is made from them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, logits, teacher, log_prototype, log_sample, weights, pairing, temperature, teacher_temperature, compiled
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (logits.detach(), teacher, log_prototype, log_sample, pairing)
+        ctx.temperatures, ctx.compiled = (temperature, teacher_temperature), compiled
+        cross_entropies, log_sums = whole_pass(_cross_entropies, compiled, *inputs, *ctx.temperatures)
+        cross_entropies = cross_entropies.flatten()
+        ctx.save_for_backward(*inputs, log_sums, weights)
+        ctx.mark_non_differentiable(cross_entropies)
+        return (weights * cross_entropies).sum(), cross_entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):  # type: ignore[override]
+        *inputs, log_sums, weights = ctx.saved_tensors
+        scale = (weights * grad_loss).view_as(log_sums) / ctx.temperatures[0]
+        gradient = whole_pass(_logit_gradients, ctx.compiled, *inputs, *ctx.temperatures, log_sums, scale)
+        return gradient, None, None, None, None, None, None, None, None
+
+
+def whole_pass(function: Callable[..., Any], compiled: bool, *arguments: Any) -> Any:
+    """One pass over logits [views, rows, K], the first argument; compiled once for all numbers of rows."""
+    if not compiled:
+        return function(*arguments)
+    num_rows = arguments[0].shape[1]
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.ndim > 1 and argument.shape[1] == num_rows:
+            compiling.open_rows(argument, 1)
+    return compiled_pass(function)(*arguments)
+
+
+def _assigned(
+    teacher: Tensor, log_prototype: Tensor, log_sample: Tensor, pairing: Tensor, temperature: float
+) -> Tensor:
+    """What each student view is to predict, [G, R, K]: assignments [V, R, K] averaged as the pairing [G, V] says."""
+    q = torch.exp(teacher.to(log_sample.dtype) / temperature + log_prototype + log_sample[..., None])
+    return sum(pairing[:, v, None, None] * q[v] for v in range(len(q)))  # type: ignore[return-value]
+
+
+def _cross_entropies(
+    logits: Tensor,
+    teacher: Tensor,
+    log_prototype: Tensor,
+    log_sample: Tensor,
+    pairing: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies and log-sums of exponentials [G, R], from logits [G, R, K] and [V, R, K]."""
+    z = logits.to(pairing.dtype) / temperature
+    log_sums = torch.logsumexp(z, dim=-1)
+    q = _assigned(teacher, log_prototype, log_sample, pairing, teacher_temperature)
+    return log_sums - (z * q).sum(dim=-1), log_sums
+
+
+def _logit_gradients(
+    logits: Tensor,
+    teacher: Tensor,
+    log_prototype: Tensor,
+    log_sample: Tensor,
+    pairing: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+    log_sums: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """The gradient by logits [G, R, K], in their dtype; `scale` [G, R] multiplies each row."""
+    z = logits.to(pairing.dtype) / temperature
+    q = _assigned(teacher, log_prototype, log_sample, pairing, teacher_temperature)
+    return ((torch.exp(z - log_sums[..., None]) - q) * scale[..., None]).to(logits.dtype)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):

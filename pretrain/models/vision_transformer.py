@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from pretrain.models.initial import LINEAR, NORM, Initial, initialise, prefixed
 from pretrain.models.layers.attention import Attention, Layout, make_layout
-from pretrain.models.layers.block import Block, Kept, draw_kept, num_kept
+from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
+from pretrain.models.layers.fp8 import LEAST_WIDTH, use_fp8
 from pretrain.models.layers.norm import LayerNorm, LayerScale
 from pretrain.models.layers.patch_embed import PatchEmbed
 from pretrain.models.layers.position import patch_positions
 from pretrain.models.layers.rope import Rope, RopeNoise, noisy_tables, tables
+from pretrain.models.layers.rows import Kept
 
 FAMILIES = ("dinov2", "dinov3")
 POSITIONS = ("learned", "rope")
@@ -48,6 +50,7 @@ class VisionTransformer(nn.Module):
         drop_path: share of a group's images that each residual branch skips in training.
         untied_local_norm: in training, CLS and registers of local crops have a final norm of their own.
         attention: kernel, see `layers.attention`.
+        fp8: 8-bit products in the blocks' linear layers that are large enough, see `layers.fp8`.
 
     Raises:
         ValueError: an unknown choice, or a width that the heads do not divide.
@@ -85,6 +88,7 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-6,
         untied_local_norm: bool = False,
         attention: str = "sdpa",
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         if family not in FAMILIES:
@@ -127,6 +131,8 @@ class VisionTransformer(nn.Module):
             )
             for _ in range(depth)
         )
+        if fp8 and not use_fp8(self.blocks):
+            raise ValueError(f"fp8=true, and no layer is wide enough: embed_dim={embed_dim}, least {LEAST_WIDTH}.")
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
         self.local_cls_norm = LayerNorm(embed_dim, eps=norm_eps) if untied_local_norm else None
         self.init_weights()
@@ -268,7 +274,10 @@ class VisionTransformer(nn.Module):
         groups = [(num_kept(images, self.drop_path), tokens) for images, tokens in layout.groups]
         smaller = make_layout(groups, self.attention, device)
         scale = torch.cat(scales)
-        kept = [Kept(drawn, scale, smaller) for drawn in torch.cat(rows, dim=1).unbind(0)]
+        drawn = torch.cat(rows, dim=1)  # [2 * depth, T']
+        places = torch.full((len(drawn), start), -1, device=device)
+        places.scatter_(1, drawn, torch.arange(drawn.shape[1], device=device).expand_as(drawn))
+        kept = [Kept(*both, scale, smaller) for both in zip(drawn.unbind(0), places.unbind(0), strict=True)]
         return list(zip(kept[0::2], kept[1::2], strict=True))
 
     def features(

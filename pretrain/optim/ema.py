@@ -38,12 +38,23 @@ def copy_parameters(pairs: Pairs) -> None:
 def update_ema(pairs: Pairs, momentum: float, skip: Tensor | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student; buffers are not averaged.
 
-    In float32: at momentum 0.9999 a bfloat16 teacher (spacing 2^-8 near 1) would stand still.
+    In float32: at momentum 0.9999 a bfloat16 teacher (spacing 2^-8 near 1) would stand still. One pass over all pairs
+    in few kernels: it is a fused step of SGD from the teacher whose gradient is teacher - student, at the rate
+    1 - momentum, for those kernels alone take lists and skip on the device. (Linear interpolation with a weight on the
+    device is a kernel for every parameter.)
 
     Args:
         skip: float32 scalar on the device; where it is 1 the teacher stays as it is, and the host need not know.
     """
-    weight: float | list[Tensor] = 1 - momentum
-    if skip is not None:
-        weight = [(1 - momentum) * (1 - skip)] * len(pairs[0])
-    torch._foreach_lerp_(*pairs, weight)  # pyright: ignore[reportPrivateImportUsage]
+    torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+        *pairs,
+        [],
+        weight_decay=1.0,  # adds the teacher to the gradient
+        maximize=True,  # takes the student from it
+        lr=1 - momentum,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        is_first_step=False,
+        found_inf=skip,
+    )

@@ -17,6 +17,7 @@ prototypes) or saves (a packed attention kernel) does not count, so that MFU com
 Sources: the accounting of PaLM, arXiv:2204.02311, appendix B, with the encoder's full (not causal) attention.
 """
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -25,8 +26,34 @@ from torch import nn
 
 from pretrain.models.vision_transformer import VisionTransformer
 
-# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by a part of torch.cuda.get_device_name.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bfloat16 peaks with float32 sums, in TFLOP/s, from the vendor's data sheets (which print twice as much, for
+# sparse matrices); by the words of torch.cuda.get_device_name that tell the card.
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H200 NVL": 835.5,
+    "H100": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.0,
+    "H800": 989.4,
+    "H800 PCIe": 756.0,
+    "H20": 148.0,
+    "A100": 311.8,
+    "A800": 311.8,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "A10G": 70.0,
+    "L40S": 362.1,
+    "L40": 181.1,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +140,19 @@ def peak_flops(device: torch.device) -> float:
     """Dense bfloat16 peak of one device from the table, in FLOP/s; 0 where it is not known (every CPU)."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+    return named_peak_flops(torch.cuda.get_device_name(device))
+
+
+def named_peak_flops(name: str) -> float:
+    """The same for a card's name; the most words that fit decide, for an H100 PCIe is no H100."""
+    fitting = [card for card in PEAK_TFLOPS if re.search(rf"\b{re.escape(card)}\b", name)]
+    return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else 0.0
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, budget_s: float = 0.5) -> float:
     """The best rate of a square matrix product on this machine, in FLOP/s: a peak where no data sheet gives one.
+
+    On a machine that others use too it is what they leave: for ratios within one run, as in benchmarks/gpu.
 
     Args:
         size: side of the matrices.

@@ -2,8 +2,9 @@
 
 Names in a line of metrics.jsonl: `step`, `phase` and whatever else the trainer states (learning rate, images seen);
 `loss` and `loss/<term>`, `grad_norm/<module>`, `teacher_entropy/<head>` and `kl/<head>` in nats,
-`prototype_use/<head>`, `prototype_perplexity/<head>`, `feature_std`; then `images_per_second`, `mfu`, `data_wait`
-(shares from 0 to 1), `memory_mib`, `steps` (how many the means are over) and `seconds` (how long those took).
+`prototype_use/<head>`, `prototype_perplexity/<head>`, `feature_std`; then `images_per_second`, `mfu` where the peak is
+known, `data_wait` (shares from 0 to 1), `memory_mib`, `steps` (how many the means are over) and `seconds` (how long
+those took).
 """
 
 import math
@@ -38,7 +39,8 @@ class WatchConfig:
     wandb_project: str = ""
     """Weights & Biases project; empty: not used"""
     peak_tflops: float = 0.0
-    """dense peak of one device in TFLOP/s, for the utilisation; 0: from the table in flops.py, or unknown"""
+    """dense peak of one device in TFLOP/s, for the utilisation; 0: from the table in flops.py; a device
+    that is not there, such as any processor, has no utilisation"""
 
     def __post_init__(self) -> None:
         check_ranges("watch", self, every_steps="[1, inf)", peak_tflops="[0, inf)")

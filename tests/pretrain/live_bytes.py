@@ -1,12 +1,14 @@
 """Bytes that a step holds, counted from its operations: on a processor, or of tensors on a GPU that is not there."""
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,42 +22,61 @@ from pretrain.data.photometric import Photometric
 class LiveBytes(TorchDispatchMode):
     """Counts the memory of every tensor that an operation makes, from then until it is freed.
 
-    Args:
-        device: whose tensors.
-        counted: says of an operation's result whether it is counted; all are by default.
+    Attributes:
+        now, most: bytes of what is alive, and the most that ever was.
     """
 
-    def __init__(self, device: str, counted: Callable[[Tensor], bool] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device, self.counted = device, counted or (lambda _: True)
         self.now = self.most = 0
-        self._seen: dict[int, weakref.ref] = {}
+        self._known: dict[int, tuple[weakref.ref, list[int]]] = {}
+        """by address: a storage, and its bytes that are counted"""
+
+    def __enter__(self) -> Self:
+        whole = torch.UntypedStorage.resize_
+        # FSDP frees what it has gathered so, and no operation says it.
+        self._resize = patch.object(torch.UntypedStorage, "resize_", lambda x, size: self._resized(x, whole(x, size)))
+        self._resize.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._resize.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        for tensor in self._tensors((args, kwargs)):  # what was there before is not ours
-            self._is_new(tensor)
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its local tensors comes by here again
+        for tensor in tree_leaves((args, kwargs)):
+            self._count(tensor, is_ours=False)  # what was there before
         result = func(*args, **(kwargs or {}))
-        for tensor in self._tensors(result):
-            if self._is_new(tensor) and self.counted(tensor):
-                storage = tensor.untyped_storage()
-                weakref.finalize(storage, self._free, storage.nbytes())
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
+        for tensor in tree_leaves(result):
+            self._count(tensor, is_ours=True)
         return result
 
-    def _tensors(self, tree: Any) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self.device]
-
-    def _is_new(self, tensor: Tensor) -> bool:
+    def _count(self, tensor: Any, is_ours: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
         storage = tensor.untyped_storage()
-        known = self._seen.get(storage._cdata)
-        if known is not None and known() is storage:
-            return False
-        self._seen[storage._cdata] = weakref.ref(storage)
-        return True
+        known = self._known.get(storage._cdata)
+        if known is None or known[0]() is not storage:
+            counted = [storage.nbytes() if is_ours else 0]
+            self._known[storage._cdata] = weakref.ref(storage), counted
+            weakref.finalize(storage, self._free, counted)
+            self._add(counted[0])
 
-    def _free(self, size: int) -> None:
-        self.now -= size
+    def _resized(self, storage: torch.UntypedStorage, result: Any) -> Any:
+        known = self._known.get(storage._cdata)
+        if known is not None and known[0]() is storage:
+            self._add(storage.nbytes() - known[1][0])
+            known[1][0] = storage.nbytes()
+        return result
+
+    def _free(self, counted: list[int]) -> None:
+        self.now -= counted[0]
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def random_batch(config: TrainConfig, sizes: CropSizes, num_images: int) -> Batch:

@@ -119,7 +119,7 @@ def test_folded_layer_scale_equals_the_product() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="sdpa, varlen, xformers"):
+    with pytest.raises(ValueError, match="sdpa, auto, varlen, xformers"):
         Attention(16, 2, qkv_bias=True, mask_key_bias=False, backend="flash")
     with pytest.raises(ValueError, match="no kernels for 'cpu'"):
         make_layout(GROUPS, "xformers", CPU)

@@ -72,22 +72,31 @@ def test_groups_within_a_batch() -> None:
     torch.testing.assert_close(koleo_loss(x, group_size=12), koleo_loss(x))
 
 
-@pytest.mark.parametrize("group_size", [None, 24, 12])
-def test_groups_over_ranks_average_to_the_groups_of_all_rows(group_size: int | None) -> None:
+@pytest.mark.parametrize("group_size", [24, 12, 6, 3])
+def test_groups_over_ranks_average_to_the_groups_of_all_rows(group_size: int) -> None:
     """The ranks one after the other; their gathering stands in for communication."""
     x = rows(24).requires_grad_()
-    ranks = [
-        koleo_loss(x[6 * rank : 6 * rank + 6], group_size, gather=lambda _: F.normalize(x, dim=-1), rank=rank)
-        for rank in range(4)
-    ]
-    loss, expected = torch.stack(ranks).mean(), koleo_loss(x, group_size)
+    ranks_of_group = max(group_size // 6, 1)
+
+    def on_rank(rank: int) -> Tensor:
+        first = rank // ranks_of_group * group_size
+        gather = lambda _: F.normalize(x[first : first + group_size], dim=-1)  # noqa: E731
+        shared = gather if ranks_of_group > 1 else None
+        return koleo_loss(x[6 * rank : 6 * rank + 6], group_size, shared, rank % ranks_of_group)
+
+    loss, expected = torch.stack([on_rank(rank) for rank in range(4)]).mean(), koleo_loss(x, group_size)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
 
 
 @pytest.mark.parametrize(
     ("num_rows", "group_size", "message"),
-    [(1, None, "at least 2 rows"), (4, 1, "at least 2 rows"), (6, 4, "4 rows do not divide"), (6, 9, "6 rows do not")],
+    [
+        (1, None, "at least 2 rows"),
+        (4, 1, "at least 2 rows"),
+        (6, 4, "4 rows do not divide the 6"),
+        (6, 9, "9 rows, and 12"),
+    ],
 )
 def test_groups_that_cannot_be(num_rows: int, group_size: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -95,5 +104,5 @@ def test_groups_that_cannot_be(num_rows: int, group_size: int | None, message: s
 
 
 def test_a_group_larger_than_all_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 rows do not divide"):
+    with pytest.raises(ValueError, match="12 rows, and 6 are there"):
         koleo_loss(rows(6), group_size=12)

@@ -49,7 +49,8 @@ def koleo(images: range, group_size: int | None) -> dict[str, Tensor]:
     """KoLeo of a shared linear map of this rank's rows: its gradient is what ranks average."""
     weight = torch.eye(WIDTH, dtype=torch.float64).requires_grad_()
     x = rows(IMAGES, WIDTH, 5)[list(images)] @ weight
-    loss = koleo_loss(x, group_size, gather=collectives.gather_with_grad, rank=collectives.rank())
+    gather = collectives.gather_with_grad if group_size is None or group_size > len(x) else None
+    loss = koleo_loss(x, group_size, gather, collectives.rank())
     loss.backward()
     return {"loss": loss.detach(), "gradient": weight.grad}
 

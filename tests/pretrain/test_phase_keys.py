@@ -52,6 +52,7 @@ READ = {
     "data.limits.max_pixels": ("10", "are all damaged"),
     "optim.max_skipped_steps": ("-1", "optim.max_skipped_steps=-1"),
     "model.attention": ("none", "attention"),
+    "model.fp8": ("true", "fp8=true"),
     "crops.drop_local_remainder": ("perhaps", "crops.drop_local_remainder"),
 }
 TWO_SETS = "data.datasets={shards: {}, other: {shards: OTHER}}"

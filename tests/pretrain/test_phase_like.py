@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.loader import find_config
 from pretrain.checks import check_numbers, idle_settings
-from pretrain.config import TrainConfig, load_train_config
+from pretrain.config import GROUP, TrainConfig, load_train_config
+from pretrain.plan import describe
 from pretrain.train import FINISHED, WRONG_INPUT
 from tests.pretrain.tiny_train import losses, run
 
@@ -91,7 +93,9 @@ def test_koleo_s_group_is_part_of_a_micro_batch_or_spans_some(group: int) -> Non
 
 @pytest.mark.parametrize("group", [1, 3, 48, 256])
 def test_koleo_s_group_that_cuts_micro_batches_is_refused(group: int) -> None:
-    with pytest.raises(ValueError, match=f"loss.koleo_group_size={group} must be 2 or more, divide the 32 images"):
+    with pytest.raises(
+        ValueError, match=f"loss.koleo_group_size={group} must be 2 or more and either divide the 32 images"
+    ):
         check_numbers(load("global_batch_size=128", f"loss.koleo_group_size={group}"), 4)
 
 
@@ -126,3 +130,42 @@ def test_a_gram_teacher_may_be_named_by_its_step(
     path = tmp_path / "run" / "checkpoints" / "step-00000002"
     assert run(config, shards, tmp_path / "again", settings[0].replace("step-2", str(path)), settings[1]) == FINISHED
     assert losses(tmp_path / "run") == losses(tmp_path / "again")
+
+
+SCALED_DOWN = [
+    *("global_batch_size=8", "steps=4", "model.architecture=dinov3_tiny", "model.depth=1", "model.patch_size=16"),
+    *(f"heads.{head}={{num_prototypes: 32, hidden_dim: 16, bottleneck_dim: 8}}" for head in ("dino", "ibot")),
+    *("crops.global_px=32", "crops.local_px=16", "crops.num_local_crops=2", "loss.koleo_group_size=4"),
+    *("optim.warmup_steps=1", "optim.freeze_last_layer_steps=1", "optim.teacher_temperature_warmup_steps=1"),
+    *("phases.gram.steps=4", "phases.gram.loss.dino_local_ramp_steps=2", "phases.gram.gram.ramp_steps=2"),
+    *("phases.gram.gram.teacher=step-2", "phases.gram.gram.refresh_every_steps=2", "phases.gram.crops.gram_px=64"),
+    *("phases.high_resolution.steps=3", "phases.high_resolution.global_batch_size=8"),
+    "phases.high_resolution.crops.sizes=[{global_px: 48, local_px: 21, gram_px: 64}]",
+    "phases.high_resolution.optim.warmup_steps=2",
+    *("checkpoint.every_steps=2", "checkpoint.keep_every_steps=2", "watch.every_steps=1"),
+    *("execution={compile: false, threads: 1}", "execution.loader.num_workers=0"),
+]
+
+
+def test_the_phases_of_dinov3_run_one_after_another(shards: Path, tmp_path: Path) -> None:
+    """The shipped config, scaled down: which terms there are, in which phase, and what they weigh."""
+    config = find_config(GROUP, "dinov3_vits16")
+    assert run(config, shards, tmp_path / "run", *SCALED_DOWN) == FINISHED
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["pretrain"] * 4 + ["gram"] * 4 + ["high_resolution"] * 3
+    gram = [line.get("loss/gram") for line in lines]
+    assert gram[:5] == [None] * 4 + [0.0]  # it rises from nothing
+    assert all(value > 0 for value in gram[5:])
+    asked = load_train_config("dinov3_vits16", SCALED_DOWN, [str(shards)])
+    for line in lines[4:]:
+        first = {"gram": 5, "high_resolution": 9}[line["phase"]]
+        local = asked.phase(line["phase"]).at_step(line["step"] - first).loss.dino_local_weight
+        # 2 pairs of global crops, 4 of a local and a global one.
+        share = (2 * line["loss/dino_global"] + 4 * local * line["loss/dino_local"]) / 6
+        assert line["loss/dino"] == pytest.approx(share, rel=1e-2)
+        assert local == (1.0 if line["step"] == 5 else 0.75 if line["step"] == 6 else 0.5)
+
+
+def test_a_plan_says_what_a_phase_is_like() -> None:
+    text = describe(load_train_config("dinov3_vits16", [], []), 8)
+    assert "high_resolution, like gram: learning rate" in text

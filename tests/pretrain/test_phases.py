@@ -110,7 +110,10 @@ ROPE = ["model.architecture=dinov3_tiny", "model.position_px=null"]
         ({"optim": {"warmup_steps": 3}}, "phase b: optim.warmup_steps=3: longer than the phase, steps=2"),
         ({"optim": {"freeze_last_layer_steps": 3}}, "phase b: optim.freeze_last_layer_steps=3: longer than the phase"),
         ({"global_batch_size": 64}, "phase b: data.datasets.shards has 25 images"),
-        ({"data": {"datasets": {"c": {"shards": "/nowhere"}}}}, "phase b: data.datasets.c.shards: nothing found at '/nowhere'"),
+        (
+            {"data": {"datasets": {"c": {"shards": "/nowhere"}}}},
+            "phase b: data.datasets.c.shards: nothing found at '/nowhere'",
+        ),
         ({"gram": {"weight": 1.0}}, "phase b: gram.weight=1.0 needs crops.gram_px"),
         ({"gram": {"weight": 1.0, "teacher": "/nowhere"}, "crops": {"gram_px": 32}}, "phase b: gram.teacher: /nowhere"),
         ({"distill_from": "/nowhere"}, "phase b: distill_from: /nowhere does not exist"),

@@ -37,7 +37,7 @@ def most_bytes(config: TrainConfig) -> tuple[int, int]:
     sizes = config.crops.all_sizes()[0]
     batch = random_batch(config, sizes, config.global_batch_size)
     phase.step(batch, 0, diagnose=False)  # what is made once
-    with LiveBytes("cpu") as live:
+    with LiveBytes() as live:
         phase.step(batch, 1, diagnose=True)
     assert batch.masks is not None
     return live.most, 4 * 64 * (2 * config.global_batch_size + int(batch.masks.sum()))

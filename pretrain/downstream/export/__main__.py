@@ -1,5 +1,6 @@
-"""Hand a backbone over: python -m pretrain.downstream.export CHECKPOINT OUT --format huggingface|safetensors
+"""Hand a backbone over: python -m pretrain.downstream.export CHECKPOINT OUT --format huggingface
 
+Formats: huggingface, timm, onnx, torch_export, torchscript, safetensors (`pretrain.downstream.export.folder`).
 CHECKPOINT is a run folder, a step-* checkpoint, a teacher folder, an export, or a released .pth with --architecture.
 `key=value` changes how the model is run (position_antialias=true). An export whose features differ from ours by more
 than 1e-5 is refused.

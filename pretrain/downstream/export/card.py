@@ -28,6 +28,28 @@ backbone = load_backbone(FOLDER)
 features = backbone.features(backbone.image.normalise(uint8_images))  # cls, registers, patches, grid
 ```
 """
+_LIBRARIES = {"huggingface": "transformers", "timm": "timm"}
+_USE_OTHERS = {
+    "timm": """```python
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+tokens = model.forward_features(images)
+```
+""",
+    "onnx": """```python
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+cls, registers, patches = session.run(None, {"images": images})
+```
+""",
+    "torch_export": """```python
+cls, registers, patches = torch.export.load("FOLDER/model.pt2").module()(images)
+```
+""",
+    "torchscript": """```python
+cls, registers, patches = torch.jit.load("FOLDER/model.ts")(images)
+```
+""",
+}
+_IMAGES = "`images` are float32 [B, 3, H, W], normalised with mean and std above; sides are multiples of the patch.\n"
 
 
 def model_card(backbone: Backbone, heads: Mapping[str, Any], format_: str, compared: Sequence[str]) -> str:
@@ -42,10 +64,9 @@ def model_card(backbone: Backbone, heads: Mapping[str, Any], format_: str, compa
         f"{list(backbone.image.mean)}, std {list(backbone.image.std)}; any size that the patch divides works",
     ]
     if "step" in known:
-        file = "seedbed.json" if format_ == "huggingface" else "config.json"
-        facts.append(
-            f"trained by Seedbed: step {known['step']:,}, phase {known['phase']!r}; all settings are in {file}"
-        )
+        file = {"huggingface": "seedbed.json", "safetensors": "config.json"}.get(format_, "")
+        settings = f"; all settings are in {file}" if file else ""
+        facts.append(f"trained by Seedbed: step {known['step']:,}, phase {known['phase']!r}{settings}")
     if heads:
         names = sorted({name.partition(".")[0] for name in heads})
         file = "heads.safetensors" if format_ == "huggingface" else "teacher.safetensors"
@@ -53,8 +74,10 @@ def model_card(backbone: Backbone, heads: Mapping[str, Any], format_: str, compa
     use = _USE_OURS
     if format_ == "huggingface":
         use = _USE_TRANSFORMERS.format(prefix=1 + s["num_registers"]) + "\n" + _USE_OURS
+    if format_ in _USE_OTHERS:
+        use = _USE_OTHERS[format_] + "\n" + _IMAGES
     lines = [
-        _FRONT_MATTER.format(library="transformers" if format_ == "huggingface" else "seedbed"),
+        _FRONT_MATTER.format(library=_LIBRARIES.get(format_, "seedbed")),
         f"# {backbone.architecture}\n",
         "A vision backbone trained without labels by a student and its moving average "
         "(DINOv2, arXiv:2304.07193; DINOv3, arXiv:2508.10104).\n",

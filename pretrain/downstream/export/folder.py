@@ -9,11 +9,13 @@ from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone, load_backbone, load_heads
 from pretrain.downstream.export import huggingface, safetensors
 from pretrain.downstream.export.card import model_card
-from pretrain.downstream.export.parity import check_folder
+from pretrain.downstream.export.parity import check_folder, check_program
+from pretrain.downstream.export.programs import FILES, write_program
+from pretrain.downstream.export.timm import write_timm
 from pretrain.downstream.timm_model import TimmModel
 from pretrain.weights import EXPORT_HEADS
 
-FORMATS = ("huggingface", "safetensors")
+FORMATS = ("huggingface", "safetensors", "timm", *FILES)
 
 
 def export(checkpoint: str | Path, out: str | Path, format_: str, architecture: str = "", **changes: Any) -> list[str]:
@@ -22,7 +24,9 @@ def export(checkpoint: str | Path, out: str | Path, format_: str, architecture: 
     Args:
         checkpoint, architecture, changes: as for `load_backbone`.
         out: a folder that does not exist yet.
-        format_: huggingface (loads with transformers, and as `hf:OUT` in curation) or safetensors (our own names).
+        format_: huggingface (loads with transformers, and as `hf:OUT` in curation), safetensors (our own names), timm
+            (`timm.create_model("local-dir:OUT", pretrained=True)`), or one file that runs by itself: onnx,
+            torch_export, torchscript.
 
     Returns:
         One line for each thing that was compared, with its figure.
@@ -51,6 +55,13 @@ def write_checked(backbone: Backbone, heads: dict[str, Any], out: Path, format_:
     try:
         if format_ == "safetensors":
             compared = [safetensors.write_teacher_folder(backbone, heads, folder)]
+        elif format_ == "timm":
+            heads = {}  # timm has no place for them
+            compared = [str(difference) for difference in check_program(write_timm(backbone, folder), backbone)]
+        elif format_ in FILES:
+            heads = {}  # of training alone
+            run = write_program(backbone, folder, format_)
+            compared = [str(difference) for difference in check_program(run, backbone)]
         else:
             huggingface.write_model(backbone, folder)
             if heads:

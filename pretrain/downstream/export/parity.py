@@ -1,6 +1,6 @@
-"""Load an exported folder with transformers alone and compare its features with ours."""
+"""Features of an export, loaded by its own library, beside ours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,25 @@ class Difference:
         return f"{self.what} {size} px: CLS and registers {self.prefix:.1e}, patches {self.patches:.1e}"
 
 
+def check_program(run: Callable[[Tensor], Sequence[Tensor]], backbone: Backbone) -> list[Difference]:
+    """Differences of CLS, registers and patches on square, smaller, larger and non-square batches.
+
+    Args:
+        run: normalised images to CLS, registers and patches.
+
+    Raises:
+        ValueError: a difference above TOLERANCE, with every figure.
+    """
+
+    def tokens(images: Tensor) -> Tensor:
+        cls, registers, patches = run(images)
+        return torch.cat([cls[:, None], registers, patches], dim=1)
+
+    return _checked([_difference("random", images, images, backbone, tokens) for images in _batches(backbone)])
+
+
 def check_folder(folder: Path, backbone: Backbone) -> list[Difference]:
-    """Differences of CLS and patch tokens on square, smaller, larger and non-square batches, and of a processed image.
+    """The same of a folder that transformers loads, and of an image that its processor prepares.
 
     Raises:
         ValueError: a missing or unexpected tensor, or a difference above TOLERANCE, with every figure.
@@ -48,11 +65,19 @@ def check_folder(folder: Path, backbone: Backbone) -> list[Difference]:
         if report.get(kind):
             raise ValueError(f"transformers loads {folder} with {kind.replace('_', ' ')}: {sorted(report[kind])[:4]}.")
     model = model.eval()
+
+    def tokens(images: Tensor) -> Tensor:
+        return model(images).last_hidden_state
+
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    differences = [_difference("random", images, images, backbone, model) for images in _batches(backbone)]
+    differences = [_difference("random", images, images, backbone, tokens) for images in _batches(backbone)]
     image = _picture(backbone.image.resize_px)
     theirs = processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    differences.append(_difference("processed", _processed(image, backbone), theirs, backbone, model))
+    differences.append(_difference("processed", _processed(image, backbone), theirs, backbone, tokens))
+    return _checked(differences)
+
+
+def _checked(differences: list[Difference]) -> list[Difference]:
     if not all(d.prefix <= TOLERANCE and d.patches <= TOLERANCE for d in differences):  # refuses NaN, too
         figures = "; ".join(str(d) for d in differences)
         raise ValueError(f"features of the export differ from ours by more than {TOLERANCE:g}: {figures}.")
@@ -87,12 +112,11 @@ def _processed(image: np.ndarray, backbone: Backbone) -> Tensor:
 
 @torch.inference_mode()
 def _difference(
-    what: str, ours_in: Tensor, theirs_in: Tensor, backbone: Backbone, model: torch.nn.Module
+    what: str, ours_in: Tensor, theirs_in: Tensor, backbone: Backbone, tokens: Callable[[Tensor], Tensor]
 ) -> Difference:
     ours = backbone.features(ours_in)
-    tokens = model(theirs_in).last_hidden_state
     prefix = torch.cat([ours.cls[:, None], ours.registers], dim=1)
-    theirs = tokens.split([prefix.shape[1], ours.patches.shape[1]], dim=1)
+    theirs = tokens(theirs_in).split([prefix.shape[1], ours.patches.shape[1]], dim=1)
     scale = ours.patches.square().mean().sqrt()
     apart = [float((a - b).abs().max() / scale) for a, b in zip((prefix, ours.patches), theirs, strict=True)]
     height, width = ours_in.shape[-2:]

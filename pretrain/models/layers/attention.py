@@ -1,7 +1,7 @@
 """Multi-head self-attention over a concatenation of crops of several sizes, with exchangeable kernels.
 
 The linear layers see one matrix of all tokens. Only the attention itself must keep images apart: one call for each crop
-size ("sdpa"), or one for all in packed form ("varlen", "xformers").
+size ("sdpa", "auto"), or one for all in packed form ("varlen", "xformers").
 """
 
 import importlib
@@ -15,9 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.layers import fp8
 from pretrain.models.layers.rope import rotate, rotate_
 
-BACKENDS = ("sdpa", "varlen", "xformers")
+BACKENDS = ("sdpa", "auto", "varlen", "xformers")
+SHORT = 64
+"""Tokens up to which "auto" takes PyTorch's memory-efficient kernel on a GPU. Its tiles are 64 queries by 64 keys at
+head widths up to 64, where those of flash attention are 128 by 128: 41 tokens (96 px) fill 41% of the one and 10% of
+the other, 201 tokens (224 px) 62% of either. Reasoned, not measured: section D of `benchmarks.gpu` can tell."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def check_backend(name: str) -> None:
 def make_layout(groups: Sequence[tuple[int, int]], backend: str, device: torch.device) -> Layout:
     """The layout with what its backend needs. Raises ValueError: xFormers on a device without its kernels."""
     groups = tuple(groups)
-    if backend == "sdpa":
+    if backend in ("sdpa", "auto"):
         return Layout(groups)
     lengths = [tokens for images, tokens in groups for _ in range(images)]
     if backend == "xformers":
@@ -91,8 +96,8 @@ class Attention(nn.Module):
     def mix(self, x: Tensor, layout: Layout, tables: Sequence[Tensor | None]) -> Tensor:
         """All of `forward` but the projection at its end."""
         qkv = self.project(x)
-        if self.backend == "sdpa":
-            return attend_groups(split_heads(qkv, layout, self.num_heads, tables))
+        if self.backend in ("sdpa", "auto"):
+            return attend_groups(split_heads(qkv, layout, self.num_heads, tables), choose=self.backend == "auto")
         return attend_packed(views_of_heads(qkv, layout, self.num_heads, tables), layout, self.backend)
 
     def project(self, x: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ class Attention(nn.Module):
         if not self.mask_key_bias:
             return self.qkv(x)
         q, k, v = self.qkv.bias.chunk(3)
-        return F.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
+        return fp8.linear(self.qkv, x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
 
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -158,21 +163,30 @@ class _SplitHeads(torch.autograd.Function):
         return result, None, None, *[None] * len(ctx.tables)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention within each image, [B, H, N, d].
+def attend(q: Tensor, k: Tensor, v: Tensor, choose: bool = False) -> Tensor:
+    """Attention within each image, [B, H, N, d]; `choose`: by length on GPUs too, in place of PyTorch's own choice.
 
     PyTorch's fused kernel for CPUs does not use the bfloat16 units: for crops of 224 and 96 px the plain products are
     3.5 and 10 times as fast, at the price of holding the N x N weights, so long images keep the fused kernel.
     """
+    if choose and takes_short_kernel(q):
+        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, needs_gradient)[0]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > 1024:
         return F.scaled_dot_product_attention(q, k, v)
     weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
     return weights.to(v.dtype) @ v
 
 
-def attend_groups(heads: Sequence[Heads]) -> Tensor:
+def takes_short_kernel(q: Tensor) -> bool:
+    """Whether "auto" takes the memory-efficient kernel for queries [B, H, N, d]; float32 has it from PyTorch anyway."""
+    is_short = q.shape[-2] <= SHORT and q.shape[-1] <= 64 and q.shape[-1] % 8 == 0
+    return is_short and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def attend_groups(heads: Sequence[Heads], choose: bool = False) -> Tensor:
     """One call for each group of equal crops; the token matrix [T, H d]."""
-    outputs = [attend(*group).transpose(1, 2).flatten(2).flatten(0, 1) for group in heads]
+    outputs = [attend(*group, choose=choose).transpose(1, 2).flatten(2).flatten(0, 1) for group in heads]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -1,7 +1,6 @@
 """One transformer block over a concatenated token matrix, with stochastic depth over the batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +8,7 @@ from torch import Tensor, nn
 from pretrain.models.layers.attention import Attention, Layout
 from pretrain.models.layers.ffn import Ffn
 from pretrain.models.layers.norm import LayerNorm, LayerScale
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The images that a residual branch runs on in this step."""
-
-    rows: Tensor
-    """their rows in the token matrix, int64 [T']"""
-    scale: Tensor
-    """images in the group over images kept, for each row, float32 [T', 1]: keeps the expectation of the branch"""
-    layout: Layout
-    """of the T' rows"""
+from pretrain.models.layers.rows import Kept, add_rows, take_rows
 
 
 class Block(nn.Module):
@@ -43,10 +31,10 @@ class Block(nn.Module):
             x = x + self.attention_branch(x, layout, tables)
             return x + self.ffn_branch(x)
         first, second = kept
-        branch = self.attention_branch(x.index_select(0, first.rows), first.layout, tables)
-        x = x.index_add(0, first.rows, (branch * first.scale).to(x.dtype))
-        branch = self.ffn_branch(x.index_select(0, second.rows))
-        return x.index_add(0, second.rows, (branch * second.scale).to(x.dtype))
+        rows, x = take_rows(x, first)
+        x = add_rows(x, self.attention_branch(rows, first.layout, tables), first)
+        rows, x = take_rows(x, second)
+        return add_rows(x, self.ffn_branch(rows), second)
 
     def attention_branch(self, x: Tensor, layout: Layout, tables: Sequence[Tensor | None]) -> Tensor:
         if isinstance(self.ls1, LayerScale):

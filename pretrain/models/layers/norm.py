@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.initial import Initial
+from pretrain.models.layers import fp8
+from pretrain.models.layers.fp8 import Fp8Linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -32,9 +34,11 @@ class LayerScale(nn.Module):
 
     def after(self, linear: nn.Module, x: Tensor) -> Tensor:
         """`self(linear(x))`, with the factor folded into the matrix: no pass over the tokens, forward or backward."""
-        if type(linear) is not nn.Linear or linear.bias is None:
-            return self(linear(x))  # a replacement (LoRA, float8) has a forward of its own
-        return F.linear(x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
+        if type(linear) is not nn.Linear and not isinstance(linear, Fp8Linear):
+            return self(linear(x))  # a replacement (LoRA) has a forward of its own
+        if linear.bias is None:
+            return self(linear(x))
+        return fp8.linear(linear, x, self.gamma[:, None] * linear.weight, self.gamma * linear.bias)
 
     def initials(self) -> dict[str, Initial]:
         return {"gamma": Initial("constant", self.initial)}

@@ -1,6 +1,7 @@
 """Learned position tables at sizes that they were not trained for."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,49 @@ def patch_positions(
     assert side * side == patches.shape[1], "the table is square"
     if grid == (side, side):
         return cls, patches
-    square = patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if offset:
-        scale = [(n + offset) / side for n in grid]
-        resized = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=antialias)
-        assert resized.shape[-2:] == grid, f"offset {offset} gives {tuple(resized.shape[-2:])} for {grid}"
-    else:
-        resized = F.interpolate(square, size=grid, mode="bicubic", antialias=antialias)
-    return cls, resized.flatten(2).transpose(1, 2)
+    rows, columns = (
+        resize_weights(side, n, (n + offset) / side if offset else None, antialias, patches.device) for n in grid
+    )
+    return cls, resized(patches.float(), rows, columns)
+
+
+def resized(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Grids [B, h * w, D] as [B, h' * w', D] by the weights [h', h] of rows and [w', w] of columns, in x's precision.
+
+    As products: on a GPU the gradient of PyTorch's own interpolation is added up in any order, and two runs differ.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = rows.to(x.dtype) @ x.unflatten(1, (rows.shape[1], -1)).flatten(2)  # [B, h', w * D]
+        x = columns.to(x.dtype) @ x.unflatten(2, (columns.shape[1], -1))  # [B, h', w', D]
+    return x.flatten(1, 2)
+
+
+def resize_weights(
+    length: int, target: int, scale: float | None, antialias: bool, device: torch.device | str = "cpu"
+) -> Tensor:
+    """What each of `length` points gives to each of `target`, by bicubic interpolation: float32 [target, length].
+
+    Args:
+        scale: target over length, where it is not that of the two.
+    """
+    # Under a tracer or in fake mode the result is no tensor to keep, nor is a kept one of use.
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+    make = _resize_weights.__wrapped__ if traced else _resize_weights
+    return make(length, target, scale, antialias, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _resize_weights(length: int, target: int, scale: float | None, antialias: bool, device: torch.device) -> Tensor:
+    # A table first made inside inference mode must serve a later backward pass too.
+    with torch.inference_mode(False), torch.no_grad():
+        # Image c has ones in row c. Images of one column would do, but PyTorch's antialiasing is wrong of those.
+        points = torch.eye(length, device=device)[:, None, :, None].repeat(1, 1, 1, length)
+        size = None if scale else (target, length)
+        factors = (scale, 1.0) if scale else None
+        images = F.interpolate(points, size=size, scale_factor=factors, mode="bicubic", antialias=antialias)
+        weights = images[:, 0, :, 0]
+        assert weights.shape[1] == target, f"a scale of {scale} gives {weights.shape[1]} of {length} for {target}"
+        return weights.T.contiguous()
 
 
 def resize_pos_embed(pos_embed: Tensor, side: int, *, antialias: bool, offset: float = 0.0) -> Tensor:
