@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY, picture_tar
+from tests.conftest import REPOSITORY, encoded, picture, picture_tar, write_tar
 from tests.pretrain.tiny_train import TINY, losses, same_teacher
 
 # KoLeo over the whole batch, and stochastic depth off: both otherwise depend on which images share a rank.
@@ -82,3 +82,17 @@ def test_two_ranks_repeat_themselves_to_the_bit(setting: tuple[Path, Path], tmp_
     assert same_teacher(tmp_path / "a", tmp_path / "b")
     teacher = load_file(tmp_path / "a" / "teacher" / "teacher.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in teacher.values())
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_is_an_alarm_and_all_ranks_go_on(setting: tuple[Path, Path], tmp_path: Path) -> None:
+    members = [(f"k{n}.png", encoded(picture(n, (32, 32)), "PNG")) for n in range(6)]
+    members += [(f"k{n}.json", json.dumps({"label": "ab"[n % 2]}).encode()) for n in range(6)]
+    write_tar(tmp_path / "set.tar", sorted(members))
+    sets = {"train": str(tmp_path / "set.tar"), "val": str(tmp_path / "set.tar"), "px": 32, "resize_px": 32, "k": [7]}
+    phases = {"a": {"steps": 1}, "b": {"steps": 2, "evaluation": {"every_steps": 2, "pca_images": 0, **sets}}}
+    train(2, setting, tmp_path / "run", f"phases={json.dumps(phases)}", "execution.parallel=hybrid")
+    assert len(losses(tmp_path / "run")) == 3
+    failed = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in failed] == [2, 3]
+    assert all(line["failed"].startswith("k=7 neighbours asked for, but the training set has 6") for line in failed)

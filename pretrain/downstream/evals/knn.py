@@ -125,9 +125,7 @@ def _nearest_of_all_ranks(queries: Tensor, bank: Tensor, labels: Tensor, k: int)
     ranks = collectives.world_size()
     if ranks == 1:
         return _nearest(queries, bank, labels, k)
-    asked = queries.new_empty(ranks * len(queries), queries.shape[1])
-    dist.all_gather_into_tensor(asked, queries)
-    found = _nearest(asked, bank, labels, k)
+    found = _nearest(collectives.gather_with_grad(queries), bank, labels, k)
     answers = [torch.empty_like(part) for part in found]
     for answer, part in zip(answers, found, strict=True):
         dist.all_to_all_single(answer, part)
