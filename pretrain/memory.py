@@ -129,7 +129,7 @@ def _token_bytes(config: TrainConfig, backbone: VisionTransformer) -> int:
     """What a block keeps of a token."""
     width = 2 if config.precision == "bfloat16" else 4
     dim, hidden, gated = _ffn(backbone)
-    return (16 if config.model.drop_path else 8) * dim + width * (7 * dim + (4 if gated else 2) * hidden)
+    return 8 * dim + width * (7 * dim + (4 if gated else 2) * hidden)
 
 
 def _standing(config: TrainConfig, network: Network, frozen: Network, num_shards: int) -> dict[str, float]:
