@@ -1,7 +1,7 @@
 """seedbed COMMAND ...: every command of the installed package, from any folder.
 
-`python -m pretrain.train` looks for modules in the working folder first, where somebody's own `configs` would stand before
-ours. This does not look there.
+`python -m pretrain.train` looks for modules in the working folder first, where somebody's own `configs` would stand
+before ours. This does not look there.
 """
 
 import importlib
