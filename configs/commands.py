@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("pretrain.watch.report.__main__", "report.html of a training, anew"),
     "export": ("pretrain.downstream.export.__main__", "a backbone for other libraries"),
     "features": ("pretrain.downstream.features", "features of a set of images, as files"),
+    "pca": ("pretrain.downstream.pca", "pictures of what a backbone sees"),
     "evaluate": ("pretrain.downstream.evals.knn", "k-NN accuracy of a backbone"),
 }
 """name -> module with a `main`, and what it does"""

@@ -1,166 +1,179 @@
-"""PCA pictures of patch features: what a backbone tells apart, as colours (DINOv2, arXiv:2304.07193, fig. 1).
+"""Pictures of what a backbone sees: python -m pretrain.downstream.pca BACKBONE IMAGE... -o out.png
 
-Three components of all patches of a few images together become red, green and blue. The same images at each evaluation;
-components keep their order and sign from one to the next, so that what changes in the pictures is the backbone.
+A row for each image, at its own aspect: the image, and its patches as colours, the first three principal components of
+all the patches of all the images together (DINOv2, arXiv:2304.07193, fig. 1). IMAGE may be a folder, such as the frames
+of a video, in the order of their names.
+
+    --foreground           only patches above the middle of the first component, which come first; others are black
+    --attention            beside it the attention of CLS to the patches, a picture for each head of the last block
+    --similar-to X,Y       beside it the cosine of every patch with the one at these shares of the first image's width
+                           and height, as 0.5,0.5
 """
 
-import itertools
+import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from pretrain.distributed import collectives
-from pretrain.watch.evaluation import Backbone
-from pretrain.watch.pictures import chosen_steps, pca_files, read_pictures
+from configs.messages import sentence
+from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_image
+from pretrain.distributed.collectives import choose_device
+from pretrain.downstream.backbone import Backbone, load_backbone
+from pretrain.downstream.look import attention_maps, first_component, patch_grids, pca_colours, similarity
 
-_TILE_PX, _GAP_PX = 128, 6
-
-
-@dataclass(frozen=True)
-class PatchPictures:
-    """PCA of patch features of I images on a grid of h x w patches."""
-
-    scores: np.ndarray  # float32 [I, h, w, 3]: components, unit variance over all patches
-    explained: float
-    """share of the variance that the three components hold"""
-
-    def colours(self) -> np.ndarray:
-        """uint8 [I, h, w, 3]: 2.5 standard deviations either way fill the range."""
-        return np.clip((self.scores / 5 + 0.5) * 255, 0, 255).round().astype(np.uint8)
+MAX_IMAGES = 64
+_GAP_PX = 8
+_FOREGROUND = 0.5
+# From dark over red to light yellow, for figures from 0 to 1: ever brighter, so it reads without colour too.
+_HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
 
 
-def patch_pca(patches: Tensor, previous: np.ndarray | None = None) -> PatchPictures:
-    """First three principal components of patch features, over all images together.
-
-    Args:
-        patches: [I, h, w, D].
-        previous: scores [I, h, w, 3] of an earlier evaluation on the same images. The new components take the order
-            and the signs that correlate best with them: scores and not directions are compared, since the feature
-            space itself turns during training. Without, each component is positive where it is skewed to.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files that were named, and those of named folders, in the order of names.
 
     Raises:
-        ValueError: fewer than 4 patches or 3 dimensions.
+        ValueError: a path that is not there, a folder without images, or more than MAX_IMAGES.
     """
-    rows = patches.detach().double().flatten(0, 2)  # float64: the third component can be 1e-4 of the first
-    if rows.shape[0] < 4 or rows.shape[1] < 3:
-        raise ValueError(f"a PCA picture needs 4 patches of 3 dimensions or more, found {tuple(rows.shape)}.")
-    centred = rows - rows.mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    scores = centred @ vectors[:, -3:].flip(1)
-    scores = (scores / scores.std(dim=0, correction=0).clamp(min=1e-12)).cpu().numpy()
-    if previous is None:
-        scores = scores * np.where((scores**3).mean(axis=0) < 0, -1, 1)
-    else:
-        scores = _aligned(scores, previous.reshape(-1, 3).astype(np.float64))
-    explained = float(values[-3:].sum() / values.sum().clamp(min=1e-300))
-    return PatchPictures(scores.reshape(*patches.shape[:3], 3).astype(np.float32), explained)
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if _is_image(p)) if path.is_dir() else [path]
+        if not inside or not inside[0].exists():
+            raise ValueError(f"{path} {'holds no image' if path.is_dir() else 'does not exist'}.")
+        found += inside
+    if len(found) > MAX_IMAGES:
+        raise ValueError(f"{len(found)} images are more than the {MAX_IMAGES} that one picture shows; name fewer.")
+    return found
 
 
-def _aligned(scores: np.ndarray, previous: np.ndarray) -> np.ndarray:
-    """Permute and flip columns to the greatest sum of absolute correlations with `previous` (3! orders: all tried)."""
-    correlation = previous.T @ scores / len(scores)
-    order = max(itertools.permutations(range(3)), key=lambda o: sum(abs(correlation[n, o[n]]) for n in range(3)))
-    signs = [-1 if correlation[n, order[n]] < 0 else 1 for n in range(3)]
-    return scores[:, list(order)] * signs
+def _is_image(path: Path) -> bool:
+    return path.is_file() and path.suffix[1:].lower() in IMAGE_SUFFIXES
 
 
-@torch.no_grad()
-def patch_features(
-    backbone: Backbone, images: Tensor, mean: Sequence[float], std: Sequence[float], least_grid: int
-) -> Tensor:
-    """Patch features [I, h, w, D] of uint8 images [I, 3, H, W].
+def read_picture(path: Path, short_px: int, patch_size: int) -> np.ndarray:
+    """uint8 [H, W, 3], its shorter side near `short_px`, both sides multiples of the patch.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        pixels = open_image(path.read_bytes(), ImageLimits()).decode()
+    except Damaged as damage:
+        raise ValueError(f"{path} cannot be read: {damage.reason}.") from None
+    image = Image.fromarray(pixels)
+    scale = short_px / min(image.size)
+    longest = 4 * short_px
+    sides = [min(max(round(side * scale / patch_size), 1) * patch_size, longest) for side in image.size]
+    return np.asarray(image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+
+
+def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Figures [h, w] as colours, uint8 [h, w, 3]: `low` is dark, `high` light."""
+    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT) - 1)
+    first = np.minimum(place.astype(int), len(_HEAT) - 2)
+    share = (place - first)[..., None]
+    return (_HEAT[first] * (1 - share) + _HEAT[first + 1] * share).round().astype(np.uint8)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], sizes: Sequence[tuple[int, int]]) -> Image.Image:
+    """A row for each image: it and its pictures [h, w, 3], all as large as the image; one square is one patch.
 
     Args:
-        least_grid: images too small for that many patches on a side are scaled up (bicubic) until they have them.
+        sizes: height and width of each image in pixels.
     """
-    patch = backbone.patch_size
-    height, width = images.shape[-2:]
-    scale = max(1.0, least_grid * patch / min(height, width))
-    size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
-    pixels = images.float() / 255
-    if size != [height, width]:
-        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    centre, spread = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
-    # One image at a time: a picture's size may be far above that of training.
-    features: list[Tensor] = []
-
-    def embed(image: Tensor | None) -> None:
-        assert image is not None, "every rank has the same images"
-        (found,) = backbone([((image - centre) / spread)[None]])
-        features.append(found.patches.float().unflatten(1, found.grid))
-
-    collectives.in_step(pixels, embed)
-    return torch.cat(features)
+    height = sum(h + _GAP_PX for h, _ in sizes) - _GAP_PX
+    width = max(len(row) * (w + _GAP_PX) - _GAP_PX for row, (_, w) in zip(rows, sizes, strict=True))
+    page = Image.new("RGB", (width, height), "white")
+    top = 0
+    for row, (h, w) in zip(rows, sizes, strict=True):
+        for column, picture in enumerate(row):
+            tile = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+            page.paste(tile, (column * (w + _GAP_PX), top))
+        top += h + _GAP_PX
+    return page
 
 
-def contact_sheet(images: np.ndarray, pictures: Sequence[np.ndarray]) -> Image.Image:
-    """A row for each image: the image, then its PCA pictures in the order given.
-
-    Args:
-        images: uint8 [I, H, W, 3].
-        pictures: uint8 [I, h, w, 3] each.
-    """
-    columns, rows = 1 + len(pictures), len(images)
-    step = _TILE_PX + _GAP_PX
-    sheet = Image.new("RGB", (columns * step - _GAP_PX, rows * step - _GAP_PX), "white")
-    for row in range(rows):
-        for column, source in enumerate([images, *pictures]):
-            # Images smoothly, patches as they are: one square is one token.
-            kind = Image.Resampling.BICUBIC if column == 0 else Image.Resampling.NEAREST
-            tile = Image.fromarray(source[row]).resize((_TILE_PX, _TILE_PX), kind)
-            sheet.paste(tile, (column * step, row * step))
-    return sheet
-
-
-def _shows(path: Path, images: np.ndarray) -> bool:
-    return np.array_equal(read_pictures(path)["images"], images)
-
-
-def write_pictures(
+def draw(
     backbone: Backbone,
-    images: Tensor,
-    folder: Path,
-    step: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    least_grid: int = 16,
-) -> float:
-    """Make the pictures of one evaluation and renew the contact sheet; every rank calls it, and the first writes.
+    paths: Sequence[Path],
+    short_px: int,
+    foreground: bool = False,
+    attention: bool = False,
+    similar_to: tuple[float, float] | None = None,
+) -> Image.Image:
+    """The page of a command; see the top of this file."""
+    device = next(backbone.model.parameters()).device
+    images = [read_picture(path, short_px, backbone.model.patch_size) for path in paths]
+    ready = [torch.tensor(image, device=device).permute(2, 0, 1)[None] for image in images]
+    normal = [backbone.image.normalise(image)[0] for image in ready]
+    grids = patch_grids(backbone, normal)
+    masks = None
+    if foreground:
+        masks = [component > _FOREGROUND for component in first_component(grids)]
+    rows = [[image, colours] for image, colours in zip(images, pca_colours(grids, masks), strict=True)]
+    if similar_to is not None:
+        h, w = grids[0].shape[:2]
+        x, y = similar_to
+        chosen = min(int(y * h), h - 1), min(int(x * w), w - 1)
+        for row, values in zip(rows, similarity(grids, 0, *chosen), strict=True):
+            row.append(heat(values, 0.0, 1.0))
+        rows[0][-1][chosen] = 255  # which patch it is
+    if attention:
+        for row, image in zip(rows, normal, strict=True):
+            maps = attention_maps(backbone, image)
+            row += [heat(one, float(one.min()), float(one.max())) for one in maps]
+    return sheet(rows, [(image.shape[0], image.shape[1]) for image in images])
 
-    Writes `<folder>/step-<step>/pca.png` (images and their pictures) and `pca.npz` (scores, colours), and
-    `<folder>/pca.png`: the images and their pictures at up to seven steps.
 
-    Args:
-        images: uint8 [I, 3, H, W], the same at each evaluation.
-        folder: `evaluation` of the run folder.
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.downstream.pca", description="Pictures of what a backbone sees: patches as colours."
+    )
+    parser.add_argument("backbone", help="run, checkpoint, teacher, export, released file, hf:OWNER/NAME or timm:NAME")
+    parser.add_argument("images", nargs="+", type=Path, help="images, or folders of them")
+    parser.add_argument("-o", "--out", required=True, type=Path, help="the picture to write, .png or .jpg")
+    parser.add_argument("--architecture", default="", help="of a released file, which does not say")
+    parser.add_argument("--px", type=int, help="shorter side of each image (default: twice that of training)")
+    parser.add_argument("--foreground", action="store_true", help="only what stands out by the first component")
+    parser.add_argument("--attention", action="store_true", help="also the attention of CLS, by head")
+    parser.add_argument("--similar-to", metavar="X,Y", help="also the cosine with a patch of the first image")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise ValueError(f"--out {asked.out} must end in .png or .jpg.")
+        similar_to = None if asked.similar_to is None else _share(asked.similar_to)
+        paths = find_images(asked.images)
+        device = choose_device(asked.device, "--device")
+        backbone = load_backbone(asked.backbone, asked.architecture)
+        backbone.model.to(device)
+        short_px = 2 * backbone.image.px if asked.px is None else asked.px
+        if short_px < backbone.model.patch_size:
+            raise ValueError(f"--px {short_px} is less than a patch of {backbone.model.patch_size} px.")
+        page = draw(backbone, paths, short_px, asked.foreground, asked.attention, similar_to)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        page.save(asked.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    columns = ["image", "patches as colours"] + ["similarity"] * (similar_to is not None)
+    columns += ["attention of each head"] * asked.attention
+    print(f"{len(paths)} images in {asked.out}: {', '.join(columns)}")
+    return 0
 
-    Returns:
-        the share of the variance that the three components hold.
-    """
-    features = patch_features(backbone, images, mean, std, least_grid)
-    return collectives.from_rank_zero(lambda: _write_pictures(features, images, folder, step))
+
+def _share(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--similar-to {text} must be two shares, X,Y, such as 0.5,0.5.") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError(f"--similar-to {text}: shares of width and height are from 0 to 1.")
+    return x, y
 
 
-def _write_pictures(features: Tensor, images: Tensor, folder: Path, step: int) -> float:
-    shown = images.permute(0, 2, 3, 1).cpu().numpy()
-    # A phase, or a run that goes on, may show other images: only pictures of the same ones stand side by side.
-    earlier = {n: path for n, path in pca_files(folder).items() if n < step and _shows(path, shown)}
-    previous = None
-    if earlier:
-        previous = read_pictures(earlier[max(earlier)])["scores"]
-        previous = previous if previous.shape == (*features.shape[:3], 3) else None
-    pictures = patch_pca(features, previous)
-    target = folder / f"step-{step:08d}"
-    target.mkdir(parents=True, exist_ok=True)
-    contact_sheet(shown, [pictures.colours()]).save(target / "pca.png")
-    np.savez_compressed(target / "pca.npz", scores=pictures.scores, colours=pictures.colours(), images=shown)
-    steps = chosen_steps([*earlier, step])
-    columns = [read_pictures(target / "pca.npz" if n == step else earlier[n])["colours"] for n in steps]
-    contact_sheet(shown, columns).save(folder / "pca.png")
-    return pictures.explained
+if __name__ == "__main__":
+    sys.exit(main())

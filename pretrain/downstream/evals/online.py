@@ -18,7 +18,7 @@ from pretrain.data.decode import Damaged
 from pretrain.distributed import collectives
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features
 from pretrain.downstream.evals.labelled import eval_crop, samples
-from pretrain.downstream.pca import write_pictures
+from pretrain.downstream.evals.pictures import write_pictures
 from pretrain.watch.evaluation import Backbone
 
 
