@@ -58,7 +58,8 @@ def run_on(
     results: list[Any] = [None] * len(items)
     if not items:
         return results
-    actor = ray.remote(num_cpus=1, num_gpus=1, max_restarts=0, max_concurrency=2)(_GpuWorker)
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "max_restarts": 0, "max_concurrency": 2}
+    actor = ray.remote(**options)(_GpuWorker)
     arguments = ray.put((device, function, shared))
     for number, result in run_actors(
         lambda: actor.remote(arguments),

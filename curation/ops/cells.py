@@ -148,9 +148,9 @@ def cells_from_arrays(
     directions = sketch_directions(half.shape[1], seed)
     half = np.ascontiguousarray(half[order])
     sketches = sketches_of(half, directions)
-    return Cells(
-        *half.shape, cell_offsets(sizes), np.asarray(centroids, np.float32), directions, half, sketches, ordered_gids
-    )
+    num_rows, dim = half.shape
+    offsets, centroids = cell_offsets(sizes), np.asarray(centroids, np.float32)
+    return Cells(num_rows, dim, offsets, centroids, directions, half, sketches, ordered_gids)
 
 
 def sketches_of(half: np.ndarray, directions: np.ndarray) -> np.ndarray:

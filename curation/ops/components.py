@@ -231,7 +231,8 @@ def _stars_of_capped(
     by_component = np.flatnonzero(capped)
     by_component = by_component[np.argsort(component[by_component], kind="stable")]
     begin = 0
-    while (begin := _stars(priority, begin, capped, *neighbours, star, own)) < len(rows):
+    edge_bounds, edge_to, edge_similarity = neighbours
+    while (begin := _stars(priority, begin, capped, edge_bounds, edge_to, edge_similarity, star, own)) < len(rows):
         chosen = priority[begin]
         bounds = np.searchsorted(component[by_component], component[chosen] + np.arange(2))
         others = by_component[slice(*bounds)]

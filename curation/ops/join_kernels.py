@@ -3,6 +3,9 @@
 Short loops in functions of their own: as parts of one long loop nest they took three times as long.
 """
 
+# pyright: reportCallIssue=false
+# `bit_count` and `lowest_bit` are intrinsics of numba: what it compiles takes one argument less than what Python sees.
+
 import numpy as np
 from numba import njit
 

@@ -229,8 +229,8 @@ def _no_few(question: Question) -> _Few:
 
 def _hits(few: _Few, is_mirrored: bool) -> Hits:
     query, place = np.nonzero(np.arange(PAIRS_PER_QUERY) < few.counts[:, None])
-    columns = (values[query, place] for values in (few.row, few.gid, few.similarity))
-    return Hits(query, *columns, np.full(len(query), is_mirrored))
+    row, gid, similarity = (values[query, place] for values in (few.row, few.gid, few.similarity))
+    return Hits(query, row, gid, similarity, np.full(len(query), is_mirrored))
 
 
 def _blocks(question: Question, step: int) -> Iterable[tuple[int, int, bool]]:

@@ -161,9 +161,9 @@ def _embed_parts(
     workers = num_workers(execution)
     num_actors = min(gpus or workers, len(parts))
     feeds = max(1, -(-workers // num_actors))
-    actor = ray.remote(
-        num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=0, max_concurrency=feeds + 1, scheduling_strategy="SPREAD"
-    )(_EmbedWorker)
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+    options |= {"max_concurrency": feeds + 1, "scheduling_strategy": "SPREAD"}
+    actor = ray.remote(**options)(_EmbedWorker)
     shared = ray.put((encoders, folder, job, of_views, device))
     results = run_actors(
         lambda: actor.remote(shared),
@@ -189,9 +189,9 @@ class _EmbedWorker:
         self.count = 0
         self.locks = {name: threading.Lock() for name in self.encoders}
         self.filter_lock = threading.Lock()
-        self.decode = ray.remote(
-            num_cpus=1, num_returns="streaming", max_retries=0, _generator_backpressure_num_objects=_DECODE_AHEAD
-        )(decode_part)
+        options: dict[str, Any] = {"num_cpus": 1, "num_returns": "streaming", "max_retries": 0}
+        options |= {"_generator_backpressure_num_objects": _DECODE_AHEAD}
+        self.decode: Any = ray.remote(**options)(decode_part)
 
     def start(self) -> None:
         """Every model is built here, once."""

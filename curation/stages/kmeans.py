@@ -123,7 +123,7 @@ def write_sample(
     share = min(1.0, size / len(source))
     chunks, weights = source.chunks(), np.array(source.weights())
     run_of = (np.cumsum(weights * share) // _FILE_ROWS).astype(np.int64)  # which file a chunk goes to
-    runs = [[chunks[i] for i in np.flatnonzero(run_of == number)] for number in np.unique(run_of)]
+    runs = [[chunks[i] for i in np.flatnonzero(run_of == number).tolist()] for number in np.unique(run_of)]
     names = [f"{number:05d}.npy" for number in range(len(runs))]
     there = scratch.names()
     if not all(f"rows-{name}" in there for name in names):

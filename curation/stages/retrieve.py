@@ -207,8 +207,8 @@ def _resolve(_: int, table: pa.Table, work: _Draws, to_one: bool) -> None:
 
 
 def _counting(table: pa.Table, rule: RetrievalRule) -> pa.Table:
-    claims = (table[name].to_numpy() for name in ("seed_gid", "rank", "gid", "similarity"))
-    return table.filter(pa.array(resolve_collisions(*claims, rule.k, rule.collisions)))
+    seed, rank, gid, similarity = (table[name].to_numpy() for name in ("seed_gid", "rank", "gid", "similarity"))
+    return table.filter(pa.array(resolve_collisions(seed, rank, gid, similarity, rule.k, rule.collisions)))
 
 
 def _by_range(name: str, work: _Draws, to_one: bool) -> Iterator[pa.Table]:

@@ -226,10 +226,10 @@ def _write_nearest(
     device: str | None,
 ) -> None:
     block = blocks[number]
-    columns = joined([])
+    query, gid, similarity = joined([])
     if table.num_rows:
-        columns = tuple(table[name].to_numpy() for name in ("query", "gid", "similarity"))
-    query, gid, similarity = first_neighbours(*columns, block.depth)
+        query, gid, similarity = (table[name].to_numpy() for name in ("query", "gid", "similarity"))
+    query, gid, similarity = first_neighbours(query, gid, similarity, block.depth)
     root.write_table(
         names[number], pa.table({"seed_gid": block.asked.gids[query], "gid": gid, "similarity": similarity})
     )

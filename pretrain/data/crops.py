@@ -183,7 +183,9 @@ def multi_crop(
             region = torch.from_numpy(pixels[top : top + height, left : left + width])[None].permute(0, 3, 1, 2)
             resized = F.interpolate(region, crop.shape[1:], mode=config.interpolation, antialias=True)[0]
             crop.copy_(resized.flip(-1) if flip else resized)
-    return Crops(*out, photometric[:NUM_GLOBAL_CROPS], photometric[NUM_GLOBAL_CROPS:])
+    global_crops, local_crops, gram_crops = out
+    of_global, of_local = photometric[:NUM_GLOBAL_CROPS], photometric[NUM_GLOBAL_CROPS:]
+    return Crops(global_crops, local_crops, gram_crops, of_global, of_local)
 
 
 def draw_boxes(

@@ -83,7 +83,7 @@ def _files(source: Source, limits: ImageLimits) -> Listing:
     refused = Counter({"unsupported_format": source.unsupported} if source.unsupported else {})
     sizes = np.array(source.sizes, np.int64)
     good = _kept({"unreadable": sizes < 0, **_by_size(sizes, limits)}, refused)
-    names = [source.names[i].encode() + b"\0" for i in np.flatnonzero(good)]
+    names = [source.names[i].encode() + b"\0" for i in np.flatnonzero(good).tolist()]
     places = np.concatenate([[0], np.cumsum([len(name) for name in names])])
     if places[-1] > _MOST:
         raise ValueError(f"{source.shard.url} has more than 4 GB of file names: pack its images into tars.")

@@ -154,7 +154,7 @@ class SampleOrder:
             every = self.mixture.shuffle_shards or len(shards)
             starts = self.mixture.starts[dataset]
             inside = shards[window * every : (window + 1) * every]
-            rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in inside])
+            rows = np.concatenate([np.arange(int(starts[shard]), int(starts[shard + 1])) for shard in inside])
             generator(self.seed, self.phase, Stream.WINDOW, dataset, epoch, window).shuffle(rows)
             _hold(self._windows, key, rows, _WINDOWS_HELD * len(self.mixture.starts))
         return self._windows[key]

@@ -239,6 +239,8 @@ def _shard(module: nn.Module, precision: str, mesh: DeviceMesh) -> None:
         if any(True for _ in unit.parameters()):
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for block, following in pairwise(blocks):
+        assert isinstance(block, FSDPModule)
+        assert isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch([following])
     module.register_forward_hook(_reshard_without_grad)
 

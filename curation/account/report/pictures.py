@@ -51,7 +51,7 @@ def read_pictures(
             jobs.setdefault((row["source_kind"], row["source"]), []).append((Ref(name, gid), row))
     result: dict[Ref, Picture] = {}
     with ThreadPoolExecutor(_SOURCES_AT_ONCE) as pool:
-        for found in pool.map(lambda job: _read_source(*job, limits, side_px), jobs.items()):
+        for found in pool.map(lambda job: _read_source(job[0], job[1], limits, side_px), jobs.items()):
             result.update(found)
     return result
 

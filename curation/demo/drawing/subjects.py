@@ -262,11 +262,9 @@ def piece(c: Canvas, x: float, y: float, size: float, kind: int, light: float) -
             c.polygon(place(half * scale, x, y - size * 0.6, turn, size), colour)
         for _ in range(7):
             angle = c.between(0.4, 2.7)
-            c.disc(
-                *place(np.array([np.cos(angle), np.sin(angle)]) * c.between(0.4, 0.9), x, y - size * 0.6, turn, size),
-                size * 0.06,
-                (40, 24, 20),
-            )
+            seed = np.array([np.cos(angle), np.sin(angle)]) * c.between(0.4, 0.9)
+            left, top = place(seed, x, y - size * 0.6, turn, size)
+            c.disc(left, top, size * 0.06, (40, 24, 20))
 
 
 def coral(c: Canvas, x: float, y: float, size: float) -> None:
