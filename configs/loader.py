@@ -93,7 +93,10 @@ def _override(merged: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is not an override: write key=value, for example execution.workers=2.")
+            hint = (
+                " A pattern of files is one argument: put it in quotes." if "/" in override or "." in override else ""
+            )
+            raise ValueError(f"{override!r} is not an override: write key=value, for example seed=1.{hint}")
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint import PREFIX
-from pretrain.config import HeadConfig, ModelConfig, TrainConfig
+from pretrain.config import RUN_SETTINGS, HeadConfig, ModelConfig, TrainConfig
 from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
@@ -22,21 +22,12 @@ from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
 from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
-from pretrain.student_teacher import Network, build_network
+from pretrain.student_teacher import Network, build_network, freeze_unused
 from pretrain.watch.evaluation import check_sets
 from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
-_FREE_MODEL = (
-    "position_px",
-    "position_offset",
-    "rope_shift",
-    "rope_jitter",
-    "rope_rescale",
-    "drop_path",
-    "attention",
-    "fp8",
-)
+_FREE_MODEL = ("position_px", *RUN_SETTINGS)
 _FREE_HEAD = ("train_lengths",)
 _ROPE = ("rope_shift", "rope_jitter", "rope_rescale")
 Tables = dict[str, ImageTable]
@@ -65,6 +56,7 @@ def check_run(
     for name, phase in phases:
         with _of_phase(name), torch.device("meta"):
             networks.append(build_network(phase))
+            freeze_unused(networks[-1], phase)
     for (name, phase), (former, network) in zip(phases[1:], pairwise(networks), strict=True):
         if not phase.reset_optimizer:
             with _of_phase(name):
@@ -117,6 +109,12 @@ def idle_settings(config: TrainConfig) -> list[str]:
             lines.append(f"phase {name}: gram.ramp_steps does nothing while gram.weight=0")
         if phase.loss.dino_local_weight == 1 and phase.loss.dino_local_ramp_steps:
             lines.append(f"phase {name}: loss.dino_local_ramp_steps does nothing while loss.dino_local_weight=1")
+        if phase.crops.drop_local_remainder and not any(s.local_px % phase.patch_size for s in phase.crops.all_sizes()):
+            lines.append(f"phase {name}: crops.drop_local_remainder does nothing where the patch divides local crops")
+    if config.execution.shard_ranks and config.execution.parallel != "hybrid":
+        lines.append(f"execution.shard_ranks does nothing with execution.parallel={config.execution.parallel}")
+    if config.start_from != "student" and len(config.phase_names) == 1:
+        lines.append(f"start_from={config.start_from} does nothing in a run of one phase")
     return lines
 
 
@@ -233,7 +231,8 @@ def _check_moments(former: Network, network: Network) -> None:
             raise ValueError(
                 f"reset_optimizer=false keeps the moments of the phase before, and {name} is "
                 f"{moments.get(name, 'not trained')} there and {parameters.get(name, 'not trained')} here; set "
-                "reset_optimizer=true, or leave model.position_px and heads.*.train_lengths as they were."
+                "reset_optimizer=true, or leave model.position_px, heads.*.train_lengths and which terms the loss has "
+                "as they were."
             )
 
 

@@ -31,6 +31,8 @@ NETWORKS = ("student", "teacher")
 KOLEO_CROPS = ("all", "first")
 # Of a phase: which one before it this one differs from.
 LIKE = "like"
+# Of the model, how it is run and not what it is: weights fit whatever these say.
+RUN_SETTINGS = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention", "fp8")
 # Keys that a phase may not have, and why.
 _OF_THE_RUN = ("phases", "seed", "execution", "checkpoint", "watch")
 

@@ -219,6 +219,10 @@ def submission_text(folder: Path, resources: Resources, name: str, cluster: str,
     command = f"python -m {training.module} {' '.join(training.arguments)}"
     if cluster == "local":
         return f"{resources.ranks_per_node} local processes of {command}"
+    if shutil.which("srun") is None:
+        return (
+            f"one job of {resources.nodes} nodes (its batch script is shown where Slurm is), in every task: {command}"
+        )
     slurm = make_executor(folder, resources, name, cluster)._executor
     return f"{slurm._make_submission_file_text(slurm._submitit_command_str, 'JOB')}# in every task: {command}"
 
@@ -280,7 +284,8 @@ def _launch(asked: argparse.Namespace) -> int:
 
     names = {name for name in Resources.__dataclass_fields__ if getattr(asked, name) is not None}
     resources = Resources(**{name: getattr(asked, name) for name in names})
-    cluster = asked.cluster or ("slurm" if shutil.which("sbatch") else "local")
+    is_plan_for_nodes = asked.dry_run and resources.nodes > 1
+    cluster = asked.cluster or ("slurm" if shutil.which("sbatch") or is_plan_for_nodes else "local")
     config = load_train_config(asked.config, asked.overrides, asked.data)
     if cluster == "slurm":
         needed = loader_cpus(config)

@@ -171,8 +171,9 @@ def _head_row(head: nn.Module, width: int) -> float:
 
 
 def _crop_groups(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> list[tuple[int, int]]:
-    """(crops of an image, tokens of each, CLS and registers included) of global and local crops."""
-    sides = ((NUM_GLOBAL_CROPS, sizes.global_px), (config.crops.num_local_crops, sizes.local_px))
+    """(crops of an image, tokens of each, CLS and registers included) of the crops that the student sees."""
+    num_local = config.crops.num_local_crops if config.uses_dino else 0  # no other term looks at them
+    sides = ((NUM_GLOBAL_CROPS, sizes.global_px), (num_local, sizes.local_px))
     return [(n, (px // backbone.patch_size) ** 2 + backbone.num_prefix_tokens) for n, px in sides if n]
 
 

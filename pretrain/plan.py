@@ -24,7 +24,7 @@ from pretrain.machine import SHARED, waiting_bytes
 from pretrain.memory import count, rank_memory, shards, start_memory
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
-from pretrain.student_teacher import Network, build_network
+from pretrain.student_teacher import Network, build_network, freeze_unused
 from pretrain.watch.flops import StepCost, step_flops
 from pretrain.weights import described_network, find_weights
 
@@ -102,6 +102,7 @@ def plan_phases(config: TrainConfig, world_size: int) -> list[PhasePlan]:
         phase = config.phase(name)
         with torch.device("meta"):
             network = build_network(phase)
+        freeze_unused(network, phase)
         frozen = _frozen_teacher(phase, network)
         mode = parallel_mode(phase, network, world_size)
         plans.append(

@@ -1,21 +1,25 @@
-"""Repeat a step whose values were not finite: python -m pretrain.replay RUN/nonfinite/step-00001234.json [--device cpu]
+"""Repeat a step that went wrong: python -m pretrain.replay RUN/nonfinite/step-00001234.json, or RUN --step 1234
 
-Training writes that file when it skips such a step. From the checkpoint that it names, the steps up to the one in
-question are repeated in this process (order, crops and noise depend on seed and step alone), then that one is. Its
-terms are printed, and the images whose features are not finite. Nothing is written.
+Training writes that file when it skips a step whose values are not finite; any other step, such as that of an alarm, is
+named by its number. From the checkpoint before it, the steps up to the one in question are repeated in this process
+(order, crops and noise depend on seed and step alone), then that one is. Its terms are printed, and the images whose
+features are not finite. Nothing is written. It is one process, so the networks and their moments must fit one device.
 """
 
 import argparse
 import json
 import logging
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 
 from configs.loader import merge_config
 from pretrain.checkpoint import PREFIX, Checkpoints, read_manifest
@@ -29,6 +33,8 @@ from pretrain.optim.clip import SkippedStep
 from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.resume import Position, Standing
 from pretrain.student_teacher import Crops
+from pretrain.watch.lines import read_lines
+from pretrain.watch.metrics import SESSIONS
 
 FOLDER = "nonfinite"
 log = logging.getLogger("pretrain")
@@ -101,7 +107,8 @@ def replay(record: dict[str, Any], run: Path, device: torch.device) -> list[str]
     config = merge_config(TrainConfig(), record["config"], "the record")
     parts = record["ranks"] * config.execution.accumulation_steps
     phase_config = config.phase(record["phase"])
-    if phase_config.loss.koleo_group_size * parts > phase_config.global_batch_size:
+    other_noise = phase_config.loss.koleo_group_size * parts > phase_config.global_batch_size
+    if other_noise:
         parts = config.execution.accumulation_steps  # neighbours were sought over several micro-batches
     # The micro-batches of the ranks one after another: their images, and so their noise.
     execution = replace(config.execution, parallel="auto", compile=False, accumulation_steps=parts)
@@ -124,6 +131,11 @@ def replay(record: dict[str, Any], run: Path, device: torch.device) -> list[str]
     phase.finite.max_skipped = sys.maxsize
     loader = phase_loader(config, index, position.step, tables)
     lines = [f"from {latest or 'the start'}, {record['phase_step'] - position.step} step(s) before it are repeated"]
+    if other_noise:
+        lines.append(
+            f"KoLeo's groups of {phase_config.loss.koleo_group_size} images were over ranks: all ranks' images are one "
+            "micro-batch here, and stochastic depth and RoPE noise are other draws than theirs."
+        )
     for batch in loader:
         watched = phase.step(batch, batch.step, diagnose=False)
         if batch.step == record["phase_step"]:
@@ -149,15 +161,46 @@ def _images(phase: Phase, batch: Batch, loader: Loader) -> list[str]:
     return lines
 
 
+def record_of(run: Path, step: int) -> dict[str, Any]:
+    """What `NonFinite.record` would have written of a step of a run, but its terms and images.
+
+    Raises:
+        ValueError: no run there, or a step that it has not done.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run folder of pretrain.train: it has no {file.name}.")
+    config = merge_config(TrainConfig(), yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    sessions = [line for line in read_lines(run / SESSIONS) if line["step"] < step]
+    ends = list(accumulate(config.phase(name).steps for name in config.phase_names))
+    index = bisect_left(ends, step)
+    if step < 1 or index == len(ends) or not sessions:
+        raise ValueError(f"--step {step}: the run has steps from 1 to {ends[-1]}.")
+    before = Checkpoints(run / "checkpoints", config.checkpoint).before(step)
+    return {
+        "phase": config.phase_names[index],
+        "phase_step": step - 1 - (ends[index - 1] if index else 0),
+        "ranks": sessions[-1]["ranks"],
+        "checkpoint": before.name if before else None,
+        "config": asdict(config),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for a wrong input."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.replay", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("record", type=Path, help="RUN/nonfinite/step-*.json")
+    parser.add_argument("record", type=Path, help="RUN/nonfinite/step-*.json, or a run folder with --step")
+    parser.add_argument("--step", type=int, help="of the run, from 1: any step since its oldest checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         device = collectives.start(asked.device)
+        if asked.step is not None:
+            print("\n".join(replay(record_of(asked.record, asked.step), asked.record, device)))
+            return 0
+        if asked.record.is_dir():
+            raise ValueError(f"{asked.record} is a folder: name a file in its {FOLDER}/, or a step with --step.")
         try:
             record = json.loads(asked.record.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from torch import nn
 
 from configs.loader import merge_config
 from pretrain.checkpoint import MANIFEST, PREFIX, Checkpoints, read_manifest
-from pretrain.config import TrainConfig
+from pretrain.config import RUN_SETTINGS, TrainConfig
 from pretrain.data.loader import read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed.tensor_files import DamagedFile
@@ -33,7 +33,6 @@ from pretrain.weights import Weights
 _FREE = ("execution", "checkpoint", "evaluation", "watch", "phases", "optim.max_skipped_steps")
 # Read when a phase starts, and not again.
 _READ_ONCE = ("init_from", "gram.teacher", "reset_optimizer", "start_from")
-_FREE_MODEL = ("position_offset", "rope_shift", "rope_jitter", "rope_rescale", "drop_path", "attention", "fp8")
 log = logging.getLogger("pretrain")
 
 
@@ -251,10 +250,12 @@ def _compare(
             old, new = was.get(key), now.get(key)
             if old == new:
                 continue
-            if fixed := _why_fixed(key, old, is_over=index < position.phase):
+            if fixed := _why_fixed(key, old, new, is_over=index < position.phase):
+                of_shape = key.startswith(("model.", "heads."))  # what is there may not fit
+                start = "" if of_shape else f" (and init_from={latest} to start from its teacher)"
                 raise ValueError(
                     f"{latest} was trained with {key}={old}, and now {key}={new} is asked for: {fixed}. Give another "
-                    f"--out (and init_from={latest} to start from its teacher), or the former setting."
+                    f"--out{start}, or the former setting."
                 )
             moved = key in _READ_ONCE or key.endswith(".shards")
             moved = moved or (key == "distill_from" and bool(old) == bool(new))
@@ -298,13 +299,15 @@ def _compared(phase: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _why_fixed(key: str, old: Any, is_over: bool) -> str:
+def _why_fixed(key: str, old: Any, new: Any, is_over: bool) -> str:
     """Why no --allow-changed lets a setting of a phase that has begun differ; empty: it may."""
     section, _, name = key.partition(".")
-    if section == "heads" or (section == "model" and name not in _FREE_MODEL):
+    if section == "heads" or (section == "model" and name not in RUN_SETTINGS):
         return "the weights are what it made them"
     if is_over and key == "steps":
         return "that phase is over"
+    if key in ("loss.dino_weight", "loss.ibot_weight", "masks.probability") and bool(old) != bool(new):
+        return "a head has moments where its term is on, and none where it is off; add a phase for the other"
     if key == "gram.weight" and not old:
         return "the phase began without a Gram teacher; add a phase that has one"
     if key == "loss.centering":

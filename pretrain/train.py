@@ -37,7 +37,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.prefetch import transferred
 from pretrain.data.sources import DATA_HELP
 from pretrain.distributed import collectives
-from pretrain.distributed.fsdp import plain_module
+from pretrain.distributed.fsdp import choose_mode, plain_module
 from pretrain.distributed.tensor_files import DamagedFile
 from pretrain.evaluating import Answering, evaluate_teacher, saved_teacher
 from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
@@ -116,6 +116,7 @@ def train(config: TrainConfig, out: Path, stop: StopRequest, allowed: Sequence[s
         if config.execution.threads and device.type == "cpu":
             torch.set_num_threads(config.execution.threads)
         check_numbers(config, collectives.world_size())
+        choose_mode(config.execution.parallel, 0)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world_size()))
         collectives.from_first_of_machine(lambda: check_shared_memory(config, collectives.world_size(), ranks_here))
         for line in machine_notes(config, collectives.world_size(), ranks_here):
@@ -217,6 +218,7 @@ class Run:
         config, name = phase.config, list(self.phases)[self.position.phase]
         heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
+        phase.finite.first = started + 1
         alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
         loader = self._loader(self.position.phase, self.position.step)
         teacher = Answering(phase.teacher, phase.wrapped)
@@ -395,9 +397,11 @@ class Run:
             return
         description = read_manifest(last)["meta"]["teacher"]
         if report.exists() and _described_step(teacher) == description["step"]:
+            last_phase = list(self.config.phases)[-1:]
+            steps = f"phases.{last_phase[0]}.steps" if last_phase else "steps"
             self.progress.message(
                 f"this run is finished, {self.position.global_step:,} steps: its teacher is {teacher}, its report "
-                f"{report}. For more steps: --allow-changed steps steps=N."
+                f"{report}. For more steps: --allow-changed {steps} {steps}=N."
             )
             return
         try:

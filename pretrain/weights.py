@@ -46,6 +46,8 @@ EXPORT_CONFIG, EXPORT_HEADS = "seedbed.json", "heads.safetensors"
 RELEASED_OFFSET = 0.1
 """position_offset of the code that DINOv2 without registers was released with"""
 Finder = Callable[[tuple[str, ...]], dict[str, Stored]]
+_PROGRAMS = ("model.onnx", "model.pt2", "model.ts")
+"""what exports that run by themselves consist of"""
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +97,14 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
         return Weights(str(path), description, lambda starts: stored_tensors(path / TEACHER_WEIGHTS, starts))
     if (path / EXPORT_CONFIG).is_file():
         return _exported(path)
+    if made_for := next((name for name in _PROGRAMS if (path / name).is_file()), ""):
+        raise ValueError(
+            f"{path} is an export that runs by itself ({made_for}), not weights; give the run, or an export of "
+            "--format huggingface or safetensors."
+        )
     if (path / TEACHER_CONFIG).is_file():
+        if "architecture" in _json(path / TEACHER_CONFIG) and (path / HUGGINGFACE_FILES[0]).is_file():
+            raise ValueError(f"{path} is a folder of timm: timm:{path} loads it to use; training takes the run itself.")
         return _huggingface(path, part)
     found = _checkpoint(path, part) or _newest_of_run(path, part)
     if found is None:
@@ -233,7 +242,9 @@ def fill_teacher(network: Network, weights: Weights) -> None:
 def described_network(description: Mapping[str, Any]) -> Network:
     """The network that a description of ours is about, not filled; on whatever device is the default."""
     heads = description["heads"]
-    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]))
+    # How it was computed in training is not how it must be computed here: kernels may be missing.
+    as_anywhere = {"attention": "sdpa", "fp8": False}
+    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]) | as_anywhere)
     dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
     ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
     return Network(backbone, dino_head, ibot_head)

@@ -58,7 +58,16 @@ class ImageSettings:
         return round(self.px * 256 / 224)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Uint8 [B, 3, H, W] -> float32, as in training."""
+        """Uint8 [B, 3, H, W] -> float32, as in training.
+
+        Raises:
+            ValueError: images of another kind or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise ValueError(
+                f"normalise takes uint8 images [B, {len(self.mean)}, H, W], from 0 to 255, got {images.dtype} "
+                f"{list(images.shape)}."
+            )
         mean, std = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ class FeatureSettings:
             raise ValueError(f"--format {self.format} --dtype {self.dtype}: formats are {', '.join(FORMATS)}.")
         if self.format == "npy" and "patches" in self.extras:
             raise ValueError("--with patches needs --format parquet: images may have different numbers of patches.")
-        if self.px < 1 or self.batch_size < 1:
-            raise ValueError(f"--px {self.px} --batch-size {self.batch_size} must be 1 or more.")
+        for name, value in (("--px", self.px), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} {value} must be 1 or more.")
 
     def of(self, backbone: str) -> dict[str, Any]:
         """What must not differ between the files of one folder."""
@@ -106,8 +108,12 @@ def extract(
         OSError: a part cannot be opened, or the disk is full.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_settings(out, settings.of(backbone.source), rank)
-    own = [n for n in range(len(sets)) if n % world_size == rank and not _is_done(out, n, settings)]
+    parts = sha256("".join(part.id for part in sets).encode()).hexdigest()[:16]
+    _check_settings(out, settings.of(backbone.source) | {"images": parts}, rank)
+    mine = range(rank, len(sets), world_size)
+    own = [n for n in mine if not _is_done(out, n, settings)]
+    if len(own) < len(mine):
+        print(f"{len(mine) - len(own)} of {len(mine)} parts of the set are there already", file=sys.stderr)
     images = unread = 0
     with StageProgress("features", sum(sets[n].size for n in own) / 1e6, "MB") as progress:
         for number in own:
@@ -263,6 +269,10 @@ def _check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     if different := [name for name in settings if found.get(name) != settings[name]]:
         name = different[0]
+        if name == "images":
+            raise ValueError(
+                f"{out} holds features of other images, or of these before they changed: name another one."
+            )
         raise ValueError(
             f"{out} holds features with {name}={found.get(name)!r}, and {name}={settings[name]!r} is asked for: name "
             "another folder, or the same settings."
@@ -304,11 +314,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bfloat16=asked.bfloat16,
         )
         images, unread = extract(backbone, sets, asked.out, settings, rank, world_size)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     told = f"; {unread:,} of them could not be read, their rows say why" if unread else ""
-    print(f"{images:,} images in {asked.out}{told}")
+    print(f"{images:,} images written to {asked.out}{told}")
     return 0
 
 

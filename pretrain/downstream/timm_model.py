@@ -1,6 +1,7 @@
 """Models of timm behind the same tokens as ours: any ViT that gives them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,17 @@ class TimmModel(nn.Module):
 def load_timm(name: str) -> tuple[TimmModel, dict[str, Any]]:
     """A model with its published weights, and what timm knows of its images: mean, std, input_size.
 
+    Args:
+        name: of timm, or a folder that timm reads.
+
     Raises:
         ValueError: an unknown name, weights that cannot be had, or a model without tokens.
     """
     import timm
 
-    if not timm.is_model(name):
+    if Path(name).is_dir():  # as an export of ours is, or whatever timm pushed to a hub
+        name = f"local-dir:{name}"
+    elif not timm.is_model(name):
         family = name.partition(".")[0].partition("_")[0]
         near = timm.list_models(f"*{family}*", pretrained=True)[:4]
         raise ValueError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)} ..." if near else "") + ".")

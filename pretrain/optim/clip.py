@@ -58,10 +58,11 @@ class FiniteWatch:
 
     Args:
         max_skipped: such steps in a row that are let pass.
+        first: what messages call step 0.
     """
 
-    def __init__(self, max_skipped: int = 0) -> None:
-        self.max_skipped, self.in_a_row = max_skipped, 0
+    def __init__(self, max_skipped: int = 0, first: int = 0) -> None:
+        self.max_skipped, self.first, self.in_a_row = max_skipped, first, 0
         self._pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
         self._skipped: list[SkippedStep] = []
 
@@ -103,8 +104,8 @@ class FiniteWatch:
                 self._skipped.append(SkippedStep(step, tuple(bad)))
             if self.in_a_row > self.max_skipped:
                 raise FloatingPointError(
-                    f"step {step}: {', '.join(bad)} not finite on at least one rank; the optimizer did not step"
-                    + (f", as in the {self.in_a_row - 1} step(s) before." if self.in_a_row > 1 else ".")
+                    f"step {self.first + step}: {', '.join(bad)} not finite on at least one rank; the optimizer did "
+                    "not step" + (f", as in the {self.in_a_row - 1} step(s) before." if self.in_a_row > 1 else ".")
                 )
 
     def take(self) -> list[SkippedStep]:

@@ -24,7 +24,7 @@ from pretrain.student_teacher import Network, build_network, masked_patches
 from tests.pretrain.live_bytes import LiveBytes, random_batch
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, choose: bool = False) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 

@@ -120,6 +120,27 @@ def test_onnx_runs_without_torch_at_any_size(kind: str, tmp_path: Path) -> None:
             assert np.allclose(found[name], expected.numpy(), atol=1e-5)
 
 
+def test_what_an_export_is_for_is_said(tmp_path: Path) -> None:
+    made = backbone(*MODELS["dinov2"])
+    write_checked(made, {}, tmp_path / "timm", "timm")
+    with pytest.raises(ValueError, match="is a folder of timm"):
+        load_backbone(tmp_path / "timm")
+    again = load_backbone(f"timm:{tmp_path / 'timm'}")
+    assert torch.allclose(again.features(images(made, 3, 4)).cls, made.features(images(made, 3, 4)).cls, atol=2e-5)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match="an export that runs by itself"):
+        load_backbone(tmp_path / "onnx")
+
+
+def test_pixels_are_bytes() -> None:
+    settings = ImageSettings()
+    assert settings.normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).shape == (1, 3, 2, 2)
+    for wrong in (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, 3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="normalise takes uint8 images"):
+            settings.normalise(wrong)
+
+
 def test_a_released_file_goes_through_the_door(tmp_path: Path) -> None:
     made = backbone("dinov2_vits14", {})
     save_tensors(

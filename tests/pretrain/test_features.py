@@ -84,7 +84,7 @@ def test_what_is_there_is_not_done_again_and_processes_share(model, pool, tmp_pa
     (tmp_path / "one" / "features-00001.parquet").unlink()
     capsys.readouterr()
     assert run(model, pool, tmp_path / "one") == 0
-    assert capsys.readouterr().out.startswith("3 images")
+    assert capsys.readouterr().out.startswith("3 images written")
     assert (tmp_path / "one" / "features-00000.parquet").stat().st_mtime_ns == kept
 
 
@@ -124,4 +124,6 @@ def test_folders_of_others_are_left_alone(model, pool, tmp_path, capsys) -> None
     assert run(model, pool, tmp_path / "out") == 0
     assert run(model, pool, tmp_path / "out", "--whole") == 2
     assert "holds features with whole=False" in capsys.readouterr().err
+    assert main([str(model), f"{pool}/1.tar", "--out", str(tmp_path / "out"), "--px", "56", "--device", "cpu"]) == 2
+    assert "features of other images" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "features.json").read_text())["px"] == 56

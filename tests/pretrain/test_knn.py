@@ -148,7 +148,7 @@ DAMAGED = encoded(picture(0), "PNG")[:-3000]
         ([("a.jpg", b"no image"), ("a.json", b'{"label": "x"}')], r"\(1 not_an_image\): a \(not_an_image\)"),
         ([("a.png", DAMAGED), ("a.json", b'{"label": "x"}')], r"1 of the 1 images of .* \(1 damaged\)"),
         ([("a.psd", b"8BPS"), ("a.json", b'{"label": "x"}')], r"\(1 unsupported_format\)"),
-        ([("a.png", encoded(picture(0), "PNG"))], 'a \\(no label\\).* A label is a json member with "label"'),
+        ([("a.png", encoded(picture(0), "PNG"))], 'a \\(no label\\).* A label is "label" in the json member'),
         ([("a.png", encoded(picture(0), "PNG")), ("a.json", b"[1]")], "no label"),
         ([("a.png", encoded(picture(0), "PNG")), ("a.json", b'{"label": ""}')], "no label"),
         ([("a.txt", b"a caption")], "holds no image"),
@@ -356,3 +356,14 @@ def test_features_are_those_of_the_images(real_data: Path) -> None:
     rows, labels, _ = extract(pixel_features, config, "train", CPU)
     assert rows.shape == (200, 768)
     assert len(set(labels)) == 10
+
+
+def test_images_in_folders_of_their_class_need_no_other_label(tmp_path: Path) -> None:
+    for name in ("cats and dogs/a.png", "birds/b.png", "birds/more/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(tmp_path / name)
+    assert {sample.key: sample.label for sample in samples(str(tmp_path))} == {
+        "birds/b": "birds",
+        "birds/more/c": "birds",
+        "cats and dogs/a": "cats and dogs",
+    }

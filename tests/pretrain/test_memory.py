@@ -16,6 +16,8 @@ CASES = {
     "ViT-L": ("dinov2_vitl16_short", 1, 64, ()),
     "ViT-L, sharded": ("dinov2_vitl16_short", 8, 8, ("execution.parallel=fsdp",)),
     "ViT-L, recomputed": ("dinov2_vitl16_short", 1, 16, ("execution.activation_checkpointing=true",)),
+    "ViT-S, no DINO": ("dinov3_vits16", 1, 16, ("loss.dino_weight=0",)),
+    "ViT-S, no iBOT": ("dinov3_vits16", 1, 16, ("loss.ibot_weight=0",)),
     "7B of four blocks": ("dinov3_vit7b16", 8, 16, ("model.depth=4", "execution.compile=false")),
 }
 # A step of ViT-S is a second; a processor needs longer to sort out forty blocks of shards.

@@ -113,6 +113,9 @@ def test_the_end_of_a_run_that_diverges_and_its_advice(
     assert [alarm["name"] for alarm in alarms].count("skipped_step") == 4
     records = sorted((out / "nonfinite").iterdir())
     assert len(records) == 4
+    named = re.search(r"step (\d+): ", error)
+    assert named
+    assert records[-1].name == f"step-{int(named[1]):08d}.json"
     advised = re.search(r"give the same command with (.*?); if", error)
     assert advised
     settings = shlex.split(advised.group(1))
@@ -167,6 +170,23 @@ def test_what_is_no_record_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
         path.write_text(content)
     assert replay.main([str(path), "--device", "cpu"]) == WRONG_INPUT
     assert "is not a record of a skipped step" in capsys.readouterr().err
+
+
+def test_any_step_of_a_run_is_repeated_by_its_number(config: Path, shards: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert run(config, shards, out, "phases={a: {steps: 3}, b: {steps: 5}}", "checkpoint.every_steps=4") == FINISHED
+    for step in (2, 6):
+        capsys.readouterr()
+        assert replay.main([str(out), "--step", str(step), "--device", "cpu"]) == 0
+        printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("loss"))
+        assert float(printed["loss"]) == pytest.approx(losses(out)[step], rel=1e-5)
+    for step, message in (("9", "the run has steps from 1 to 8"), ("0", "the run has steps from 1 to 8")):
+        assert replay.main([str(out), "--step", step, "--device", "cpu"]) == WRONG_INPUT
+        assert message in capsys.readouterr().err
+    assert replay.main([str(out), "--device", "cpu"]) == WRONG_INPUT
+    assert "or a step with --step" in capsys.readouterr().err
+    assert replay.main([str(tmp_path), "--step", "1", "--device", "cpu"]) == WRONG_INPUT
+    assert "is no run folder" in capsys.readouterr().err
 
 
 def test_the_setting_has_a_range(config: Path) -> None:

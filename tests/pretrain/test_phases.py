@@ -115,6 +115,7 @@ ROPE = ["model.architecture=dinov3_tiny", "model.position_px=null"]
             "phase b: data.datasets.c.shards: nothing found at '/nowhere'",
         ),
         ({"gram": {"weight": 1.0}}, "phase b: gram.weight=1.0 needs crops.gram_px"),
+        ({"loss": {"ibot_weight": 0.0}, "reset_optimizer": False}, "phase b: reset_optimizer=false keeps the moments"),
         ({"gram": {"weight": 1.0, "teacher": "/nowhere"}, "crops": {"gram_px": 32}}, "phase b: gram.teacher: /nowhere"),
         ({"distill_from": "/nowhere"}, "phase b: distill_from: /nowhere does not exist"),
         ({"evaluation": {"every_steps": 1, "val": "/nowhere.tar"}}, "phase b: evaluation.val=/nowhere.tar"),

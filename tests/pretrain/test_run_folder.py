@@ -35,6 +35,12 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_mode_that_cannot_be_had_leaves_no_trace(config: Path, shards: Path, tmp_path: Path, capsys) -> None:
+    assert run(config, shards, tmp_path / "run", "execution.parallel=fsdp") == WRONG_INPUT
+    assert "start with torchrun, or use single" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -19,6 +19,10 @@ from curation.reading.samples import Part
 from curation.reading.sources import read_samples
 from pretrain.data.decode import Damaged, ImageLimits, open_image
 
+LABELS = (
+    'A label is "label" in the json member or the Parquet row of an image, the folder that it lies in below the one '
+    "that was named, or a row of a csv with the columns key and label, the key being the image's path without suffix."
+)
 MAX_LEFT_OUT = 0.01
 """share of a set's images that may be damaged or without a label; a figure on the others is still one on that set"""
 _LIMITS = ImageLimits()
@@ -74,8 +78,8 @@ class LeftOut:
             raise ValueError(f"{pattern!r} holds no image.")
         if len(self) > MAX_LEFT_OUT * self.images:
             counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-            where = f"a row of {labels}" if labels else 'a json member with "label"'
-            advice = f" A label is {where}." if self.reasons["no label"] else ""
+            where = f" A label is a row of {labels}." if labels else f" {LABELS}"
+            advice = where if self.reasons["no label"] else ""
             raise ValueError(
                 f"{len(self)} of the {self.images} images of {pattern!r} cannot be used ({counted}): "
                 f"{', '.join(self.names)}{' ...' if len(self) > len(self.names) else ''}. An evaluation leaves out at "
@@ -144,10 +148,17 @@ def _part_samples(part: Part, table: dict[str, str] | None) -> Iterator[Sample]:
             if sample.image is None and sample.content is None:  # a text, a note beside the images
                 continue
             key = _plain(sample.key)
-            label = _json_label(sample.metadata) if table is None else table.get(key)
+            label = _own_label(part, key, sample.metadata) if table is None else table.get(key)
             yield Sample(key, sample.content, label, sample.reason or "")
     except OSError as error:
         raise ValueError(f"{part.url} is not readable: {error}") from None
+
+
+def _own_label(part: Part, key: str, metadata: str | None) -> str | None:
+    """Of the json member or the columns beside the image; in a folder else the first folder below it."""
+    label = _json_label(metadata)
+    below, slash, _ = key.partition("/")
+    return below if label is None and part.kind == "folder" and slash else label
 
 
 def _plain(key: str) -> str:

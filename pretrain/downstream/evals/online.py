@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.data.decode import Damaged
 from pretrain.distributed import collectives
 from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features
-from pretrain.downstream.evals.labelled import eval_crop, samples
+from pretrain.downstream.evals.labelled import LABELS, eval_crop, samples
 from pretrain.downstream.evals.pictures import write_pictures
 from pretrain.watch.evaluation import Backbone
 
@@ -83,7 +83,10 @@ def check_sets(config: Mapping[str, Any]) -> None:
         if first is None:
             raise ValueError(f"evaluation.{key}={config[key]} holds no image.")
         if needs_label and first.label is None:
-            raise ValueError(f"evaluation.{key}={config[key]}: image {first.key} has no label.")
+            raise ValueError(
+                f"evaluation.{key}={config[key]}: image {first.key} has no label. {LABELS} Name such a csv by "
+                f"evaluation.{key}_labels."
+            )
 
 
 def _baselines(
