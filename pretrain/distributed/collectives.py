@@ -16,6 +16,8 @@ T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(minutes=30)  # the first step compiles, and a rank may wait for another's slow disk
 STEP_TIMEOUT = timedelta(minutes=10)  # after it a rank that is waited for longer is lost
+# PyTorch 2.14 gave it another name, and warns of the one that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def choose_device(name: str, key: str) -> torch.device:
@@ -249,7 +251,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        _all_gather(gathered, x.contiguous(), group=group)
         return gathered
 
     @staticmethod
