@@ -17,6 +17,7 @@ from pretrain.optim.schedules import STEP_COUNTS
 WRONG = ["-1", "0", "nan", "inf", "-inf", "word"]
 ZERO = [
     "seed",
+    "execution.shard_ranks",
     "model.num_registers",
     "model.layerscale",
     "model.rope_shift",
