@@ -23,7 +23,14 @@ OWN = {"cifar", "demo", "vits16_one_gpu", "vitl16_eight_gpus"}
 # What a recipe does not say: how a run is computed, watched and fed.
 NOT_OF_A_RECIPE = (
     *("seed", "precision", "phases", "init_from", "distill_from", "execution", "checkpoint", "evaluation", "watch"),
-    *("data", "optim.freeze_backbone_steps", "optim.max_skipped_steps", "model.attention", "model.in_channels"),
+    *(
+        "data",
+        "optim.freeze_backbone_steps",
+        "optim.max_skipped_steps",
+        "model.attention",
+        "model.fp8",
+        "model.in_channels",
+    ),
 )
 
 
