@@ -120,7 +120,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "masks.min_patches": ("1",),
     "masks.max_share": ("0.1", "masks.ratio=[0.6, 0.7]", "masks.min_patches=1"),
     "masks.aspect": ("0.9",),
-    "masks.exact": ("false",),
+    "masks.exact": ("false", "masks.min_patches=9", "masks.ratio=[0.3,0.6]"),
     "optim.base_lr": ("0.003",),
     "optim.lr_rule": ("linear_256",),
     "optim.min_lr": ("0.001",),
