@@ -59,7 +59,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> list[KeptSet]:
     root, rng = Folder(str(tmp_path_factory.mktemp("plan"))), np.random.default_rng(0)
     keys = [f"k{rng.integers(3 * PARTS * ROWS)}" for _ in range(PARTS * ROWS)]
     pool, seeds = image_set(root / "pool", "pool", keys, rng), image_set(root / "seed", "seed", keys[:50], rng)
-    is_kept = (pool.arrow("status").to_numpy() == "ok") & (rng.random(len(keys)) < 0.6)
+    is_kept = (pool.rows(0, len(keys), ["status"])["status"].to_numpy() == "ok") & (rng.random(len(keys)) < 0.6)
     ranges = Ranges(len(keys), RANGE)
     for number in range(len(ranges)):
         gids = np.arange(*ranges.bounds(number))
@@ -91,7 +91,7 @@ def expected(kept: list[KeptSet]) -> list[tuple[int, int]]:
     for number, k in enumerate(kept):
         gids = np.arange(k.images.num_images)
         if k.decisions is None:
-            gids = gids[k.images.arrow("status").to_numpy() == "ok"]
+            gids = gids[k.images.rows(0, k.images.num_images, ["status"])["status"].to_numpy() == "ok"]
         else:
             names = [range_file("decisions", r) for r in range(len(k.ranges))]
             status = [k.decisions.read_table(name)["status"].to_numpy(zero_copy_only=False) for name in names]
