@@ -33,7 +33,7 @@ def patch_positions(
     rows, columns = (
         resize_weights(side, n, (n + offset) / side if offset else None, antialias, patches.device) for n in grid
     )
-    return cls, resized(patches.float(), rows, columns)
+    return cls, resized(patches.to(torch.promote_types(patches.dtype, torch.float32)), rows, columns)
 
 
 def resized(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -81,5 +81,6 @@ def resize_pos_embed(pos_embed: Tensor, side: int, *, antialias: bool, offset: f
     For the switch to a high-resolution phase: a model with `position_grid=side` then computes at that size what the old
     one interpolated.
     """
-    cls, patches = patch_positions(pos_embed, (side, side), antialias=antialias, offset=offset)
-    return torch.cat([cls, patches.to(cls.dtype)], dim=1)
+    # In float64: rounded to the table's precision it is the same on any number of threads, and so of ranks.
+    cls, patches = patch_positions(pos_embed.double(), (side, side), antialias=antialias, offset=offset)
+    return torch.cat([cls, patches], dim=1).to(pos_embed.dtype)
