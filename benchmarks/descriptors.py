@@ -50,7 +50,7 @@ def read_part(folder: Path, pattern: str) -> dict[str, np.ndarray]:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]  # regular files only
                 if suffix == "json":
                     labels[key] = json.loads(data).get("label", "")
                 elif suffix in _SUFFIXES:

@@ -46,6 +46,8 @@ EXPORT_CONFIG, EXPORT_HEADS = "seedbed.json", "heads.safetensors"
 RELEASED_OFFSET = 0.1
 """position_offset of the code that DINOv2 without registers was released with"""
 Finder = Callable[[tuple[str, ...]], dict[str, Stored]]
+ANYWHERE = {"attention": "sdpa", "fp8": False}
+"""of a trained model, wherever it is used: the kernels of its training may be missing there"""
 _PROGRAMS = ("model.onnx", "model.pt2", "model.ts")
 """what exports that run by themselves consist of"""
 log = logging.getLogger(__name__)
@@ -242,9 +244,7 @@ def fill_teacher(network: Network, weights: Weights) -> None:
 def described_network(description: Mapping[str, Any]) -> Network:
     """The network that a description of ours is about, not filled; on whatever device is the default."""
     heads = description["heads"]
-    # How it was computed in training is not how it must be computed here: kernels may be missing.
-    as_anywhere = {"attention": "sdpa", "fp8": False}
-    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]) | as_anywhere)
+    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]) | ANYWHERE)
     dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
     ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
     return Network(backbone, dino_head, ibot_head)

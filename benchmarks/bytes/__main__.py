@@ -77,7 +77,7 @@ def count_step(config: TrainConfig) -> Counter:
         torch._dynamo.reset()
         stack.enter_context(patch.object(compiling, "BACKEND", backend(counter)))
         phase = Phase(config, 0, *(on_fake_gpu(network) for network in networks))
-        phase.finite = Unwatched()  # type: ignore[assignment]
+        phase.finite = Unwatched()  # type: ignore[assignment]  # stands in for the watch
         counter.leave_out(phase.student.parameters())
         stack.enter_context(counter)
         with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):

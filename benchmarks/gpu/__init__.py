@@ -16,8 +16,8 @@ of another version than the code.
 
 On a machine that is lent for minutes:
 
-1. Before, on a processor: `python -m benchmarks.gpu --out /tmp/dry --device cpu`, and mend what does not end "ok".
-2. Find out what the machine lacks: `python -m benchmarks.gpu --out /tmp/a --sections A` there, or its list of packages.
+1. Before, on a processor: `python -m benchmarks.gpu --out dry --device cpu`, and mend what does not end "ok".
+2. Find out what the machine lacks: `python -m benchmarks.gpu --out a --sections A` there, or its list of packages.
    Section A names the packages that are needed and not installed. B, C, F to J need omegaconf, simplejpeg, braceexpand;
    K needs Faiss, numba and scipy, on the processor. A section that lacks one says so and the rest runs.
 3. A machine without a network takes them along as wheels:
@@ -29,5 +29,5 @@ On a machine that is lent for minutes:
    Write the revision out where the machine has no git. OUT ends with two files, results.jsonl and log.txt.
 5. Afterwards, in the repository: `python -m benchmarks.gpu.report OUT`, read it, and commit what it kept.
 
-One section by hand: `python -m benchmarks.gpu.section B --device cuda --out FOLDER --work /tmp/work --seconds 25`.
+One section by hand: `python -m benchmarks.gpu.section B --device cuda --out FOLDER --work work --seconds 25`.
 """

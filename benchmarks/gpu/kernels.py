@@ -79,7 +79,7 @@ def _attention(
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """The project's attention without its two linear layers, for the crops of so many images; and their tokens."""
     layer = Attention(heads * HEAD_DIM, heads, qkv_bias=False, mask_key_bias=False, backend=backend)
-    layer.qkv = nn.Identity()  # type: ignore[assignment]
+    layer.qkv = nn.Identity()  # type: ignore[assignment]  # in place of a Linear
     groups = [(images * CROPS[kind], PREFIX_TOKENS + GRIDS[kind][0] * GRIDS[kind][1]) for kind in kinds]
     layout = make_layout(groups, backend, device)
     turns = [tables(Rope(HEAD_DIM), GRIDS[kind], PREFIX_TOKENS, device) for kind in kinds]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
 from pretrain import compiling
-from pretrain.watch.flops import measured_peak_flops, peak_flops
+from pretrain.watch.flops import peak_flops
 from pretrain.watch.metrics import machine, memory_mib
 
 
@@ -91,6 +91,30 @@ def _once(work: Callable[[], object], at: Setting) -> float:
 def memory(at: Setting) -> dict[str, float]:
     """Most memory that tensors held since the part began; on a processor the process's, now."""
     return {"memory_gib": memory_mib(at.device) / 1024}
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, budget_s: float = 0.5) -> float:
+    """The best rate of a square matrix product on this machine, in FLOP/s: a peak where no data sheet gives one.
+
+    On a machine that others use too it is what they leave: for ratios within one run.
+
+    Args:
+        size: side of the matrices.
+        budget_s: seconds to spend after one product to warm up.
+    """
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    torch.mm(a, b)
+    end = time.perf_counter() + budget_s
+    while time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 @functools.cache

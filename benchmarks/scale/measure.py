@@ -55,8 +55,8 @@ class Meter:
     def _totals(self) -> tuple[float, int, int]:
         self._look()
         with self._lock:
-            columns = zip(*self._seen.values(), strict=True)
-            return tuple(sum(column) for column in columns)  # type: ignore[return-value]
+            seconds, read, written = zip(*self._seen.values(), strict=True)
+            return sum(seconds), sum(read), sum(written)
 
     def _watch(self) -> None:
         while True:

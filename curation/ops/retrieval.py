@@ -11,6 +11,8 @@ from curation.ops.recall import effective_size, lower_bound
 SAMPLED_QUERIES = 1024
 """Seed images that are compared with all the pool: a set of no more is answered exactly."""
 
+BLOCK_PIECES = 8
+"""into which a block of neighbours is cut for its draws"""
 SPARE, SPARE_SHARE = 8, 2
 """Neighbours that are looked for beyond those that can be drawn, which leaks may turn out to be."""
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from curation.engine.exchange import buckets_for
 from curation.ops.neighbour_kernels import MAX_NEIGHBOURS, code_width
 from curation.ops.neighbours import PIECE_ROWS
-from curation.ops.retrieval import SPARE, SPARE_SHARE
+from curation.ops.retrieval import BLOCK_PIECES, SPARE, SPARE_SHARE
 from curation.ops.sketches import SKETCH_WORDS
 from curation.planning import costs
 from curation.planning.costs import Work
@@ -294,8 +294,10 @@ class Plan(PlanNumbers):
             near = asked * (SPARE_SHARE * rule.k + SPARE) if rule.mode == "sample" else 0  # ranked by tasks
             if rule.mode == "sample":
                 work = costs.retrieve_work(asked, n, self._retrieval_cells, dim) + Work(core_s=near * costs.RANKED_S)
-                read = 0.0 if is_paid else 2.0 * n * (2 * dim + costs.SKETCH_AND_GID_BYTES)
-                requests = 2 * costs.exchange_requests(slices, -(-asked // PIECE_ROWS))
+                blocks = -(-asked // PIECE_ROWS)
+                parts = blocks * BLOCK_PIECES  # each asks which of all images are left, a bit an image
+                read = parts * n / 8 + (0.0 if is_paid else 2.0 * n * (2 * dim + costs.SKETCH_AND_GID_BYTES))
+                requests = 2 * costs.exchange_requests(slices, blocks) + 1.0 * parts * self.num_ranges
                 is_paid = True
             elif rule.mode == "cluster":
                 work = costs.product_work(asked, self.levels[0].num_clusters, dim)

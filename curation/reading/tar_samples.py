@@ -108,7 +108,7 @@ def _spans(file: "IO[bytes] | Unpacked", size: int | None) -> Iterator[Span]:
     """walk, with what a decompressor or a disk could not read added to the gap at the end."""
     last: Span = Padding(0, 0)
     try:
-        for span in walk(file, size):  # type: ignore[arg-type]
+        for span in walk(file, size):  # type: ignore[arg-type]  # Unpacked reads as a file
             if isinstance(last, Gap):
                 yield last
             last = span

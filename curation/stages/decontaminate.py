@@ -147,7 +147,7 @@ def strongest(matches: pa.Table) -> pa.Table:
 
     Equal ones: the set and then the row that come first.
     """
-    rank = pc.index_in(matches["step"], value_set=pa.array(STEPS)).to_numpy()  # type: ignore[attr-defined]
+    rank = pc.index_in(matches["step"], value_set=pa.array(STEPS)).to_numpy()  # type: ignore[attr-defined]  # stubs lack index_in
     keys = [matches["evaluation_gid"].to_numpy()]
     if "evaluation" in matches.column_names:
         keys.append(np.array(matches["evaluation"].to_pylist(), str))

@@ -22,6 +22,7 @@ from curation.ops.cells import Cells
 from curation.ops.hierarchy import rank_in_segment
 from curation.ops.join import nearest
 from curation.ops.retrieval import (
+    BLOCK_PIECES,
     SAMPLED_QUERIES,
     first_neighbours,
     resolve_collisions,
@@ -45,7 +46,6 @@ _MATCHES = pa.schema(
         ("cluster", pa.int64()),
     ]
 )
-_BLOCK_PIECES = 8  # into which a block of neighbours is cut for its draws
 _FILE = "matches.parquet"
 
 
@@ -114,7 +114,7 @@ def _by_sample(
     told, device = certificate(one, cells), task_device(execution)
     left, named = _left(one, survivors, execution, label)
     lists = [(SAMPLE, 1)]
-    lists += [(name, _BLOCK_PIECES) for name in one.folder.names() if name.startswith("neighbours-")]
+    lists += [(name, BLOCK_PIECES) for name in one.folder.names() if name.startswith("neighbours-")]
     items = [(name, part, parts, named) for name, parts in lists for part in range(parts)]
     outputs = [f"drawn-{named}-{number:05d}.parquet" for number in range(len(left.ranges))]
     everything = f"drawn-{named}.parquet"

@@ -119,7 +119,7 @@ def find_layout(tables: Iterable[pa.Table], draw_names: Sequence[str], max_membe
         if has_label and has_others:
             break
         flat, parents = flatten_members(table)
-        suffixes, sizes = pc.ascii_lower(flat.field("suffix")), flat.field("size").to_numpy()  # type: ignore[attr-defined]
+        suffixes, sizes = pc.ascii_lower(flat.field("suffix")), flat.field("size").to_numpy()  # type: ignore[attr-defined]  # no stubs
         is_json = _equals(suffixes, "json")
         is_text = _equals(suffixes, "txt") & (sizes <= MAX_TEXT_BYTES)
         is_label = _equals(suffixes, "cls") & (sizes <= MAX_LABEL_BYTES)
@@ -212,7 +212,7 @@ def unpack_others(packed: bytes) -> dict[str, bytes]:
     if not packed:
         return {}
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-        return {m.name.rpartition("/")[2].partition(".")[2]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+        return {m.name.rpartition("/")[2].partition(".")[2]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]  # pack_others writes files alone
 
 
 def _kind(suffix: str, size: int) -> str:

@@ -238,8 +238,7 @@ def from_first_of_machine(make: Callable[[], T]) -> T:
             message[0] = make()
         except Exception as error:
             message[1] = error
-    messages: list[Any] = [None] * world_size()
-    dist.all_gather_object(messages, message)
+    messages = from_every_rank(message)
     for _, error in messages:
         if error is not None:
             raise error

@@ -12,7 +12,7 @@ features = backbone.layers(images, "four")         # of the four blocks that den
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.released import load_released
 from pretrain.models.vision_transformer import Features, VisionTransformer
 from pretrain.weight_files import BACKBONE, HEADS
-from pretrain.weights import complete_settings, find_weights
+from pretrain.weights import ANYWHERE, complete_settings, find_weights
 
 __all__ = ["Backbone", "Features", "ImageSettings", "complete_settings", "load_backbone", "load_heads"]
 
@@ -35,8 +35,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 log = logging.getLogger(__name__)
 # How a trained model is run, not what it is: the only settings that loading may change.
 CHANGEABLE = ("attention", "fp8", "position_antialias", "position_offset")
-# The kernels of training may not exist where the model is used.
-_ANYWHERE = {"attention": "sdpa", "fp8": False}
 FITS = ("exact", "pad", "resize")
 HUB, TIMM = "hf:", "timm:"
 _HUB_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -130,10 +128,15 @@ class Backbone:
         with torch.inference_mode():
             groups = self.model([torch.cat([ready[n] for n in numbers]) for numbers in sizes.values()])
         for group, numbers in zip(groups, sizes.values(), strict=True):
-            for place, number in enumerate(numbers):
-                one = slice(place, place + 1)
-                found[number] = Features(group.cls[one], group.registers[one], group.patches[one], group.grid)
+            found |= dict(zip(numbers, one_by_one(group), strict=True))
         return [found[number] for number in range(len(images))]
+
+
+def one_by_one(features: Features) -> Iterator[Features]:
+    """The same of each image alone."""
+    parts = (features.cls.split(1), features.registers.split(1), features.patches.split(1))
+    for cls, registers, patches in zip(*parts, strict=True):
+        yield Features(cls, registers, patches, features.grid)
 
 
 def fitted(images: Tensor, patch_size: int, fit: str) -> Tensor:
@@ -197,7 +200,7 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         path: a run folder, step-* checkpoint, teacher folder, export of ours, a released .pth or .safetensors, a
             Hugging Face folder; `hf:OWNER/NAME` of the hub; `timm:NAME`.
         architecture: of a released file, which does not say; must be empty or agree for everything else.
-        changes: `attention`, `position_antialias` or `position_offset`: how a trained model is run.
+        changes: how a trained model is run, see CHANGEABLE.
 
     Raises:
         ValueError: nothing that holds a backbone there, an unknown architecture, or tensors of another model.
@@ -222,7 +225,7 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         )
     if architecture and known not in ("", architecture):
         raise ValueError(f"{weights.source} holds a {known}, not the {architecture} that was asked for.")
-    settings = weights.settings(architecture) | _ANYWHERE | changes
+    settings = weights.settings(architecture) | ANYWHERE | changes
     if weights.released and settings["position_offset"] and "position_offset" not in changes:
         log.info(
             "%s: position_offset=%g, as the code of its release resizes positions; position_offset=0 is how "

@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -35,15 +35,17 @@ from configs.messages import named_folder, sentence
 from curation.engine.progress import StageProgress
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
-from pretrain.data.decode import Damaged, ImageLimits, open_image
+from pretrain.data.decode import Damaged, ImageLimits
 from pretrain.distributed.collectives import choose_device
-from pretrain.downstream.backbone import Backbone, load_backbone
-from pretrain.downstream.evals.labelled import eval_crop, find_sets
+from pretrain.downstream.backbone import Backbone, load_backbone, one_by_one
+from pretrain.downstream.evals.labelled import eval_crop, find_sets, whole_picture
 from pretrain.models.vision_transformer import Features
 
 FORMATS = ("parquet", "npy")
 EXTRAS = ("mean", "patches")
 _SETTINGS = "features.json"
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+"""what torchrun tells, and what holds without it"""
 _LIMITS = ImageLimits()
 
 
@@ -75,8 +77,8 @@ class FeatureSettings:
 
     def of(self, backbone: str) -> dict[str, Any]:
         """What must not differ between the files of one folder."""
-        names = ("px", "whole", "extras", "format", "dtype", "bfloat16")
-        return {"backbone": backbone} | {name: getattr(self, name) for name in names} | {"extras": list(self.extras)}
+        of_result = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return {"backbone": backbone, **of_result, "extras": list(self.extras)}
 
 
 @dataclass
@@ -109,7 +111,7 @@ def extract(
     """
     out.mkdir(parents=True, exist_ok=True)
     parts = sha256("".join(part.id for part in sets).encode()).hexdigest()[:16]
-    _check_settings(out, settings.of(backbone.source) | {"images": parts}, rank)
+    _check_settings(out, settings.of(backbone.source) | {"images": parts})
     mine = range(rank, len(sets), world_size)
     own = [n for n in mine if not _is_done(out, n, settings)]
     if len(own) < len(mine):
@@ -162,24 +164,12 @@ def _decode(sample: Sample, settings: FeatureSettings) -> Decoded:
     size = len(sample.content)
     try:
         if settings.whole:
-            pixels = _whole(sample.content, settings.px)
+            pixels = whole_picture(sample.content, settings.px)
         else:
             pixels = eval_crop(sample.content, settings.px, round(settings.px * 256 / 224))
     except Damaged as damage:
         return Decoded(sample.key, size, None, damage.reason)
     return Decoded(sample.key, size, pixels, None)
-
-
-def _whole(content: bytes, px: int) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3] with its shorter side at `px`; at most four times as long as that."""
-    from PIL import Image
-
-    encoded = open_image(content, _LIMITS)
-    short = min(encoded.width, encoded.height)
-    image = Image.fromarray(encoded.decode(min(1.0, 2 * px / short)))
-    scale = px / min(image.size)
-    width, height = (min(max(round(side * scale), px), 4 * px) for side in image.size)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _batches(found: Iterator[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
@@ -192,26 +182,21 @@ def _add(rows: Rows, batch: Sequence[Decoded], backbone: Backbone, settings: Fea
     pixels = [one.pixels for one in batch if one.pixels is not None]
     features: Iterator[Features] = iter(())
     if pixels:
-        tensors = [torch.tensor(image).permute(2, 0, 1).to(device) for image in pixels]
+        images = [torch.tensor(image).permute(2, 0, 1)[None].to(device) for image in pixels]
+        normalise = backbone.image.normalise
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             if settings.whole:
-                normal = [backbone.image.normalise(image[None])[0] for image in tensors]
-                features = iter(backbone.features_of_each(normal, fit="pad"))
+                features = iter(backbone.features_of_each([normalise(image)[0] for image in images], fit="pad"))
             else:
-                whole = backbone.features(backbone.image.normalise(torch.stack(tensors)), fit="exact")
-                features = _each(whole)
+                found = backbone.features(normalise(torch.cat(images)))
+                # To the processor once, not image by image: each copy waits for the device.
+                features = one_by_one(Features(found.cls.cpu(), found.registers, found.patches.cpu(), found.grid))
     for one in batch:
         if one.pixels is None:
             rows.add(one.key, one.reason, None, None)
         else:
-            found = next(features)
-            rows.add(one.key, None, _row(found, settings), found.grid)
-
-
-def _each(features: Features) -> Iterator[Features]:
-    for n in range(len(features.cls)):
-        one = slice(n, n + 1)
-        yield Features(features.cls[one], features.registers[one], features.patches[one], features.grid)
+            each = next(features)
+            rows.add(one.key, None, _row(each, settings), each.grid)
 
 
 def _row(features: Features, settings: FeatureSettings) -> dict[str, np.ndarray]:
@@ -258,21 +243,27 @@ def _write(out: Path, number: int, rows: Rows, settings: FeatureSettings, dim: i
     part.rename(out / _name(number, ".csv"))
 
 
-def _check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write what the files of the folder have in common, whichever process comes first; the others compare."""
     path = out / _SETTINGS
-    if not path.exists():
-        if any(out.iterdir()) and rank == 0 and not any(out.glob("features-*")):
-            raise ValueError(f"--out {out} holds other files; name a folder that does not exist yet.")
-        if rank == 0:
-            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if different := [name for name in settings if found.get(name) != settings[name]]:
+    others = [name for name in os.listdir(out) if not name.startswith(_SETTINGS)]
+    if others and not path.exists():
+        raise ValueError(f"--out {out} holds other files, such as {others[0]}; name a folder that does not exist yet.")
+    own = path.with_name(f"{_SETTINGS}.{os.getpid()}")
+    own.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in settings if found.get(name) != settings[name]]
+    else:
+        different = []
+    finally:
+        own.unlink()
+    if "images" in different:
+        raise ValueError(f"{out} holds features of other images, or of these before they changed; name another.")
+    if different:
         name = different[0]
-        if name == "images":
-            raise ValueError(
-                f"{out} holds features of other images, or of these before they changed: name another one."
-            )
         raise ValueError(
             f"{out} holds features with {name}={found.get(name)!r}, and {name}={settings[name]!r} is asked for: name "
             "another folder, or the same settings."
@@ -334,8 +325,6 @@ def _side(px: int | None, backbone: Backbone, whole: bool) -> int:
         raise ValueError(f"--px {px} does not split into patches of {patch} px; use {least} or {least + patch}.")
     return px
 
-
-_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.downstream.backbone import Backbone
+from pretrain.downstream.components import as_colours, principal_scores
 from pretrain.models.layers.block import Block
 from pretrain.models.layers.rope import rotate
 from pretrain.models.vision_transformer import VisionTransformer
@@ -57,26 +58,19 @@ def pca_colours(grids: Sequence[Tensor], masks: Sequence[np.ndarray] | None = No
         ValueError: fewer than 4 patches that count, or fewer than 3 dimensions.
     """
     scores = _scores(grids, 3, masks)
-    colours = [np.clip((score / 5 + 0.5) * 255, 0, 255).round().astype(np.uint8) for score in scores]
+    colours = [as_colours(score) for score in scores]
     for colour, mask in zip(colours, masks or (), strict=False):
         colour[~mask] = 0
     return colours
 
 
 def _scores(grids: Sequence[Tensor], count: int, masks: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-    """Principal components [h, w, count] of unit variance, positive where they are skewed to."""
-    rows = torch.cat([grid.flatten(0, 1) for grid in grids]).double()
-    chosen = rows
+    """Principal components [h, w, count] of the patches of all pictures, of those in the masks."""
+    rows = torch.cat([grid.flatten(0, 1) for grid in grids])
+    chosen = None
     if masks is not None:
-        chosen = rows[torch.from_numpy(np.concatenate([mask.ravel() for mask in masks])).to(rows.device)]
-    if len(chosen) < 4 or rows.shape[1] < count:
-        raise ValueError(f"a PCA needs 4 patches of {count} dimensions or more, found {tuple(chosen.shape)}.")
-    centre = chosen.mean(dim=0)
-    vectors = torch.linalg.eigh((chosen - centre).T @ (chosen - centre)).eigenvectors[:, -count:].flip(1)
-    base = (chosen - centre) @ vectors
-    spread = base.std(dim=0, correction=0).clamp(min=1e-12)
-    signs = torch.where((base**3).mean(dim=0) < 0, -1.0, 1.0)
-    scores = ((rows - centre) @ vectors / spread * signs).cpu().numpy()
+        chosen = torch.from_numpy(np.concatenate([mask.ravel() for mask in masks])).to(rows.device)
+    scores, _ = principal_scores(rows, count, chosen)
     cuts = np.cumsum([grid.shape[0] * grid.shape[1] for grid in grids])[:-1]
     return [part.reshape(*grid.shape[:2], count) for part, grid in zip(np.split(scores, cuts), grids, strict=True)]
 

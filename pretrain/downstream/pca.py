@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from configs.messages import sentence
-from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_image
+from pretrain.data.decode import IMAGE_SUFFIXES, Damaged
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import Backbone, load_backbone
+from pretrain.downstream.evals.labelled import whole_picture
 from pretrain.downstream.look import attention_maps, first_component, patch_grids, pca_colours, similarity
 
 MAX_IMAGES = 64
@@ -54,20 +55,11 @@ def _is_image(path: Path) -> bool:
 
 
 def read_picture(path: Path, short_px: int, patch_size: int) -> np.ndarray:
-    """uint8 [H, W, 3], its shorter side near `short_px`, both sides multiples of the patch.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """`whole_picture` of a file; raises ValueError where it cannot be read."""
     try:
-        pixels = open_image(path.read_bytes(), ImageLimits()).decode()
+        return whole_picture(path.read_bytes(), short_px, patch_size)
     except Damaged as damage:
         raise ValueError(f"{path} cannot be read: {damage.reason}.") from None
-    image = Image.fromarray(pixels)
-    scale = short_px / min(image.size)
-    longest = 4 * short_px
-    sides = [min(max(round(side * scale / patch_size), 1) * patch_size, longest) for side in image.size]
-    return np.asarray(image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:

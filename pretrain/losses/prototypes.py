@@ -163,7 +163,7 @@ def prototype_cross_entropy(
             return whole_cross_entropy(logits, targets, weights, temperature, pairing, compiled=True)
         return _PrototypeCrossEntropy.apply(
             features, prototypes, targets, weights, temperature, pairing, compute_dtype, torch.is_grad_enabled()
-        )  # type: ignore[return-value]
+        )  # type: ignore[return-value]  # apply is untyped
 
 
 def whole_cross_entropy(
@@ -183,14 +183,14 @@ def whole_cross_entropy(
         temperature,
         targets.temperature,
         compiled,
-    )  # type: ignore[return-value]
+    )  # type: ignore[return-value]  # as above
 
 
 class _WholeCrossEntropy(torch.autograd.Function):
     """Keeps the logits of both sides and a number a row; the gradient of the logits is made from them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch says *args
         ctx, logits, teacher, log_prototype, log_sample, weights, pairing, temperature, teacher_temperature, compiled
     ) -> tuple[Tensor, Tensor]:
         inputs = (logits.detach(), teacher, log_prototype, log_sample, pairing)
@@ -203,7 +203,7 @@ class _WholeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):  # type: ignore[override]
+    def backward(ctx, grad_loss, _):  # type: ignore[override]  # torch says *gradients
         *inputs, log_sums, weights = ctx.saved_tensors
         scale = (weights * grad_loss).view_as(log_sums) / ctx.temperatures[0]
         gradient = whole_pass(_logit_gradients, ctx.compiled, *inputs, *ctx.temperatures, log_sums, scale)
@@ -226,7 +226,7 @@ def _assigned(
 ) -> Tensor:
     """What each student view is to predict, [G, R, K]: assignments [V, R, K] averaged as the pairing [G, V] says."""
     q = torch.exp(teacher.to(log_sample.dtype) / temperature + log_prototype + log_sample[..., None])
-    return sum(pairing[:, v, None, None] * q[v] for v in range(len(q)))  # type: ignore[return-value]
+    return sum(pairing[:, v, None, None] * q[v] for v in range(len(q)))  # type: ignore[return-value]  # sum starts at the int 0
 
 
 def _cross_entropies(
@@ -264,7 +264,7 @@ def _logit_gradients(
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch says *args
         ctx, features, prototypes, targets, weights, temperature, pairing, compute_dtype, with_gradients
     ) -> tuple[Tensor, Tensor]:
         cross_entropies, features_gradient, prototypes_gradient = _stream(
@@ -284,7 +284,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):  # type: ignore[override]
+    def backward(ctx, grad_loss, _):  # type: ignore[override]  # torch says *gradients
         scaled = [None if gradient is None else gradient * grad_loss for gradient in ctx.saved_tensors]
         return *scaled, None, None, None, None, None, None
 

@@ -58,11 +58,12 @@ class FiniteWatch:
 
     Args:
         max_skipped: such steps in a row that are let pass.
-        first: what messages call step 0.
     """
 
-    def __init__(self, max_skipped: int = 0, first: int = 0) -> None:
-        self.max_skipped, self.first, self.in_a_row = max_skipped, first, 0
+    def __init__(self, max_skipped: int = 0) -> None:
+        self.max_skipped, self.in_a_row = max_skipped, 0
+        self.first = 0
+        """what messages call step 0"""
         self._pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
         self._skipped: list[SkippedStep] = []
 

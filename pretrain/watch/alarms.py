@@ -39,7 +39,7 @@ def _collapse(lines: Sequence[Mapping[str, Any]], num_prototypes: Mapping[str, i
 def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float] | None:
     """A figure in the last lines; None where there are too few of them, or one is without it."""
     values = [line.get(name) for line in lines[-_LINES:]]
-    return None if len(values) < _LINES or None in values else values  # type: ignore[return-value]
+    return None if len(values) < _LINES or None in values else values  # type: ignore[return-value]  # no None is left
 
 
 def _spread(lines: Sequence[Mapping[str, Any]]) -> list[Alarm]:

@@ -18,7 +18,6 @@ Sources: the accounting of PaLM, arXiv:2204.02311, appendix B, with the encoder'
 """
 
 import re
-import time
 from dataclasses import dataclass
 
 import torch
@@ -147,27 +146,3 @@ def named_peak_flops(name: str) -> float:
     """The same for a card's name; the most words that fit decide, for an H100 PCIe is no H100."""
     fitting = [card for card in PEAK_TFLOPS if re.search(rf"\b{re.escape(card)}\b", name)]
     return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else 0.0
-
-
-def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1536, budget_s: float = 0.5) -> float:
-    """The best rate of a square matrix product on this machine, in FLOP/s: a peak where no data sheet gives one.
-
-    On a machine that others use too it is what they leave: for ratios within one run, as in benchmarks/gpu.
-
-    Args:
-        size: side of the matrices.
-        budget_s: seconds to spend after one product to warm up.
-    """
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    torch.mm(a, b)
-    end = time.perf_counter() + budget_s
-    while time.perf_counter() < end:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

@@ -16,7 +16,7 @@ GROUPS = ((2, 201), (8, 41))
 def mixed(backend: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two sizes of crops through the attention of ViT-S's heads, and the gradient by its input."""
     layer = Attention(128, 2, qkv_bias=False, mask_key_bias=False, backend=backend)
-    layer.qkv = torch.nn.Identity()  # type: ignore[assignment]
+    layer.qkv = torch.nn.Identity()  # type: ignore[assignment]  # in place of a Linear
     layout = make_layout(GROUPS, backend, torch.device(device))
     rows = sum(layout.rows)
     x = torch.randn(rows, 384, generator=torch.Generator().manual_seed(0) if device == "cpu" else None, device=device)

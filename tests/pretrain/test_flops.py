@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu.measure import measured_peak_flops
 from pretrain.models.architectures import build
 from pretrain.watch.flops import (
     BackboneCost,
@@ -15,7 +16,6 @@ from pretrain.watch.flops import (
     backbone_cost,
     forward_flops,
     matrix_weights,
-    measured_peak_flops,
     peak_flops,
     step_flops,
 )

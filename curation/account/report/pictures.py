@@ -72,7 +72,7 @@ def _read_source(
                 problem = "file_too_large"
             else:
                 try:
-                    reader = reader or MemberReader(*source)  # type: ignore[arg-type]
+                    reader = reader or MemberReader(*source)  # type: ignore[arg-type]  # an image has one
                     content = reader.read(Member(**member))
                 except Exception:  # gone, changed, or unreachable: each store has its own errors, none worth a failure
                     problem = "source not readable any more"

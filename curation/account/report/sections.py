@@ -250,10 +250,11 @@ def pool_map(chosen: Map | None, pictures: Pictures) -> str:
     legend = "".join(
         f"<li><i class='{s}'></i>{'seed image' if s == 'seed' else words(s)}</li>" for s in _MAP_ORDER if s in present
     )
+    drawn = scatter_map(chosen.points, chosen.status, _MAP_ORDER, placed)  # type: ignore[arg-type]  # no jpeg is None
     return (
         f"<p>A random sample of {num:,} readable pool images, laid out so that images which "
         "the retrieval encoder finds alike lie together (a neighbour embedding; directions and long distances mean "
-        f"nothing).</p>{scatter_map(chosen.points, chosen.status, _MAP_ORDER, placed)}"  # type: ignore[arg-type]
+        f"nothing).</p>{drawn}"
         f"<ul class='legend'>{legend}</ul>"
     )
 

@@ -116,7 +116,7 @@ def read_labels(path: str) -> dict[str, str]:
 def samples(
     pattern: str, labels: str = "", max_images: int = 0, block: int = 1, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Sample]:
-    """Images of the sets in order; the label is that of the csv file `labels` or of the json member beside the image.
+    """Images of the sets in order; the label is that of the csv file `labels`, or lies with the image (LABELS).
 
     Args:
         max_images: 0 for all; otherwise the first ones.
@@ -171,8 +171,8 @@ def _json_label(metadata: str | None) -> str | None:
     return None if label in (None, "") else str(label)
 
 
-def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
-    """Encoded image -> uint8 [px, px, 3]: shorter side to `resize_px` by antialiased bicubic, then the centre.
+def decoded(content: bytes, short_px: int) -> Image.Image:
+    """An encoded image with a shorter side of `short_px` or more.
 
     Read as in training: upright, transparency over white, 16 bits scaled. A JPEG is decoded at a scale that is still
     twice what is needed.
@@ -181,7 +181,31 @@ def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
         Damaged: the bytes are no image.
     """
     encoded = open_image(content, _LIMITS)
-    image = Image.fromarray(encoded.decode(min(1.0, 2 * resize_px / min(encoded.width, encoded.height))))
+    return Image.fromarray(encoded.decode(min(1.0, 2 * short_px / min(encoded.width, encoded.height))))
+
+
+def whole_picture(content: bytes, short_px: int, multiple: int = 1) -> np.ndarray:
+    """Encoded image -> uint8 [H, W, 3] at its own aspect, its shorter side near `short_px`; antialiased bicubic.
+
+    Args:
+        multiple: of which both sides are multiples; a side is at most four times `short_px`, in whole multiples.
+
+    Raises:
+        Damaged: the bytes are no image.
+    """
+    image = decoded(content, short_px)
+    scale, most = short_px / min(image.size), max(4 * short_px // multiple, 1)
+    width, height = (min(max(round(side * scale / multiple), 1), most) * multiple for side in image.size)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
+    """Encoded image -> uint8 [px, px, 3]: shorter side to `resize_px` by antialiased bicubic, then the centre.
+
+    Raises:
+        Damaged: the bytes are no image.
+    """
+    image = decoded(content, resize_px)
     scale = resize_px / min(image.size)
     width, height = (max(px, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.distributed import collectives
+from pretrain.downstream.components import as_colours, principal_scores
 from pretrain.watch.evaluation import Backbone
 from pretrain.watch.pictures import chosen_steps, pca_files, read_pictures
 
@@ -32,7 +33,7 @@ class PatchPictures:
 
     def colours(self) -> np.ndarray:
         """uint8 [I, h, w, 3]: 2.5 standard deviations either way fill the range."""
-        return np.clip((self.scores / 5 + 0.5) * 255, 0, 255).round().astype(np.uint8)
+        return as_colours(self.scores)
 
 
 def patch_pca(patches: Tensor, previous: np.ndarray | None = None) -> PatchPictures:
@@ -47,18 +48,9 @@ def patch_pca(patches: Tensor, previous: np.ndarray | None = None) -> PatchPictu
     Raises:
         ValueError: fewer than 4 patches or 3 dimensions.
     """
-    rows = patches.detach().double().flatten(0, 2)  # float64: the third component can be 1e-4 of the first
-    if rows.shape[0] < 4 or rows.shape[1] < 3:
-        raise ValueError(f"a PCA picture needs 4 patches of 3 dimensions or more, found {tuple(rows.shape)}.")
-    centred = rows - rows.mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    scores = centred @ vectors[:, -3:].flip(1)
-    scores = (scores / scores.std(dim=0, correction=0).clamp(min=1e-12)).cpu().numpy()
-    if previous is None:
-        scores = scores * np.where((scores**3).mean(axis=0) < 0, -1, 1)
-    else:
+    scores, explained = principal_scores(patches.flatten(0, 2), 3)
+    if previous is not None:
         scores = _aligned(scores, previous.reshape(-1, 3).astype(np.float64))
-    explained = float(values[-3:].sum() / values.sum().clamp(min=1e-300))
     return PatchPictures(scores.reshape(*patches.shape[:3], 3).astype(np.float32), explained)
 
 

@@ -33,12 +33,12 @@ class Kept:
 
 def take_rows(x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """The kept rows [T', D] of a token matrix [T, D]; and the matrix itself, which is to be used in its place."""
-    return _Take.apply(x, kept.rows, kept.place)  # type: ignore[return-value]
+    return _Take.apply(x, kept.rows, kept.place)  # type: ignore[return-value]  # apply is untyped
 
 
 def add_rows(x: Tensor, branch: Tensor, kept: Kept) -> Tensor:
     """x [T, D] plus the scaled branch [T', D] at its rows."""
-    return _Add.apply(x, branch, kept.rows, kept.place, kept.scale)  # type: ignore[return-value]
+    return _Add.apply(x, branch, kept.rows, kept.place, kept.scale)  # type: ignore[return-value]  # as above
 
 
 def _added(x: Tensor, some: Tensor, rows: Tensor, place: Tensor) -> Tensor:
