@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,14 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.config import TrainConfig, load_train_config, total_steps
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.loader import build_loader
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features, random_like
+from pretrain.downstream.evals.baselines import Pixels, random_like
+from pretrain.downstream.evals.frozen import Frozen, Tokens
+from pretrain.downstream.evals.pooled import knn
+from pretrain.downstream.evals.sets import LabelledSet
+from pretrain.models.vision_transformer import Features
 from pretrain.phase import fresh_network
 from pretrain.stopping import stop_signals
 from pretrain.train import FINISHED, train
@@ -95,23 +99,42 @@ def measured(variant: str, config: TrainConfig, out: Path) -> dict[str, Any]:
         config = first_phase_only(config)
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    features = FEATURES[variant](config, out)
+    backbone = FEATURES[variant](config, out)
     train_s = time.monotonic() - start
     result = {
         "variant": variant,
         "seed": config.seed,
         "steps": 0 if variant in BASELINES else total_steps(config),
         "train_s": round(train_s, 1),
-        **evaluate(features, knn_config(config), torch.device("cpu")),
+        **accuracies(backbone, config),
         "config": asdict(config),
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def knn_config(config: TrainConfig) -> KnnConfig:
+def accuracies(backbone: Frozen, config: TrainConfig) -> dict[str, Any]:
     e = config.evaluation
-    return KnnConfig(train=e.train, val=e.val, px=e.px, resize_px=e.resize_px, k=K, temperature=0.07)
+    sets = LabelledSet(train=e.train, val=e.val, px=e.px, resize_px=e.resize_px)
+    found = knn.run(backbone, sets, knn.KnnConfig(k=K, temperature=0.07))
+    return {"accuracy": found.value, "by_k": {str(k): found.figures[f"k={k}"] for k in K}, "images": found.images}
+
+
+def frozen(tokens: Tokens, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Frozen:
+    return Frozen(tokens=tokens, mean=mean, std=std, px=0, device=torch.device("cpu"), batch_size=128)
+
+
+class Peer:
+    """lightly's backbone, which gives a CLS token alone, answering as ours do."""
+
+    patch_size = 1
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        self.features = features
+
+    def __call__(self, crops: Sequence[Tensor]) -> list[Features]:
+        found = [self.features(images) for images in crops]
+        return [Features(cls, cls[:, None, :0].transpose(1, 2), cls[:, None], (1, 1)) for cls in found]
 
 
 def first_phase_only(config: TrainConfig) -> TrainConfig:
@@ -122,16 +145,16 @@ def first_phase_only(config: TrainConfig) -> TrainConfig:
     return replace(config, phases={first: {**(config.phases.get(first) or {}), "steps": total_steps(config)}})
 
 
-def train_ours(config: TrainConfig, out: Path) -> Callable[[Tensor], Tensor]:
+def train_ours(config: TrainConfig, out: Path) -> Frozen:
     with stop_signals() as stop:
         status = train(config, out, stop)
     if status != FINISHED:
         raise ValueError(f"{out} was stopped; the same command continues.")
     loaded = load_backbone(str(out / "teacher"))
-    return backbone_features(loaded.model.eval(), loaded.image.mean, loaded.image.std, bfloat16=False)
+    return frozen(loaded.model.eval(), loaded.image.mean, loaded.image.std)
 
 
-def train_lightly(config: TrainConfig, out: Path, *, example: bool = False) -> Callable[[Tensor], Tensor]:
+def train_lightly(config: TrainConfig, out: Path, *, example: bool = False) -> Frozen:
     from benchmarks.lightly_dinov2 import LightlyDinov2, draw_masks, versions
 
     print(versions(), file=sys.stderr)
@@ -144,8 +167,7 @@ def train_lightly(config: TrainConfig, out: Path, *, example: bool = False) -> C
         for step, views in enumerate(lightly_batches(first, num_steps)):
             loss = peer.step(views, draw_masks(first, 2 * len(views[0])), step, num_steps)
             print(json.dumps({"step": step + 1, "loss": loss}), file=lines, flush=True)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return lambda images: peer.features((images.float() / 255 - mean) / std)
+    return frozen(Peer(peer.features))
 
 
 def lightly_batches(config: TrainConfig, num_steps: int) -> Iterator[list[Tensor]]:
@@ -174,17 +196,16 @@ def lightly_batches(config: TrainConfig, num_steps: int) -> Iterator[list[Tensor
         yield [torch.stack(crops) for crops in zip(*views, strict=True)]
 
 
-def untrained(config: TrainConfig, out: Path) -> Callable[[Tensor], Tensor]:
-    backbone = random_like(fresh_network(config).backbone, config.seed)
-    return backbone_features(backbone, IMAGENET_MEAN, IMAGENET_STD, bfloat16=False)
+def untrained(config: TrainConfig, out: Path) -> Frozen:
+    return frozen(random_like(fresh_network(config).backbone, config.seed))
 
 
-FEATURES: dict[str, Callable[[TrainConfig, Path], Callable[[Tensor], Tensor]]] = {
+FEATURES: dict[str, Callable[[TrainConfig, Path], Frozen]] = {
     **dict.fromkeys(ABLATIONS, train_ours),
     "lightly": train_lightly,
     "lightly_example": lambda config, out: train_lightly(config, out, example=True),
     "random": untrained,
-    "pixels": lambda config, out: pixel_features,
+    "pixels": lambda config, out: frozen(Pixels(), (0.0,) * 3, (1.0,) * 3),
 }
 
 

@@ -16,8 +16,10 @@ COMMANDS = {
     "report": ("pretrain.watch.report.__main__", "report.html of a training, anew"),
     "export": ("pretrain.downstream.export.__main__", "a backbone for other libraries"),
     "features": ("pretrain.downstream.features", "features of a set of images, as files"),
+    "serve": ("pretrain.downstream.serve.__main__", "embeddings over HTTP"),
     "pca": ("pretrain.downstream.pca", "pictures of what a backbone sees"),
-    "evaluate": ("pretrain.downstream.evals.knn", "k-NN accuracy of a backbone"),
+    "explore": ("pretrain.downstream.explore.__main__", "a page on which to ask what resembles what"),
+    "evaluate": ("pretrain.downstream.evals.__main__", "how good backbones are, side by side"),
 }
 """name -> module with a `main`, and what it does"""
 

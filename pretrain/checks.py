@@ -20,11 +20,11 @@ from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
+from pretrain.network_weights import fill_teacher, load_network, teacher_weights
 from pretrain.phase import check_distillation
 from pretrain.resume import Position, saved_position
 from pretrain.student_teacher import Network, build_network, freeze_unused
 from pretrain.watch.evaluation import check_sets
-from pretrain.weights import fill_teacher, load_network, teacher_weights
 
 # Of model and heads, what a phase may change although it goes on with the weights of the one before.
 _FREE_MODEL = ("position_px", *RUN_SETTINGS)

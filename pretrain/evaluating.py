@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import TrainConfig
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Placement, initialise, place, plain_module
 from pretrain.models.initial import Initial
 from pretrain.models.vision_transformer import Features
+from pretrain.network_weights import load_network
 from pretrain.student_teacher import Network, build_network
 from pretrain.watch.evaluation import run_evaluation
-from pretrain.weights import load_network
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def saved_teacher(config: TrainConfig, checkpoint: Path, device: torch.device) -
 
 
 def untrained(config: TrainConfig, placement: Placement) -> Answering:
-    """A network of the same form with freshly drawn weights, and layer scales of 1 (see `evals.knn.random_like`)."""
+    """A network of the same form with freshly drawn weights, and layer scales of 1 (`evals.baselines.random_like`)."""
     with torch.device("meta"):
         network = build_network(config)
     placement = Placement(placement.mode, placement.precision, placement.device, placement.mesh)

@@ -18,6 +18,7 @@ from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
 from pretrain.models.layers.fp8 import check_device
+from pretrain.network_weights import fill_teacher, load_network, offset_of, teacher_weights
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
@@ -37,7 +38,7 @@ from pretrain.student_teacher import (
 )
 from pretrain.watch.diagnostics import feature_std, target_diagnostics
 from pretrain.watch.flops import StepCost, backbone_cost, matrix_weights, step_flops
-from pretrain.weights import fill_teacher, find_weights, load_network, offset_of, teacher_weights
+from pretrain.weights import find_weights
 
 # Streams of randomness, so that no two uses of (seed, phase, step) draw the same numbers.
 _WEIGHTS, _STEP = 1, 2

@@ -22,11 +22,12 @@ from pretrain.data.loader import DataConfig
 from pretrain.distributed.fsdp import DDP_LIMIT
 from pretrain.machine import SHARED, waiting_bytes
 from pretrain.memory import count, rank_memory, shards, start_memory
+from pretrain.network_weights import described_network
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import step_cost
 from pretrain.student_teacher import Network, build_network, freeze_unused
 from pretrain.watch.flops import StepCost, step_flops
-from pretrain.weights import described_network, find_weights
+from pretrain.weights import find_weights
 
 _WIDTH = 120
 _BYTES = ("B", "kB", "MB", "GB", "TB")

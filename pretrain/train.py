@@ -44,6 +44,7 @@ from pretrain.failures import OUT_OF_MEMORY, failure, quiet_threads
 from pretrain.garbage import collecting_by_steps
 from pretrain.machine import check_shared_memory
 from pretrain.machine import notes as machine_notes
+from pretrain.network_weights import describe_teacher
 from pretrain.numerics import settle_numerics
 from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.replay import NonFinite
@@ -56,7 +57,7 @@ from pretrain.watch.lines import append_line, drop_after, read_lines
 from pretrain.watch.metrics import EVALUATIONS, Metrics
 from pretrain.watch.progress import TrainProgress
 from pretrain.watch.report.page import write_report
-from pretrain.weights import TEACHER_CONFIG, describe_teacher
+from pretrain.weights import TEACHER_CONFIG
 
 FINISHED, FAILED, WRONG_INPUT, NOT_FINITE, STOPPED = 0, 1, 2, 3, 75
 log = logging.getLogger("pretrain")

@@ -1,4 +1,4 @@
-"""What a network starts from, wherever it lies: the one way to trained weights.
+"""Trained weights, wherever they lie: the one way to them, for training and for use.
 
     find_weights("RUN")                          a run folder: its newest teacher
     find_weights("RUN/checkpoints/step-00010000")
@@ -7,30 +7,27 @@
     find_weights("dinov3-vits16")                a Hugging Face folder of a released model, or its file
     find_weights("dinov2_vits14_pretrain.pth")   a released file, which does not say what it is
 
-Nothing that is read is executed; whatever cannot be read is a ValueError of one sentence.
+Nothing that is read is executed; whatever cannot be read is a ValueError of one sentence. This knows nothing of
+training, so that who uses a backbone needs none of it; networks of training are filled by `network_weights`.
 """
 
 import inspect
 import json
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pretrain.checkpoint import MANIFEST, PREFIX, read_manifest, stored_state
-from pretrain.config import HeadConfig, TrainConfig
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.distributed.tensor_files import Stored, local_rows
-from pretrain.models.architectures import ARCHITECTURES, architecture, nearest
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.distributed.tensor_files import Stored
+from pretrain.models.architectures import ARCHITECTURES, nearest
 from pretrain.models.huggingface import MODEL_TYPES, backbone_state, settings_of
-from pretrain.models.released import fitting_state, is_looked_at, released_names
+from pretrain.models.released import released_names
 from pretrain.models.vision_transformer import VisionTransformer
-from pretrain.student_teacher import Network, build_head
 from pretrain.weight_files import (
     BACKBONE,
     HEADS,
@@ -50,7 +47,6 @@ ANYWHERE = {"attention": "sdpa", "fp8": False}
 """of a trained model, wherever it is used: the kernels of its training may be missing there"""
 _PROGRAMS = ("model.onnx", "model.pt2", "model.ts")
 """what exports that run by themselves consist of"""
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
     if (path / TEACHER_WEIGHTS).is_file():
         description = _description(path / TEACHER_CONFIG)
         return Weights(str(path), description, lambda starts: stored_tensors(path / TEACHER_WEIGHTS, starts))
-    if (path / EXPORT_CONFIG).is_file():
+    if (path / EXPORT_CONFIG).is_file() and not _is_of_timm(path):
         return _exported(path)
     if made_for := next((name for name in _PROGRAMS if (path / name).is_file()), ""):
         raise ValueError(
@@ -105,8 +101,8 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
             "--format huggingface or safetensors."
         )
     if (path / TEACHER_CONFIG).is_file():
-        if "architecture" in _json(path / TEACHER_CONFIG) and (path / HUGGINGFACE_FILES[0]).is_file():
-            raise ValueError(f"{path} is a folder of timm: timm:{path} loads it to use; training takes the run itself.")
+        if _is_of_timm(path):
+            raise ValueError(f"{path} is a folder of timm, for use; training takes the run itself, or another format.")
         return _huggingface(path, part)
     found = _checkpoint(path, part) or _newest_of_run(path, part)
     if found is None:
@@ -115,157 +111,6 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
             "model, no finished checkpoint, no run with one."
         )
     return found
-
-
-@torch.no_grad()
-def load_network(network: Network, source: str | Path, part: str = "teacher", keep_offset: bool = False) -> list[str]:
-    """Fill a network, whole or sharded, from what `source` names: a rank reads the rows that it holds.
-
-    Of a network on `meta`, all is read and looked at, one tensor at a time, and nothing is kept. A learned position
-    table of another size is resized. Heads that the source lacks, as released files do, stay as they are, and the log
-    says so; heads of another shape are an error.
-
-    Args:
-        source: as for `find_weights`.
-        part: `teacher` or `student`, where the source has both.
-        keep_offset: the network's own position_offset holds, for it was asked for; else that of the source.
-
-    Returns:
-        Names of the heads that the source lacks.
-
-    Raises:
-        ValueError: nothing there that can be read, or another model.
-    """
-    weights = find_weights(source, part)
-    state = weights.stored((BACKBONE, *HEADS))
-    model = network.backbone
-    if not keep_offset and model.rope is None:
-        model.position_offset = offset_of(weights, model)
-    if weights.released and model.position_offset:
-        log.info(
-            "%s: positions are resized with position_offset=%g, as the code of its release does; "
-            "model.position_offset=0 is how transformers does it",
-            weights.source,
-            model.position_offset,
-        )
-    backbone = {name.removeprefix(BACKBONE): t for name, t in state.items() if name.startswith(BACKBONE)}
-    known = {name: t.read() if is_looked_at(name) else _shape_of(t) for name, t in backbone.items()}
-    try:
-        fitting = fitting_state(model, known, resize_position=True)
-    except ValueError as error:
-        raise ValueError(f"{weights.source} does not fit model.architecture: {error}") from None
-    chosen = {f"{BACKBONE}{n}": backbone[n] if t.is_meta else Stored.of(t) for n, t in fitting.items()}
-    lacking = []
-    for name, head in network.named_children():
-        if name == "backbone":
-            continue
-        tensors = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
-        if not tensors:
-            log.info("%s has no %s: it starts at random", weights.source, name)
-            lacking.append(name)
-            continue
-        own = head.state_dict()
-        differing = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
-        if differing:
-            found = "nothing" if differing[0] not in tensors else f"{list(tensors[differing[0]].shape)}"
-            raise ValueError(
-                f"{weights.source} has another {name}: {differing[0]} is {found} there and "
-                f"{list(own[differing[0]].shape)} here; set heads.{name.removesuffix('_head')} to the checkpoint's "
-                "numbers."
-            )
-        chosen |= {f"{name}.{key}": tensors[key] for key in own}
-    _fill(network, chosen, weights.source)
-    return lacking
-
-
-def _fill(network: Network, state: Mapping[str, Stored], source: str) -> None:
-    """Copy what this rank holds of each tensor that is given, one at a time."""
-    for name, tensor in network.state_dict().items():
-        if name not in state:
-            continue
-        start, local = local_rows(tensor)
-        rows = state[name].rows(start, start + len(local)) if local.ndim else state[name].read()
-        if not rows.isfinite().all():
-            raise ValueError(f"{source} holds values that are not finite, in {name}: give other weights.")
-        local.copy_(rows)
-
-
-def _shape_of(tensor: Stored) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def offset_of(weights: Weights, model: VisionTransformer) -> float:
-    """The position_offset that weights were trained or released with, for a model with a learned table."""
-    if weights.description and not weights.released:
-        return weights.description["model"].get("position_offset", 0.0)
-    return RELEASED_OFFSET if weights.released and not model.num_registers and not model.position_antialias else 0.0
-
-
-def load_teacher(source: str | Path) -> Network:
-    """A trained network with its heads, whole, built from its own description; raises as `teacher_weights` does."""
-    weights, network = teacher_weights(source)
-    network.to_empty(device="cpu")
-    fill_teacher(network, weights)
-    return network
-
-
-def teacher_weights(source: str | Path) -> tuple[Weights, Network]:
-    """Where a trained network with its heads lies, and the network on `meta`, built from its own description.
-
-    Raises:
-        ValueError: nothing there that can be read, or no heads with it, as in released files.
-    """
-    weights = find_weights(source)
-    if not weights.description.get("heads"):
-        raise ValueError(
-            f"{weights.source} has no heads, and distillation needs the prototypes of its teacher: give a run, "
-            "checkpoint, teacher or export of pretrain."
-        )
-    with torch.device("meta"):
-        network = described_network(weights.description)
-    state, expected = weights.stored((BACKBONE, *HEADS)), network.state_dict()
-    wrong = [k for k in expected.keys() | state.keys() if k not in state or k not in expected]
-    wrong = wrong or [k for k in expected if expected[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(f"{weights.source} is not what its description says: {sorted(wrong)[0]} differs.")
-    return weights, network
-
-
-@torch.no_grad()
-def fill_teacher(network: Network, weights: Weights) -> None:
-    """Fill the network of `teacher_weights`, whole or sharded: a rank reads the rows that it holds.
-
-    Raises:
-        ValueError: a file that is damaged, or values that are not finite.
-    """
-    _fill(network, weights.stored((BACKBONE, *HEADS)), weights.source)
-
-
-def described_network(description: Mapping[str, Any]) -> Network:
-    """The network that a description of ours is about, not filled; on whatever device is the default."""
-    heads = description["heads"]
-    backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]) | ANYWHERE)
-    dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
-    ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
-    return Network(backbone, dino_head, ibot_head)
-
-
-def describe_teacher(config: TrainConfig, meta: Mapping[str, Any], position_offset: float) -> dict[str, Any]:
-    """What a teacher's weights are, as its config.json and every checkpoint say it.
-
-    Args:
-        position_offset: of its backbone, which the weights that it started from may have brought.
-    """
-    sizes = config.crops.all_sizes()
-    model = architecture(config.model.architecture, **config.model.changes())
-    return {
-        "architecture": config.model.architecture,
-        "model": model | ({"position_offset": position_offset} if position_offset else {}),
-        "heads": asdict(config.heads),
-        "image": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "px": max(s.global_px for s in sizes)},
-        "config": asdict(config),
-        **meta,
-    }
 
 
 def complete_settings(architecture: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,6 +185,11 @@ def _exported(folder: Path) -> Weights:
         return tensors | (stored_tensors(folder / EXPORT_HEADS, heads) if has_heads else {})
 
     return Weights(str(folder), description, find)
+
+
+def _is_of_timm(folder: Path) -> bool:
+    config = folder / TEACHER_CONFIG
+    return (folder / HUGGINGFACE_FILES[0]).is_file() and config.is_file() and "architecture" in _json(config)
 
 
 def _huggingface(folder: Path, part: str) -> Weights:

@@ -9,22 +9,15 @@ import pytest
 
 from configs.commands import COMMANDS
 from tests.conftest import REPOSITORY
+from tests.wheel import build_wheel
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an installed wheel, without what it depends on."""
     root = tmp_path_factory.mktemp("installed")
-    source = root / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for name in tracked.stdout.splitlines():
-        if name.startswith(("curation/", "configs/", "pretrain/", "pyproject.toml", "README", "LICENSE")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
-    # What is not tracked yet is tried too.
-    (source / "configs" / "commands.py").write_bytes((REPOSITORY / "configs" / "commands.py").read_bytes())
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
-    subprocess.run([*pip, str(root / "site"), str(source)], check=True, timeout=300)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(root / "site")]
+    subprocess.run([*pip, str(build_wheel(root))], check=True, timeout=300)
     return root / "site"
 
 

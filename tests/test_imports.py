@@ -97,6 +97,36 @@ def test_curation_imports_no_torch_before_it_needs_it() -> None:
     assert done.stdout.strip() == "False"
 
 
+TRAINER = (
+    "ray",
+    "numba",
+    "webdataset",
+    "submitit",
+    "pretrain.train",
+    "pretrain.config",
+    "pretrain.losses",
+    "pretrain.student_teacher",
+    "pretrain.optim",
+)
+"""what seedbed[use] has not, and what its users need not load"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        (("backbone", "pca", "explore.__main__"), TRAINER),
+        (("features", "pixels", "embedders.of_onnx", "serve.command"), (*TRAINER, "torch")),
+    ],
+    ids=["with torch", "without torch"],
+)
+def test_who_uses_a_backbone_loads_no_trainer(modules: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
+    imports = ", ".join(f"pretrain.downstream.{name}" for name in modules)
+    code = f"import sys, {imports}; print(*(name for name in {forbidden} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
 def test_what_takes_a_device_imports_torch_and_no_ray() -> None:
     files = sorted((REPOSITORY / "curation" / "ops").glob("torch_*.py"))
     assert files

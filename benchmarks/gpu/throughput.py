@@ -12,10 +12,10 @@ from benchmarks.gpu.measure import Setting, memory, milliseconds
 from benchmarks.gpu.table import Figures, Part
 from benchmarks.gpu.training import image_tar
 from pretrain.data.crops import CropsConfig
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.loader import DataConfig, DatasetConfig, LoaderConfig, build_loader
 from pretrain.data.masks import MaskConfig
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.downstream.evals.knn import backbone_features
+from pretrain.downstream.evals.frozen import Frozen
 from pretrain.models.architectures import build
 
 PX = 224
@@ -35,7 +35,8 @@ def throughput(at: Setting) -> Iterator[Part]:
 
 def ours(at: Setting, name: str) -> Callable[[Tensor], Tensor]:
     model = build(name, device=at.device, position_grid=PX // 14).eval()
-    return backbone_features(model, IMAGENET_MEAN, IMAGENET_STD, bfloat16=True)
+    frozen = Frozen(tokens=model, mean=IMAGENET_MEAN, std=IMAGENET_STD, px=PX, device=at.device, bfloat16=True)
+    return lambda images: frozen.pool(images)[0]
 
 
 def timm(at: Setting, name: str) -> Callable[[Tensor], Tensor]:

@@ -46,16 +46,18 @@ def knn_figures(trained: Path) -> str:
     if not results:
         raise FileNotFoundError(f"{evaluation} holds no result.json; train with evaluation.every_steps set.")
     first, last = (json.loads(path.read_text()) for path in (results[0], results[-1]))
+    knn = last["evaluations"]["knn"]
     baselines = json.loads((evaluation / "baselines.json").read_text())[-1]["figures"]
     rows = {
-        "chance": 1 / last["num_classes"],
+        "chance": knn["figures"]["chance"],
         "raw pixels": baselines["knn_pixels"],
         "random features": baselines["knn_random"],
-        f"teacher, step {first['step']}": first["accuracy"],
-        f"teacher, step {last['step']}": last["accuracy"],
+        f"teacher, step {first['step']}": first["evaluations"]["knn"]["value"],
+        f"teacher, step {last['step']}": knn["value"],
     }
-    k = next(iter(last["by_k"]))
-    title = f"{k}-NN: {last['num_train']} labelled pictures vote on {last['num_val']}, {last['num_classes']} concepts"
+    k, classes = next(iter(knn["figures"])).removeprefix("k="), round(1 / knn["figures"]["chance"])
+    images = knn["images"]
+    title = f"{k}-NN: {images['train']} labelled pictures vote on {images['val']}, {classes} concepts"
     return "\n".join([title, *(f"  {name:<18} {value:6.1%}" for name, value in rows.items())])
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pretrain.data.crops import Crops, CropSizes
-from pretrain.data.photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric, normalize, photometric, to_float
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.photometric import Photometric, normalize, photometric, to_float
 
 _CACHED_PIXELS = 6 * 224 * 224  # measured: fewer cost calls, more cost memory traffic
 

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.photometric_kernel import distort
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 BLUR_TAPS = 9
 _LUMA = (0.299, 0.587, 0.114)
 _SOLARIZE_FROM = 128 / 255

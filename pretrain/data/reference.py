@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from pretrain.data.crops import NUM_GLOBAL_CROPS, CropsConfig, CropSizes
-from pretrain.data.photometric import BLUR_TAPS, IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.photometric import BLUR_TAPS
 
 
 class ReferenceCrops:

@@ -3,14 +3,15 @@
 backbone = load_backbone("RUN")                    # a run folder: its newest teacher
 backbone = load_backbone("RUN/checkpoints/step-00010000")
 backbone = load_backbone("RUN/teacher")            # teacher.safetensors + config.json
-backbone = load_backbone("EXPORT")                 # a Hugging Face folder that pretrain.downstream.export wrote
+backbone = load_backbone("EXPORT")                 # whatever pretrain.downstream.export wrote, programs too
 backbone = load_backbone("dinov2_vits14_reg4_pretrain.pth", architecture="dinov2_vits14_reg")
 backbone = load_backbone("hf:facebook/dinov2-small")                       # of the Hugging Face hub, or its cache
-backbone = load_backbone("timm:vit_small_patch16_dinov3.lvd1689m")         # any ViT of timm
+backbone = load_backbone("timm:vit_small_patch16_dinov3.lvd1689m")         # any ViT of timm, or a folder of one
 features = backbone.features(images)               # Features(cls, registers, patches, grid)
 features = backbone.layers(images, "four")         # of the four blocks that dense heads want
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.downstream.timm_model import TimmModel, load_timm
+from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.downstream.program_model import ProgramModel, load_program, program_file
+from pretrain.downstream.timm_model import TimmModel, is_timm_folder, load_timm
 from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.released import load_released
 from pretrain.models.vision_transformer import Features, VisionTransformer
 from pretrain.weight_files import BACKBONE, HEADS
-from pretrain.weights import ANYWHERE, complete_settings, find_weights
+from pretrain.weights import ANYWHERE, EXPORT_CONFIG, complete_settings, find_weights
 
 __all__ = ["Backbone", "Features", "ImageSettings", "complete_settings", "load_backbone", "load_heads"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 log = logging.getLogger(__name__)
 # How a trained model is run, not what it is: the only settings that loading may change.
 CHANGEABLE = ("attention", "fp8", "position_antialias", "position_offset")
@@ -74,21 +75,23 @@ class ImageSettings:
 class Backbone:
     """A trained model in eval mode, float32, with what is known about it."""
 
-    model: VisionTransformer | TimmModel
+    model: VisionTransformer | TimmModel | ProgramModel
     image: ImageSettings
     architecture: str
     """name in pretrain.models.architectures, or timm's"""
     settings: dict[str, Any]
-    """keyword arguments of VisionTransformer, complete; empty for a model of timm"""
+    """keyword arguments of VisionTransformer, complete; empty for a model of timm and for a program"""
     source: str
     """the folder or file that was read"""
     description: dict[str, Any]
     """config.json of the teacher: step, phase, heads, the training config; empty for released weights"""
+    released: bool = False
+    """its weights were read from files as the published ones are"""
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return self.model.depth if isinstance(self.model, TimmModel) else len(self.model.blocks)
+        return self.model.depth
 
     def features(self, images: Tensor, fit: str = "exact") -> Features:
         """Tokens after the last block and the final norm; without gradient.
@@ -110,6 +113,9 @@ class Backbone:
             which: see `chosen_layers`.
             norm: apply the final norm to each.
             fit: as for `features`.
+
+        Raises:
+            ValueError: blocks that the model does not have, or, of a program, any but the last.
         """
         indices = chosen_layers(which, self.depth)
         with torch.inference_mode():
@@ -197,8 +203,8 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
     """Load a backbone strictly: every parameter, and none that the model lacks.
 
     Args:
-        path: a run folder, step-* checkpoint, teacher folder, export of ours, a released .pth or .safetensors, a
-            Hugging Face folder; `hf:OWNER/NAME` of the hub; `timm:NAME`.
+        path: a run folder, step-* checkpoint, teacher folder, export of ours in any format, a released .pth or
+            .safetensors, a folder of Hugging Face or timm; `hf:OWNER/NAME` of the hub; `timm:NAME`.
         architecture: of a released file, which does not say; must be empty or agree for everything else.
         changes: how a trained model is run, see CHANGEABLE.
 
@@ -212,11 +218,33 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         )
     if not isinstance(offset := changes.get("position_offset", 0), int | float) or not 0 <= offset < 1:
         raise ValueError(f"position_offset={offset} must be in [0, 1).")
-    if str(path).startswith(TIMM):
-        if architecture or changes:
-            raise ValueError(f"{path} is a model of timm as it is: architecture and changes do not apply.")
-        return _of_timm(str(path))
-    weights = find_weights(_place(path))
+    place = Path(path) if str(path).startswith(TIMM) else _place(path)
+    backbone = _as_it_is(str(path), place)
+    if backbone is None:
+        return _of_weights(place, architecture, changes)
+    if changes:
+        raise ValueError(f"{path} is a model as it is, of timm or a program: changes do not apply.")
+    if architecture and architecture != backbone.architecture:
+        raise ValueError(f"{path} holds a {backbone.architecture}, not the {architecture} that was asked for.")
+    return backbone
+
+
+def _as_it_is(path: str, place: Path) -> Backbone | None:
+    """What is not weights of ours to load, but a model of another library; None for weights."""
+    if path.startswith(TIMM) or is_timm_folder(place):
+        name = path.removeprefix(TIMM) if path.startswith(TIMM) else str(place)
+        model, known = load_timm(name)
+        image = ImageSettings(tuple(known["mean"]), tuple(known["std"]), int(known["input_size"][-1]))
+        told = _json(Path(name) / EXPORT_CONFIG)  # of ours; timm's own folders have none
+        return Backbone(model, image, told.get("architecture", name), {}, path, told)
+    if file := program_file(place):
+        program, told = load_program(file)
+        return Backbone(program, image_settings(told), told["architecture"], {}, path, told)
+    return None
+
+
+def _of_weights(place: Path, architecture: str, changes: dict[str, Any]) -> Backbone:
+    weights = find_weights(place)
     known = weights.description.get("architecture", "")
     if not architecture and not known:
         raise ValueError(
@@ -241,14 +269,8 @@ def load_backbone(path: str | Path, architecture: str = "", **changes: Any) -> B
         settings=settings,
         source=weights.source,
         description=weights.description if not weights.released else {},
+        released=weights.released,
     )
-
-
-def _of_timm(path: str) -> Backbone:
-    name = path.removeprefix(TIMM)
-    model, known = load_timm(name)
-    image = ImageSettings(tuple(known["mean"]), tuple(known["std"]), int(known["input_size"][-1]))
-    return Backbone(model=model, image=image, architecture=name, settings={}, source=path, description={})
 
 
 def _place(path: str | Path) -> Path:
@@ -282,6 +304,10 @@ def build_model(settings: dict[str, Any], state: dict[str, Tensor], source: str)
     except ValueError as error:
         raise ValueError(f"{source} is not of this model: {error}") from None
     return model.requires_grad_(False).eval()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def image_settings(description: Mapping[str, Any]) -> ImageSettings:

@@ -1,6 +1,7 @@
 """Features of a set of images, as files: python -m pretrain.downstream.features BACKBONE IMAGES --out FOLDER
 
-BACKBONE is whatever `load_backbone` takes. IMAGES is a folder, tar, Parquet file, glob or several joined by commas.
+BACKBONE is whatever `load_backbone` takes, or an ONNX export, which needs no torch. IMAGES is a folder, tar, Parquet
+file, glob or several joined by commas.
 One file for each part of the set (a tar, a Parquet file, 1,000 files of a folder), in the order of its images:
 
     parquet   features-00000.parquet: key, reason (null for what was read), cls, and what --with asks for: mean (of the
@@ -28,18 +29,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from configs.messages import named_folder, sentence
 from curation.engine.progress import StageProgress
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
 from pretrain.data.decode import Damaged, ImageLimits
-from pretrain.distributed.collectives import choose_device
-from pretrain.downstream.backbone import Backbone, load_backbone, one_by_one
-from pretrain.downstream.evals.labelled import eval_crop, find_sets, whole_picture
-from pretrain.models.vision_transformer import Features
+from pretrain.downstream.embedders.load import Embedded, Embedder, crop_side, load_embedder
+from pretrain.downstream.pixels import eval_crop, find_sets, short_side, whole_picture
 
 FORMATS = ("parquet", "npy")
 EXTRAS = ("mean", "patches")
@@ -101,7 +98,7 @@ class Rows:
 
 
 def extract(
-    backbone: Backbone, sets: Sequence[Part], out: Path, settings: FeatureSettings, rank: int = 0, world_size: int = 1
+    embedder: Embedder, sets: Sequence[Part], out: Path, settings: FeatureSettings, rank: int = 0, world_size: int = 1
 ) -> tuple[int, int]:
     """Write the files of this process's parts that are not there yet; (images, those that could not be read).
 
@@ -111,7 +108,7 @@ def extract(
     """
     out.mkdir(parents=True, exist_ok=True)
     parts = sha256("".join(part.id for part in sets).encode()).hexdigest()[:16]
-    _check_settings(out, settings.of(backbone.source) | {"images": parts})
+    _check_settings(out, settings.of(embedder.source) | {"images": parts})
     mine = range(rank, len(sets), world_size)
     own = [n for n in mine if not _is_done(out, n, settings)]
     if len(own) < len(mine):
@@ -122,12 +119,12 @@ def extract(
             rows = Rows(columns={name: [] for name in ("cls", *settings.extras)})
             seen = 0
             for batch in _batches(_decoded(sets[number], settings), settings.batch_size):
-                _add(rows, batch, backbone, settings)
+                _add(rows, batch, embedder, settings)
                 advanced = sum(one.size for one in batch)
                 seen += advanced
                 progress.advance(advanced / 1e6)
             progress.advance(max(sets[number].size - seen, 0) / 1e6)
-            _write(out, number, rows, settings, backbone.model.embed_dim)
+            _write(out, number, rows, settings, embedder.embed_dim)
             images += len(rows.keys)
             unread += sum(reason is not None for reason in rows.reasons)
     return images, unread
@@ -166,7 +163,7 @@ def _decode(sample: Sample, settings: FeatureSettings) -> Decoded:
         if settings.whole:
             pixels = whole_picture(sample.content, settings.px)
         else:
-            pixels = eval_crop(sample.content, settings.px, round(settings.px * 256 / 224))
+            pixels = eval_crop(sample.content, settings.px, short_side(settings.px))
     except Damaged as damage:
         return Decoded(sample.key, size, None, damage.reason)
     return Decoded(sample.key, size, pixels, None)
@@ -177,35 +174,32 @@ def _batches(found: Iterator[Decoded], batch_size: int) -> Iterator[list[Decoded
         yield batch
 
 
-def _add(rows: Rows, batch: Sequence[Decoded], backbone: Backbone, settings: FeatureSettings) -> None:
-    device = next(backbone.model.parameters()).device
-    pixels = [one.pixels for one in batch if one.pixels is not None]
-    features: Iterator[Features] = iter(())
-    if pixels:
-        images = [torch.tensor(image).permute(2, 0, 1)[None].to(device) for image in pixels]
-        normalise = backbone.image.normalise
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            if settings.whole:
-                features = iter(backbone.features_of_each([normalise(image)[0] for image in images], fit="pad"))
-            else:
-                found = backbone.features(normalise(torch.cat(images)))
-                # To the processor once, not image by image: each copy waits for the device.
-                features = one_by_one(Features(found.cls.cpu(), found.registers, found.patches.cpu(), found.grid))
-    for one in batch:
-        if one.pixels is None:
-            rows.add(one.key, one.reason, None, None)
-        else:
-            each = next(features)
-            rows.add(one.key, None, _row(each, settings), each.grid)
+def _add(rows: Rows, batch: Sequence[Decoded], embedder: Embedder, settings: FeatureSettings) -> None:
+    """Embed a batch, images of equal size together, and add a row for each of them in their order."""
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for number, one in enumerate(batch):
+        if one.pixels is not None:
+            sizes.setdefault(one.pixels.shape, []).append(number)
+    found: dict[int, tuple[dict[str, np.ndarray], tuple[int, int]]] = {}
+    for numbers in sizes.values():
+        images = np.stack([pixels for n in numbers if (pixels := batch[n].pixels) is not None])
+        embedded = embedder(images, with_patches=bool(settings.extras))
+        columns = _columns(embedded, settings)
+        for place, number in enumerate(numbers):
+            found[number] = {name: values[place] for name, values in columns.items()}, embedded.grid
+    for number, one in enumerate(batch):
+        row, grid = found.get(number, (None, None))
+        rows.add(one.key, one.reason, row, grid)
 
 
-def _row(features: Features, settings: FeatureSettings) -> dict[str, np.ndarray]:
-    found: dict[str, Tensor] = {"cls": features.cls[0]}
-    if "mean" in settings.extras:
-        found["mean"] = features.patches[0].float().mean(dim=0)
-    if "patches" in settings.extras:
-        found["patches"] = features.patches[0].flatten()
-    return {name: value.float().cpu().numpy().astype(settings.dtype) for name, value in found.items()}
+def _columns(embedded: Embedded, settings: FeatureSettings) -> dict[str, np.ndarray]:
+    found = {"cls": embedded.cls}
+    if embedded.patches is not None:
+        if "mean" in settings.extras:
+            found["mean"] = embedded.patches.mean(axis=1)
+        if "patches" in settings.extras:
+            found["patches"] = embedded.patches.reshape(len(embedded.cls), -1)
+    return {name: values.astype(settings.dtype) for name, values in found.items()}
 
 
 def _name(number: int, rest: str) -> str:
@@ -274,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.downstream.features", description="Features of a set of images, as files."
     )
-    parser.add_argument("backbone", help="run, checkpoint, teacher, export, released file, hf:OWNER/NAME or timm:NAME")
+    parser.add_argument("backbone", help="run, checkpoint, export, ONNX, released file, hf:OWNER/NAME or timm:NAME")
     parser.add_argument("images", help="folder, tar, Parquet file or glob; several joined by commas")
     parser.add_argument("--out", required=True, type=named_folder, help="folder for the files")
     parser.add_argument("--architecture", default="", help="of a released file, which does not say")
@@ -289,14 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         rank, world_size, local = (int(os.environ.get(name, default)) for name, default in _RANKS)
-        device = choose_device(asked.device, "--device")
-        if device.type == "cuda" and device.index is None and world_size > 1:
-            device = torch.device("cuda", local)
         sets = find_sets(asked.images)
-        backbone = load_backbone(asked.backbone, asked.architecture)
-        backbone.model.to(device)
+        gpu = local if world_size > 1 else None
+        embedder = load_embedder(asked.backbone, asked.architecture, asked.device, asked.bfloat16, gpu)
         settings = FeatureSettings(
-            px=_side(asked.px, backbone, asked.whole),
+            px=asked.px if asked.whole and asked.px is not None else crop_side(asked.px, embedder),
             whole=asked.whole,
             extras=tuple(asked.extras),
             format=asked.format,
@@ -304,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=asked.batch_size,
             bfloat16=asked.bfloat16,
         )
-        images, unread = extract(backbone, sets, asked.out, settings, rank, world_size)
+        images, unread = extract(embedder, sets, asked.out, settings, rank, world_size)
     except KeyboardInterrupt:
         print("stopped; the same command continues.", file=sys.stderr)
         return 130
@@ -314,16 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = f"; {unread:,} of them could not be read, their rows say why" if unread else ""
     print(f"{images:,} images written to {asked.out}{told}")
     return 0
-
-
-def _side(px: int | None, backbone: Backbone, whole: bool) -> int:
-    patch = backbone.model.patch_size
-    if px is None:
-        return max(backbone.image.px // patch, 1) * patch
-    if px % patch and not whole:
-        least = max(px // patch, 1) * patch
-        raise ValueError(f"--px {px} does not split into patches of {patch} px; use {least} or {least + patch}.")
-    return px
 
 
 if __name__ == "__main__":

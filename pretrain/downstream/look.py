@@ -1,6 +1,7 @@
 """What a backbone sees in pictures, as arrays: PCA colours, foreground, attention of CLS, similarity to a patch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pretrain.downstream.backbone import Backbone
 from pretrain.downstream.components import as_colours, principal_scores
+from pretrain.downstream.timm_model import TimmModel
 from pretrain.models.layers.block import Block
 from pretrain.models.layers.rope import rotate
 from pretrain.models.vision_transformer import VisionTransformer
@@ -96,11 +98,16 @@ def attention_maps(backbone: Backbone, image: Tensor) -> np.ndarray:
         image: normalised, [3, H, W].
 
     Raises:
-        ValueError: a model of timm, whose attention is its own.
+        ValueError: a program, or a model of timm whose last block does not show its attention.
     """
     model = backbone.model
+    if isinstance(model, TimmModel):
+        return _attention_of_timm(model, image)
     if not isinstance(model, VisionTransformer):
-        raise ValueError("attention maps are of models of pretrain and of released DINOv2 and DINOv3, not of timm's.")
+        raise ValueError(
+            f"{backbone.source} is a program, which does not show its attention; take the run, or an export of "
+            "--format huggingface, timm or safetensors."
+        )
     block = model.blocks[-1]
     assert isinstance(block, Block)
     if len(model.blocks) > 1:
@@ -116,3 +123,20 @@ def attention_maps(backbone: Backbone, image: Tensor) -> np.ndarray:
         q, k = rotate(q, table), rotate(k, table)
     weights = torch.softmax(q[:, :1] @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
     return weights[:, 0, model.num_prefix_tokens :].unflatten(1, grid).float().cpu().numpy()
+
+
+def _attention_of_timm(model: TimmModel, image: Tensor) -> np.ndarray:
+    """Of timm's own attention, which shows its weights to its dropout where it is not fused."""
+    attention: Any = getattr(model.model.blocks[-1], "attn", None)
+    if not hasattr(attention, "attn_drop") or not hasattr(attention, "fused_attn"):
+        raise ValueError("the last block of this model of timm does not show its attention.")
+    seen: list[Tensor] = []
+    hook = attention.attn_drop.register_forward_hook(lambda _module, _given, weights: seen.append(weights))
+    fused, attention.fused_attn = attention.fused_attn, False
+    try:
+        (features,) = model([image[None]])
+    finally:
+        attention.fused_attn = fused
+        hook.remove()
+    (weights,) = seen
+    return weights[0, :, 0, model.num_prefix_tokens :].unflatten(1, features.grid).float().cpu().numpy()

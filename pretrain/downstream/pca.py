@@ -1,9 +1,11 @@
 """Pictures of what a backbone sees: python -m pretrain.downstream.pca BACKBONE IMAGE... -o out.png
 
 A row for each image, at its own aspect: the image, and its patches as colours, the first three principal components of
-all the patches of all the images together (DINOv2, arXiv:2304.07193, fig. 1). IMAGE may be a folder, such as the frames
-of a video, in the order of their names.
+all the patches of all the images together (DINOv2, arXiv:2304.07193, fig. 1). IMAGE may be a folder, whose images are
+taken in the order of their names, or a video, of which some frames are taken, evenly spaced.
 
+    --px N                 shorter side of each image; `own` is its own, to the nearest whole patches
+    --frames N             of each video
     --foreground           only patches above the middle of the first component, which come first; others are black
     --attention            beside it the attention of CLS to the patches, a picture for each head of the last block
     --similar-to X,Y       beside it the cosine of every patch with the one at these shares of the first image's width
@@ -20,21 +22,24 @@ import torch
 from PIL import Image
 
 from configs.messages import sentence
-from pretrain.data.decode import IMAGE_SUFFIXES, Damaged
+from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_image
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import Backbone, load_backbone
-from pretrain.downstream.evals.labelled import whole_picture
 from pretrain.downstream.look import attention_maps, first_component, patch_grids, pca_colours, similarity
+from pretrain.downstream.pixels import whole_picture
 
 MAX_IMAGES = 64
+VIDEO_SUFFIXES = frozenset({"avi", "m4v", "mkv", "mov", "mp4", "webm"})
+OWN = "own"
+# From dark over red to light yellow, for figures from 0 to 1: ever brighter, so it reads without colour too.
+HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
+_MAX_PATCHES = 40_000  # of one image: the attention of that many takes minutes on a processor
 _GAP_PX = 8
 _FOREGROUND = 0.5
-# From dark over red to light yellow, for figures from 0 to 1: ever brighter, so it reads without colour too.
-_HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files that were named, and those of named folders, in the order of names.
+    """The image and video files that were named, and the images of named folders, in the order of names.
 
     Raises:
         ValueError: a path that is not there, a folder without images, or more than MAX_IMAGES.
@@ -45,8 +50,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not inside or not inside[0].exists():
             raise ValueError(f"{path} {'holds no image' if path.is_dir() else 'does not exist'}.")
         found += inside
-    if len(found) > MAX_IMAGES:
-        raise ValueError(f"{len(found)} images are more than the {MAX_IMAGES} that one picture shows; name fewer.")
+    _check_number(len(found))
     return found
 
 
@@ -54,20 +58,80 @@ def _is_image(path: Path) -> bool:
     return path.is_file() and path.suffix[1:].lower() in IMAGE_SUFFIXES
 
 
-def read_picture(path: Path, short_px: int, patch_size: int) -> np.ndarray:
-    """`whole_picture` of a file; raises ValueError where it cannot be read."""
+def _check_number(images: int) -> None:
+    if images > MAX_IMAGES:
+        raise ValueError(f"{images} images are more than the {MAX_IMAGES} that one picture shows; name fewer.")
+
+
+def read_pictures(paths: Sequence[Path], short_px: int | None, patch_size: int, frames: int) -> list[np.ndarray]:
+    """`whole_picture` of each file, and of so many frames of each video.
+
+    Args:
+        short_px: shorter side; None for each image's own.
+
+    Raises:
+        ValueError: one cannot be read, is too large, or there are more than MAX_IMAGES with the frames.
+    """
+    _check_number(sum(frames if _is_video(path) else 1 for path in paths))
+    found = []
+    for path in paths:
+        for content in video_frames(path, frames) if _is_video(path) else [path.read_bytes()]:
+            try:
+                encoded = open_image(content, ImageLimits())
+                px = max(short_px or min(encoded.height, encoded.width), patch_size)
+                check_px(f"{path} at its own {px} px", px, patch_size)
+                found.append(whole_picture(content, px, patch_size))
+            except Damaged as damage:
+                raise ValueError(f"{path} cannot be read: {damage.reason}.") from None
+    return found
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix[1:].lower() in VIDEO_SUFFIXES
+
+
+def video_frames(path: Path, count: int) -> list[bytes]:
+    """That many frames of a video, evenly spaced, upright, as PNG: from here on they are images like others.
+
+    Raises:
+        ValueError: no opencv, no video, or one without a frame that can be read.
+    """
     try:
-        return whole_picture(path.read_bytes(), short_px, patch_size)
-    except Damaged as damage:
-        raise ValueError(f"{path} cannot be read: {damage.reason}.") from None
+        import cv2
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path} is a video, and those are read by opencv: pip install opencv-python-headless."
+        ) from None
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    found: list[bytes] = []
+    try:
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        for number in sorted({(2 * n + 1) * total // (2 * count) for n in range(count)}):
+            capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+            there, frame = capture.read()
+            if there:  # a count in a header is sometimes an estimate
+                found.append(cv2.imencode(".png", frame)[1].tobytes())
+    finally:
+        capture.release()
+    if not found:
+        raise ValueError(f"{path} cannot be read as a video: opencv finds no frame in it.")
+    return found
+
+
+def check_px(what: str, px: int, patch_size: int) -> None:
+    """Raises ValueError: a picture whose shorter side is `px` would be less than a patch, or more than are borne."""
+    if px < patch_size:
+        raise ValueError(f"{what} is less than a patch of {patch_size} px.")
+    if (px // patch_size) ** 2 > _MAX_PATCHES:
+        raise ValueError(f"{what} has more than {_MAX_PATCHES:,} patches of {patch_size} px; give a lower --px.")
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Figures [h, w] as colours, uint8 [h, w, 3]: `low` is dark, `high` light."""
-    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT) - 1)
-    first = np.minimum(place.astype(int), len(_HEAT) - 2)
+    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
+    first = np.minimum(place.astype(int), len(HEAT) - 2)
     share = (place - first)[..., None]
-    return (_HEAT[first] * (1 - share) + _HEAT[first + 1] * share).round().astype(np.uint8)
+    return (HEAT[first] * (1 - share) + HEAT[first + 1] * share).round().astype(np.uint8)
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], sizes: Sequence[tuple[int, int]]) -> Image.Image:
@@ -90,15 +154,13 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], sizes: Sequence[tuple[int, int]]
 
 def draw(
     backbone: Backbone,
-    paths: Sequence[Path],
-    short_px: int,
+    images: Sequence[np.ndarray],
     foreground: bool = False,
     attention: bool = False,
     similar_to: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The page of a command; see the top of this file."""
+    """The page of a command, of images uint8 [H, W, 3]; see the top of this file."""
     device = next(backbone.model.parameters()).device
-    images = [read_picture(path, short_px, backbone.model.patch_size) for path in paths]
     ready = [torch.tensor(image, device=device).permute(2, 0, 1)[None] for image in images]
     normal = [backbone.image.normalise(image)[0] for image in ready]
     grids = patch_grids(backbone, normal)
@@ -125,10 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pretrain.downstream.pca", description="Pictures of what a backbone sees: patches as colours."
     )
     parser.add_argument("backbone", help="run, checkpoint, teacher, export, released file, hf:OWNER/NAME or timm:NAME")
-    parser.add_argument("images", nargs="+", type=Path, help="images, or folders of them")
+    parser.add_argument("images", nargs="+", type=Path, help="images, folders of them, or videos")
     parser.add_argument("-o", "--out", required=True, type=Path, help="the picture to write, .png or .jpg")
     parser.add_argument("--architecture", default="", help="of a released file, which does not say")
-    parser.add_argument("--px", type=int, help="shorter side of each image (default: twice that of training)")
+    parser.add_argument("--px", help="shorter side of each image, or own (default: twice that of training)")
+    parser.add_argument("--frames", type=int, default=16, help="of each video, evenly spaced (default: %(default)s)")
     parser.add_argument("--foreground", action="store_true", help="only what stands out by the first component")
     parser.add_argument("--attention", action="store_true", help="also the attention of CLS, by head")
     parser.add_argument("--similar-to", metavar="X,Y", help="also the cosine with a patch of the first image")
@@ -138,14 +201,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise ValueError(f"--out {asked.out} must end in .png or .jpg.")
         similar_to = None if asked.similar_to is None else _share(asked.similar_to)
+        if asked.frames < 1:
+            raise ValueError(f"--frames {asked.frames} must be 1 or more.")
         paths = find_images(asked.images)
         device = choose_device(asked.device, "--device")
         backbone = load_backbone(asked.backbone, asked.architecture)
         backbone.model.to(device)
-        short_px = 2 * backbone.image.px if asked.px is None else asked.px
-        if short_px < backbone.model.patch_size:
-            raise ValueError(f"--px {short_px} is less than a patch of {backbone.model.patch_size} px.")
-        page = draw(backbone, paths, short_px, asked.foreground, asked.attention, similar_to)
+        short_px = _short_px(asked.px, backbone)
+        images = read_pictures(paths, short_px, backbone.model.patch_size, asked.frames)
+        page = draw(backbone, images, asked.foreground, asked.attention, similar_to)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         page.save(asked.out)
     except (ValueError, OSError) as error:
@@ -153,8 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     columns = ["image", "patches as colours"] + ["similarity"] * (similar_to is not None)
     columns += ["attention of each head"] * asked.attention
-    print(f"{len(paths)} images in {asked.out}: {', '.join(columns)}")
+    print(f"{len(images)} images in {asked.out}: {', '.join(columns)}")
     return 0
+
+
+def _short_px(text: str | None, backbone: Backbone) -> int | None:
+    if text is None:
+        return 2 * backbone.image.px
+    if text == OWN:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"--px {text} must be a number of pixels, or {OWN}.")
+    check_px(f"--px {text}", int(text), backbone.model.patch_size)
+    return int(text)
 
 
 def _share(text: str) -> tuple[float, float]:

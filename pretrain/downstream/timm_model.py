@@ -1,5 +1,6 @@
 """Models of timm behind the same tokens as ours: any ViT that gives them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.vision_transformer import Features
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class TimmModel(nn.Module):
@@ -60,6 +63,16 @@ class TimmModel(nn.Module):
         prefix, patches = tokens.split([self.num_prefix_tokens, tokens.shape[1] - self.num_prefix_tokens], dim=1)
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         return Features(prefix[:, 0], prefix[:, 1:], patches, grid)
+
+
+def is_timm_folder(folder: Path) -> bool:
+    """Whether timm reads this folder: an export of ours, or what it pushes to the hub."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    is_theirs = isinstance(config, dict) and "architecture" in config and "model_type" not in config
+    return is_theirs and any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def load_timm(name: str) -> tuple[TimmModel, dict[str, Any]]:

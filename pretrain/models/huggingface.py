@@ -220,6 +220,7 @@ def _settings_dinov3(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_base": float(config.get("rope_theta") or rope.get("rope_theta") or 100.0),
         "qkv_bias": query_bias,
         "mask_key_bias": query_bias and not config.get("key_bias", False),
+        "untied_local_norm": False,  # of training; the class has none, of the 7B model neither
         "norm_eps": config.get("layer_norm_eps", 1e-5),
     }
 

@@ -138,6 +138,11 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
     def registers_name(self) -> str:
         """The released name of the register tokens."""
         return "register_tokens" if self.family == "dinov2" else "storage_tokens"

@@ -17,12 +17,17 @@ ONLINE = "pretrain.downstream.evals.online"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """k-NN accuracy on a labelled set, and PCA pictures of a few of its images; changes nothing in the training."""
+    """k-NN accuracy on a labelled set, other evaluations by name, and PCA pictures; changes nothing in the training."""
 
     every_steps: int = 0
     """steps between two evaluations, each also at the first and last step; 0: none"""
+    names: list[str] = field(default_factory=lambda: ["knn"])
+    """what is measured: knn, linear, logistic, fewshot, retrieval, copies, segmentation, depth, discovery
+    (pretrain.downstream.evals); on `train` and `val`, and on the `sets` of each one's kind"""
+    sets: str = ""
+    """a YAML file of further sets (pretrain/downstream/evals/sets.py)"""
     train: str = ""
-    """labelled tars that vote: path, glob or folder; empty: no k-NN"""
+    """labelled tars that vote or teach: path, glob or folder; empty: nothing is measured on `val`"""
     val: str = ""
     """labelled tars to classify; the pictures are of its first images"""
     train_labels: str = ""
@@ -53,10 +58,10 @@ class EvaluationConfig:
         ranges = dict.fromkeys(counts, "[0, inf)")
         ranges |= dict.fromkeys(("px", "k", "batch_size", "pca_grid"), "[1, inf)")
         check_ranges("evaluation", self, **ranges | {"temperature": "(0, inf)"})
-        if self.every_steps and not self.val:
+        if self.every_steps and not (self.val or self.sets):
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} needs labelled tars: give evaluation.val and, for k-NN, "
-                "evaluation.train, or set evaluation.every_steps=0."
+                "evaluation.train, or evaluation.sets, or set evaluation.every_steps=0."
             )
         if not self.k:
             raise ValueError("evaluation.k=[] must be one or more numbers of neighbours.")
@@ -105,7 +110,7 @@ def run_evaluation(
         left: whether this rank is asked to stop; all then raise Stopped.
 
     Returns:
-        figures for Metrics.evaluation: `knn`, `knn/<k>`, and of the first evaluation `knn_pixels`, `knn_random`.
+        figures for Metrics.evaluation: `knn`, `knn/<k>`, `knn_pixels`, `knn_random`, and what else is named.
     """
     online = importlib.import_module(ONLINE)
     settings = {**asdict(config), "mean": list(mean), "std": list(std)}

@@ -96,6 +96,18 @@ def test_bfloat16_on_a_processor_is_as_exact_as_the_fused_kernel() -> None:
     assert (plain - expected).abs().mean() < 1.5 * (fused - expected).abs().mean()
 
 
+@pytest.mark.parametrize("tokens", [5, 300, 1100])
+def test_bfloat16_in_use_takes_some_queries_at_a_time(tokens: int) -> None:
+    q, k, v = (random(1, 2, tokens, 16, seed=seed) for seed in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    low = [x.bfloat16() for x in (q, k, v)]
+    with torch.inference_mode():
+        found = attend(*low).float()
+    fused = torch.nn.functional.scaled_dot_product_attention(*low).float()
+    assert found.shape == exact.shape
+    assert (found - exact).abs().mean() < 1.5 * (fused - exact).abs().mean()
+
+
 def test_folded_layer_scale_equals_the_product() -> None:
     """Values and gradients, also of the factor itself; a replaced linear layer keeps its own forward."""
     linear, scale = torch.nn.Linear(6, 4).double(), LayerScale(4, 1.0).double()

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from pretrain.downstream.evals.knn import backbone_features, random_like
+from pretrain.downstream.evals.baselines import random_like
+from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.pictures import contact_sheet, patch_features, patch_pca, write_pictures
 from pretrain.models.architectures import build
 from pretrain.models.vision_transformer import VisionTransformer
@@ -119,8 +121,8 @@ def test_untrained_baseline_is_of_the_same_form_and_leaves_the_model() -> None:
         assert torch.equal(value, again.state_dict()[name])
         assert torch.equal(model.state_dict()[name], before[name])
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    features = backbone_features(fresh, MEAN, STD, False)(images)
-    assert features.norm(dim=1).tolist() == pytest.approx([1] * 8, abs=1e-5)
+    frozen = Frozen(tokens=fresh, mean=MEAN, std=STD, px=32, device=torch.device("cpu"))
+    features = F.normalize(frozen.pool(images)[0][:, 0], dim=1)
     assert (features @ features.T).min() < 0.9999  # not one feature for all images
 
 
@@ -141,7 +143,7 @@ def test_evaluation_by_name_writes_figures_pictures_and_baselines_once(tmp_path:
     run_evaluation(tiny_model(1), tiny_model, config, run, 5, MEAN, STD, torch.device("cpu"))
     assert (run / "evaluation" / "baselines.json").stat().st_mtime_ns == baselines
     result = json.loads((run / "evaluation" / "step-00000005" / "result.json").read_text())
-    assert result["num_val"] == 24
+    assert result["evaluations"]["knn"]["images"]["val"] == 24
     assert (run / "evaluation" / "pca.png").exists()
     with np.load(run / "evaluation" / "step-00000005" / "pca.npz") as file:
         assert file["scores"].shape == (2, 5, 5, 3)

@@ -1,6 +1,7 @@
 """Exports load with transformers alone and give our features; whatever does not is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_the_processor_resizes_as_curation_does(tmp_path: Path) -> None:
 def test_safetensors_format_is_a_teacher_folder(tmp_path: Path) -> None:
     backbone = random_backbone("dinov3_tiny", untied_local_norm=True)
     folder = teacher_folder(tmp_path / "teacher", backbone)
-    export(folder, tmp_path / "again", "safetensors")
+    export(folder, tmp_path / "again", "safetensors", heads=True)
     again = load_backbone(tmp_path / "again")
     for name, value in backbone.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value)
@@ -237,14 +238,67 @@ def test_safetensors_format_is_a_teacher_folder(tmp_path: Path) -> None:
     assert "heads for further training: dino_head, ibot_head" in (tmp_path / "again" / "README.md").read_text()
 
 
+HEADS = {"dino": {"num_prototypes": 7}, "ibot": {"num_prototypes": 7}, "tied": False}
+
+
+@pytest.mark.parametrize("format_", ["huggingface", "safetensors"])
+def test_heads_are_written_on_demand(format_: str, tmp_path: Path) -> None:
+    backbone = random_backbone("dinov3_tiny")
+    backbone = replace(backbone, description=backbone.description | {"heads": HEADS})
+    folder = teacher_folder(tmp_path / "teacher", backbone)
+    export(folder, tmp_path / "without", format_)
+    assert load_heads(tmp_path / "without") == {}
+    assert "heads" not in load_backbone(tmp_path / "without").description
+    assert "heads for further training" not in (tmp_path / "without" / "README.md").read_text()
+    export(folder, tmp_path / "with", format_, heads=True)
+    heads, expected = load_heads(tmp_path / "with"), load_heads(folder)
+    assert heads.keys() == expected.keys()
+    assert all(torch.equal(heads[name], value) for name, value in expected.items())
+    assert load_backbone(tmp_path / "with").description["heads"] == HEADS
+    with pytest.raises(ValueError, match=r"--heads: .*without has none"):
+        export(tmp_path / "without", tmp_path / "again", format_, heads=True)
+    with pytest.raises(ValueError, match="timm has no place for them; they go with huggingface or safetensors"):
+        export(folder, tmp_path / "again", "timm", heads=True)
+
+
+def test_float16_is_stated_and_what_it_was_rounded_from_is_checked(tmp_path: Path) -> None:
+    backbone = random_backbone("dinov3_tiny")
+    compared = write_checked(backbone, random_heads(), tmp_path / "out", "huggingface", "float16")
+    assert [line.partition(" px")[0] for line in compared] == [
+        f"float16 1 x {s}" for s in ("32 x 32", "16 x 16", "16 x 32")
+    ]
+    assert all(line in (tmp_path / "out" / "README.md").read_text() for line in compared)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    from transformers import AutoModel
+
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.float16
+    again = load_backbone(tmp_path / "out").model.state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(again[name], backbone.model.state_dict()[name].half().float())
+    backbone.model.blocks[1].norm2.eps = 0.1
+    with pytest.raises(ValueError, match="by more than 1e-05"):
+        write_checked(backbone, {}, tmp_path / "other", "huggingface", "float16")
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    backbone = random_backbone("dinov3_tiny")
+    backbone.model.get_parameter("blocks.0.mlp.fc2.weight").mul_(1e6)
+    with pytest.raises(ValueError, match=r"by more than 0.1: float16 1 x 32 x 32 px: CLS and registers nan"):
+        write_checked(backbone, {}, tmp_path / "out", "safetensors", "float16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = teacher_folder(tmp_path / "teacher", random_backbone("dinov2_tiny", num_registers=4))
     out = tmp_path / "deep" / "out"
-    assert main([str(folder), str(out), "--format", "huggingface", "position_antialias=true"]) == 0
+    asked = [str(folder), str(out), "--format", "huggingface", "--licence", "cc-by-4.0", "position_antialias=true"]
+    assert main(asked) == 0
     assert "AutoModel.from_pretrained" in (out / "README.md").read_text()
     assert main([str(folder), str(out)]) == 2
     assert "exists; choose a folder that does not" in capsys.readouterr().err
     assert main([str(folder), str(tmp_path / "b"), "patch_size=7"]) == 2
     assert "patch_size belongs to the weights" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "b"), "--licence", "of our own"]) == 2
+    assert "--licence 'of our own' must be one word" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), str(tmp_path / "b")]) == 2
     assert "does not exist" in capsys.readouterr().err

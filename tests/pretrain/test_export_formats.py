@@ -1,5 +1,6 @@
 """Exports for timm, ONNX, torch.export and TorchScript: each loaded by its own library alone, at any size."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone, ImageSettings, complete_settings, load_backbone
 from pretrain.downstream.export.folder import export, write_checked
 from pretrain.downstream.export.graph import Graph
+from pretrain.downstream.program_model import FILES
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.weights import find_weights
 from tests.pretrain.randomised import randomise
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "position_grid": 4}
@@ -31,6 +34,10 @@ RESIZED = {
     "as transformers": ("dinov2_vits14", {}),
     "antialiased": ("dinov2_vits14_reg", {"position_antialias": True}),
 }
+
+SLOWLY = pytest.mark.slow
+"""torch's exporters take ten seconds for anything"""
+SOME = ["timm", "torchscript", pytest.param("onnx", marks=SLOWLY), pytest.param("torch_export", marks=SLOWLY)]
 
 
 def backbone(architecture: str, changes: dict) -> Backbone:
@@ -120,17 +127,79 @@ def test_onnx_runs_without_torch_at_any_size(kind: str, tmp_path: Path) -> None:
             assert np.allclose(found[name], expected.numpy(), atol=1e-5)
 
 
-def test_what_an_export_is_for_is_said(tmp_path: Path) -> None:
-    made = backbone(*MODELS["dinov2"])
-    write_checked(made, {}, tmp_path / "timm", "timm")
-    with pytest.raises(ValueError, match="is a folder of timm"):
-        load_backbone(tmp_path / "timm")
-    again = load_backbone(f"timm:{tmp_path / 'timm'}")
-    assert torch.allclose(again.features(images(made, 3, 4)).cls, made.features(images(made, 3, 4)).cls, atol=2e-5)
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "model.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match="an export that runs by itself"):
-        load_backbone(tmp_path / "onnx")
+@pytest.mark.parametrize("format_", ["huggingface", "safetensors", *SOME])
+def test_every_export_comes_back_through_the_door(format_: str, tmp_path: Path) -> None:
+    made = backbone(*MODELS["dinov2 registers"])
+    write_checked(made, {}, tmp_path / "out", format_)
+    again = load_backbone(tmp_path / "out", "dinov2_vits14_reg")
+    assert (again.architecture, again.image, again.depth) == (made.architecture, made.image, made.depth)
+    assert (again.model.patch_size, again.model.embed_dim, again.model.num_registers) == (14, 48, 4)
+    for rows, columns in ((4, 4), (3, 5)):
+        ours, theirs = (one.features(images(made, rows, columns)) for one in (made, again))
+        assert theirs.grid == ours.grid == (rows, columns)
+        for part in ("cls", "registers", "patches"):
+            assert torch.allclose(getattr(theirs, part), getattr(ours, part), atol=2e-5), part
+    last, _ = again.layers(images(made, 3, 5), [-1, 1])
+    assert torch.allclose(last.patches, ours.patches, atol=2e-5)
+    with pytest.raises(ValueError, match="holds a dinov2_vits14_reg, not the dinov3_vits16"):
+        load_backbone(tmp_path / "out", "dinov3_vits16")
+    if format_ in FILES or format_ == "timm":
+        with pytest.raises(ValueError, match="is a folder of timm" if format_ == "timm" else "that runs by itself"):
+            find_weights(tmp_path / "out")
+        with pytest.raises(ValueError, match="changes do not apply"):
+            load_backbone(tmp_path / "out", attention="sdpa")
+        with pytest.raises(ValueError, match="cannot be exported again"):
+            export(tmp_path / "out", tmp_path / "again", "safetensors")
+
+
+@pytest.mark.parametrize("format_", ["torchscript", *SOME[2:]])
+def test_a_program_is_its_file_too_and_gives_its_last_block_alone(format_: str, tmp_path: Path) -> None:
+    made = backbone(*MODELS["dinov3"])
+    write_checked(made, {}, tmp_path / "out", format_)
+    again = load_backbone(tmp_path / "out" / FILES[format_])
+    several = [images(made, 2, 3)[0], images(made, 4, 2)[0]]
+    for ours, theirs in zip(made.features_of_each(several), again.features_of_each(several), strict=True):
+        assert torch.allclose(theirs.cls, ours.cls, atol=2e-5)
+    for which, norm in ((2, True), ([0], True), (1, False)):
+        with pytest.raises(ValueError, match=r"is a program, .* its last block \(1\) only"):
+            again.layers(images(made, 2, 2), which, norm=norm)
+    (tmp_path / "out" / FILES[format_]).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be run"):
+        load_backbone(tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json of ours beside it"):
+        load_backbone(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format_", SOME)
+def test_float16_of_each_format_is_stated(format_: str, tmp_path: Path) -> None:
+    made = backbone(*MODELS["dinov2 registers"])
+    compared = write_checked(made, {}, tmp_path / "out", format_, "float16")
+    assert len(compared) == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "parameters, float16;" in card
+    assert all(f"- {line}" in card for line in compared)
+    largest = max(float(figure) for line in compared for figure in re.findall(r"\d\.\de-\d+", line))
+    assert 1e-4 < largest < 2e-2
+    file = tmp_path / "out" / FILES.get(format_, "model.safetensors")
+    assert file.stat().st_size < 2.2 * sum(p.numel() for p in made.model.parameters()) + 350_000  # and the graph
+    again = load_backbone(tmp_path / "out").features(images(made, 3, 5))
+    assert again.patches.dtype == torch.float32
+    assert torch.allclose(again.patches, made.features(images(made, 3, 5)).patches, atol=0.05)
+
+
+def test_the_line_of_the_card_makes_the_model(tmp_path: Path) -> None:
+    import timm
+
+    for kind in ("dinov2 registers", "dinov3 gated"):
+        made = backbone(*MODELS[kind])
+        folder = tmp_path / kind.replace(" ", "-")
+        write_checked(made, {}, folder, "timm")
+        [line] = re.findall(r"= (timm\.create_model.*checkpoint_path=.*)\.eval\(\)", (folder / "README.md").read_text())
+        model = eval(line.replace("FOLDER", str(folder)), {"timm": timm}).eval()
+        ours = made.features(images(made, 3, 5))
+        with torch.inference_mode():
+            assert torch.allclose(model(images(made, 3, 5)), ours.cls, atol=2e-5)
 
 
 def test_pixels_are_bytes() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.evals.labelled import eval_crop
+from pretrain.downstream.export.__main__ import main as export
 from pretrain.downstream.features import main
+from pretrain.downstream.pixels import eval_crop
 from tests.conftest import encoded, picture, write_tar
 from tests.pretrain.randomised import randomise
 
@@ -127,3 +128,18 @@ def test_folders_of_others_are_left_alone(model, pool, tmp_path, capsys) -> None
     assert main([str(model), f"{pool}/1.tar", "--out", str(tmp_path / "out"), "--px", "56", "--device", "cpu"]) == 2
     assert "features of other images" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "features.json").read_text())["px"] == 56
+
+
+@pytest.mark.slow
+def test_an_onnx_export_gives_the_same_rows(model, pool, tmp_path) -> None:
+    assert export([str(model), str(tmp_path / "onnx"), "--format", "onnx"]) == 0
+    asked = ["--with", "mean", "patches", "--dtype", "float32", "--whole", "--batch-size", "2"]
+    assert run(model, pool, tmp_path / "torch", *asked) == 0
+    assert run(tmp_path / "onnx", pool, tmp_path / "rows", *asked) == 0
+    for name in ("features-00000.parquet", "features-00001.parquet"):
+        ours, theirs = table(tmp_path / "torch" / name), table(tmp_path / "rows" / name)
+        for row, same in zip(ours, theirs, strict=True):
+            assert [row[k] for k in ("key", "reason", "grid_h")] == [same[k] for k in ("key", "reason", "grid_h")]
+            for column in ("cls", "mean", "patches"):
+                assert (row[column] is None) == (same[column] is None)
+                assert row[column] is None or np.allclose(row[column], same[column], atol=1e-5)

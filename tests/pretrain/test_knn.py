@@ -16,22 +16,29 @@ from torch import Tensor
 
 from pretrain.checkpoint import write_teacher
 from pretrain.data.decode import open_image
-from pretrain.downstream.evals.knn import (
-    KnnConfig,
-    evaluate,
-    extract,
-    knn_accuracy,
-    knn_votes,
-    main,
-    pixel_features,
-    random_like,
-)
-from pretrain.downstream.evals.labelled import batches, eval_crop, find_sets, samples
+from pretrain.downstream.evals.__main__ import main
+from pretrain.downstream.evals.baselines import Pixels, pixel_features, random_like
+from pretrain.downstream.evals.frozen import Frozen
+from pretrain.downstream.evals.labelled import batches, samples
+from pretrain.downstream.evals.pooled.knn import KnnConfig, knn_accuracy, knn_votes, run
+from pretrain.downstream.evals.result import Result
+from pretrain.downstream.evals.sets import LabelledSet
+from pretrain.downstream.pixels import eval_crop, find_sets
 from pretrain.models.architectures import build
 from tests.conftest import encoded, picture, write_tar
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "fox"]
+PIXELS = Frozen(tokens=Pixels(), mean=(0, 0, 0), std=(1, 1, 1), px=224, device=CPU)
+
+
+def of_pixels(k: list[int], temperature: float = 0.07, **sets: str | int) -> Result:
+    PIXELS.forget()
+    return run(PIXELS, LabelledSet(**sets), KnnConfig(k=k, temperature=temperature))
+
+
+def command(train: str, val: str, px: int, k: int) -> list[str]:
+    return ["knn", "pixels", f"knn.k=[{k}]", "--px", str(px), "--data", f"train={train}", f"val={val}"]
 
 
 def clusters(count: int, spread: float, seed: int, width: int = 24) -> tuple[Tensor, list[str]]:
@@ -98,10 +105,10 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         knn_accuracy(train[0][:0], [], *val, [1], 0.07)
     with pytest.raises(ValueError, match="no class of the validation set"):
         knn_accuracy(*train, val[0], ["owl", "elk"] * 2 + ["owl"], [1], 0.07)
-    with pytest.raises(ValueError, match="two labelled sets"):
-        KnnConfig(train="x")
     with pytest.raises(ValueError, match="resize_px=16 is smaller"):
-        KnnConfig(train="x", val="x", px=32, resize_px=16)
+        LabelledSet(train="x", val="x", px=32, resize_px=16)
+    with pytest.raises(ValueError, match=r"knn\.k=\[\] must be one or more"):
+        KnnConfig(k=[])
     with pytest.raises(ValueError, match="all images of the training set have the label 'cat'"):
         knn_accuracy(train[0], ["cat"] * 10, *val, [1], 0.07)
     with pytest.raises(ValueError, match="all images of the validation set have the label 'dog'"):
@@ -132,10 +139,11 @@ def test_samples_come_in_order_with_labels_of_json_or_csv(tmp_path: Path) -> Non
 
 def test_batches_do_not_depend_on_their_size_or_the_threads(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "a.tar", 7)
-    one = torch.cat([images for images, _ in batches(str(tmp_path), 24, 28, 7, num_threads=1)])
+    one = torch.cat([found.images for found in batches(str(tmp_path), 24, 28, 7, num_threads=1)])
     many = list(batches(str(tmp_path), 24, 28, 3, num_threads=3))
-    assert [len(images) for images, _ in many] == [3, 3, 1]
-    assert torch.equal(one, torch.cat([images for images, _ in many]))
+    assert [len(found.images) for found in many] == [3, 3, 1]
+    assert torch.equal(one, torch.cat([found.images for found in many]))
+    assert [key for found in many for key in found.keys] == [f"k{n:03d}" for n in range(7)]
     assert one.shape == (7, 3, 24, 24)
 
 
@@ -161,10 +169,8 @@ def test_sets_that_say_nothing_fail_by_name(
     with pytest.raises(ValueError, match=message):
         list(batches(str(tar), 24, 28, 4))
     good = str(labelled_tar(tmp_path / "good.tar", 6))
-    assert main(["--baseline", "pixels", "--train", good, "--val", str(tar), "--px", "24", "--k", "1"]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
+    assert main(command(good, str(tar), 24, 1)) == 2
+    assert "error: knn of pixels on data: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -180,8 +186,7 @@ def test_a_figure_that_means_nothing_is_an_error(
 ) -> None:
     train = labelled_tar(tmp_path / "train.tar", 6)
     write_tar(tmp_path / "val.tar", [member for n in val for member in labelled_members(n)])
-    asked = ["--baseline", "pixels", "--train", str(train), "--val", f"{tmp_path}/val.tar", "--px", "24"]
-    assert main([*asked, "--k", "7" if "k=7" in message else "1"]) == 2
+    assert main(command(str(train), f"{tmp_path}/val.tar", 24, 7 if "k=7" in message else 1)) == 2
     assert message in capsys.readouterr().err
 
 
@@ -192,11 +197,10 @@ def test_a_few_left_out_are_counted_and_named(tmp_path: Path, capsys: pytest.Cap
     members[1] = (members[1][0], DAMAGED)
     del members[6]  # a json
     write_tar(tmp_path / "val.tar", members)
-    asked = ["--baseline", "pixels", "--train", str(train), "--val", f"{tmp_path}/val.tar", "--px", "24", "--k", "1"]
-    assert main(asked) == 0
+    assert main([*command(str(train), f"{tmp_path}/val.tar", 24, 1), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
-    result = json.loads(shown.out)
-    assert result["num_val"] == 298
+    result = only_result(tmp_path / "out")
+    assert result["images"]["val"] == 298
     assert result["left_out"]["val"] == {"images": 2, "first": ["k000 (damaged)", "k003 (no label)"]}
     assert "val: 2 images left out: k000 (damaged), k003 (no label)" in shown.err
     assert "train:" not in shown.err
@@ -216,9 +220,8 @@ def test_names_end_at_the_first_dot_of_their_last_part(tmp_path: Path, prefix: s
     for split, those in names.items():
         members = [(prefix + name, content) for n in those for name, content in labelled_members(n)]
         write_tar(tmp_path / f"{split}.tar", members)
-    config = KnnConfig(train=f"{tmp_path}/train.tar", val=f"{tmp_path}/val.tar", px=24, resize_px=28, k=[1])
-    result = evaluate(pixel_features, config, CPU)
-    assert (result["num_train"], result["num_val"], result["accuracy"]) == (9, 6, 1.0)
+    result = of_pixels([1], train=f"{tmp_path}/train.tar", val=f"{tmp_path}/val.tar", px=24, resize_px=28)
+    assert (result.images, result.value) == ({"train": 9, "val": 6}, 1.0)
     key = f"{prefix}k000".removeprefix("./")
     (tmp_path / "labels.csv").write_text(f"key,label\n{key},owl\n")
     first = next(samples(f"{tmp_path}/val.tar", f"{tmp_path}/labels.csv"))
@@ -288,18 +291,22 @@ def test_real_crops_are_those_of_pillow(real_data: Path) -> None:
             assert np.abs(eval_crop(sample.content, px, resize_px).astype(int) - expected).max() <= 1
 
 
+def only_result(out: Path) -> dict:
+    (path,) = out.glob("*/*/*/result.json")
+    return json.loads(path.read_text())
+
+
 def test_command_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled_tar(tmp_path / "train.tar", 12)
     labelled_tar(tmp_path / "val.tar", 6, 6)  # among the training images: the nearest is the same
-    sets = ["--train", f"{tmp_path}/train.tar", "--val", f"{tmp_path}/val.tar"]
-    asked = ["--baseline", "pixels", *sets, "--px", "32", "--resize-px", "32", "--k", "1", "3"]
-    assert main([*asked, "--out", f"{tmp_path}/out/result.json"]) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert json.loads(capsys.readouterr().out) == result
-    assert result["accuracy"] == result["by_k"]["1"] == 1.0
-    assert (result["num_train"], result["num_val"], result["num_classes"]) == (12, 6, 3)
-    assert main(["--train", "x", "--val", "y"]) == 2
-    assert "ask for --baseline pixels" in capsys.readouterr().err
+    asked = [*command(f"{tmp_path}/train.tar", f"{tmp_path}/val.tar", 32, 1), "resize_px=32"]
+    asked[2] = "knn.k=[1,3]"
+    assert main([*asked, "--out", f"{tmp_path}/out"]) == 0
+    result = only_result(tmp_path / "out")
+    assert result["value"] == result["figures"]["k=1"] == 1.0
+    assert result["images"] == {"train": 12, "val": 6}
+    assert result["figures"]["chance"] == pytest.approx(1 / 3)
+    assert "| data | knn: accuracy | 1.000 ± 0.000 |" in capsys.readouterr().out
 
 
 def test_command_loads_a_trained_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,19 +321,24 @@ def test_command_loads_a_trained_backbone(tmp_path: Path, capsys: pytest.Capture
     }
     write_teacher(tmp_path / "teacher", {f"backbone.{k}": v for k, v in model.state_dict().items()}, description)
     tar = str(tmp_path / "set.tar")
-    for baseline in ([], ["--baseline", "random"]):
-        assert main([f"{tmp_path}/teacher", "--train", tar, "--val", tar, "--k", "1", *baseline]) == 0
-        result = json.loads(capsys.readouterr().out)
-        assert result["accuracy"] == 1.0  # each image is its own neighbour
-        assert result["config"]["px"] == 32
-    assert result["features"] == "random"
+    both = [f"{tmp_path}/teacher", f"untrained:{tmp_path}/teacher"]
+    assert (
+        main(["knn", *both, "knn.k=[1]", "--data", f"train={tar}", f"val={tar}", "--out", str(tmp_path / "out")]) == 0
+    )
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/*/*/result.json")]
+    assert {result["backbone"] for result in results} == set(both)
+    for result in results:
+        assert result["value"] == 1.0  # each image is its own neighbour
+        assert result["px"] == 32
+    assert capsys.readouterr().out.count("1.000 ± 0.000") == 2
 
 
 def test_pixels_reach_the_floors_of_the_data_pack(real_data: Path) -> None:
     """Its README: cosine 10-NN of 16 x 16 pixels is 0.359 on eval32, with equal votes: here a high temperature."""
     sets = {split: f"{real_data}/eval/eval32-{split}-*.tar" for split in ("train", "val")}
-    config = KnnConfig(px=32, resize_px=32, k=[10], temperature=1000.0, **sets)
-    assert evaluate(pixel_features, config, CPU)["accuracy"] == pytest.approx(0.359, abs=0.002)  # ties
+    result = of_pixels([10], 1000.0, px=32, resize_px=32, **sets)
+    assert result.value == pytest.approx(0.359, abs=0.002)  # ties
+    assert result.standard_error == pytest.approx((0.359 * 0.641 / 1000) ** 0.5, abs=1e-4)
 
 
 def test_pixels_reach_the_floor_of_eval20_when_squashed(real_data: Path) -> None:
@@ -345,17 +357,14 @@ def squashed(content: bytes) -> Tensor:
 
 
 def test_features_are_those_of_the_images(real_data: Path) -> None:
-    config = KnnConfig(
-        train=f"{real_data}/train/train32-0000.tar",
-        train_labels=f"{real_data}/train/train32_labels.csv",
-        val=f"{real_data}/eval/eval32-val-0000.tar",
-        px=32,
-        resize_px=32,
-        max_train_images=200,
-    )
-    rows, labels, _ = extract(pixel_features, config, "train", CPU)
-    assert rows.shape == (200, 768)
-    assert len(set(labels)) == 10
+    PIXELS.forget()
+    labels = f"{real_data}/train/train32_labels.csv"
+    found = PIXELS.share(f"{real_data}/train/train32-0000.tar", labels, 32, 32, 200)
+    assert found.cls.shape == (200, 1, 768)
+    assert len(set(found.labels)) == 10
+    encoded_images = [s.content for s in samples(f"{real_data}/train/train32-0000.tar", max_images=200)]
+    exact = pixel_features(torch.from_numpy(eval_crop(encoded_images[17], 32, 32).copy()).permute(2, 0, 1)[None] / 255)
+    torch.testing.assert_close(found.last[17], exact[0])
 
 
 def test_images_in_folders_of_their_class_need_no_other_label(tmp_path: Path) -> None:

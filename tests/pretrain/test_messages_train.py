@@ -17,7 +17,7 @@ import yaml
 
 from pretrain import launch
 from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.evals import knn
+from pretrain.downstream.evals import __main__ as evaluations
 from pretrain.downstream.export import __main__ as export
 from pretrain.train import FAILED, FINISHED, WRONG_INPUT, main
 from pretrain.watch.report import __main__ as report
@@ -56,11 +56,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": main,
     "launch": launch.main,
     "export": export.main,
-    "knn": knn.main,
+    "evals": evaluations.main,
     "report": report.main,
 }
 TRAIN = ["--config", "tiny.yaml", "--shards", "shards", "--out", "run"]
-KNN = ["--train", "shards", "--val", "shards"]
+SETS = ["--data", "train=shards", "val=shards"]
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,21 @@ KNN = ["--train", "shards", "--val", "shards"]
         ("export", ["empty", "file"], "file exists"),
         ("export", ["empty", "out", "a=["], "has no value that can be read"),
         ("export", ["empty", "out", "position_offset=word"], "position_offset=word must be in"),
-        ("knn", ["empty", *KNN], "empty holds no weights"),
-        ("knn", ["file", *KNN], "file is no file of weights"),
-        ("knn", ["empty", *KNN, "--device", "mps"], "--device='mps' is unknown; choose one of auto, cpu, cuda"),
-        ("knn", ["empty", *KNN, "--device", "gpu:0"], "--device='gpu:0' is unknown"),
-        ("knn", ["--baseline", "pixels", *KNN, "--px", "0"], "px=0 must be 1 or more"),
-        ("knn", ["--baseline", "pixels", *KNN, "--train-labels", "gone.csv"], "gone.csv"),
-        ("knn", ["--baseline", "pixels", *KNN, "--out", ""], "it is empty"),
+        ("evals", ["knn", "empty", *SETS], "empty holds no weights"),
+        ("evals", ["knn", "file", *SETS], "file is no file of weights"),
+        ("evals", ["knn", "empty", *SETS, "--device", "mps"], "--device='mps' is unknown; choose one of auto, cpu"),
+        ("evals", ["knn", "empty", *SETS, "--device", "gpu:0"], "--device='gpu:0' is unknown"),
+        ("evals", ["knn", "pixels", *SETS, "--px", "0"], "--px 0 must be 1 or more"),
+        ("evals", ["knn", "pixels", *SETS, "train_labels=gone.csv"], "gone.csv"),
+        ("evals", ["knn", "pixels", *SETS, "--out", ""], "it is empty"),
+        ("evals", ["nkk", "pixels", *SETS], "there is no evaluation 'nkk'; name some of knn, linear"),
+        ("evals", ["knn", "pixels", *SETS, "px=0", "knn.k=[]"], "knn.k=[] must be one or more"),
+        ("evals", ["knn", "pixels", *SETS, "linear.epochs=3"], "linear is not among what is evaluated"),
+        ("evals", ["knn", "pixels", "--data", "train=shards"], "give val; this kind of set has train, val"),
+        ("evals", ["knn", "pixels", "--data", "train=shards", "val=gone/*.tar"], "data: val=gone/*.tar: nothing found"),
+        ("evals", ["knn", "pixels", "--data", "gone.yaml"], "gone.yaml is not readable"),
+        ("evals", ["knn", "pixels", "pixels", *SETS], "pixels is named twice"),
+        ("evals", ["depth,knn", "pixels", *SETS], "sets of different kinds: give --data a file"),
         ("report", ["nowhere"], "there is no folder nowhere"),
         ("report", ["file"], "there is no folder file"),
         ("report", [""], "it is empty"),
@@ -165,7 +173,8 @@ def test_wrong_input_is_one_sentence(
 @pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="there may be a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_a_gpu_that_is_not_there_is_said(device: str, setting: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert knn.main([str(setting), "--train", "x", "--val", "x", "--device", device]) == WRONG_INPUT
+    asked = ["knn", str(setting), "--data", "train=x", "val=x", "--device", device]
+    assert evaluations.main(asked) == WRONG_INPUT
     assert f"--device={device}, but torch sees no GPU here" in capsys.readouterr().err
 
 

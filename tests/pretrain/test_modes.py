@@ -203,7 +203,8 @@ def test_every_mode_evaluates_as_one_process(ranks: Any, setting: tuple[TrainCon
         assert rank[name]["figures"] == pytest.approx(one, rel=1e-5)
         assert rank[f"{name} goes on"]["figures"] == pytest.approx(late, rel=1e-5)
     result = json.loads((setting[1] / name / "evaluation" / "step-00000000" / "result.json").read_text())
-    assert (result["num_train"], result["num_val"], result["num_classes"]) == (60, 35, 3)
+    knn = result["evaluations"]["knn"]
+    assert (knn["images"], round(1 / knn["figures"]["chance"])) == ({"train": 60, "val": 35}, 3)
 
 
 @pytest.mark.slow

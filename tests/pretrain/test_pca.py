@@ -1,5 +1,7 @@
 """Pictures of what a backbone sees: their arrays against plain computations, and the command."""
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from pretrain.downstream.backbone import Backbone, ImageSettings, complete_settings, load_backbone
 from pretrain.downstream.export.folder import write_checked
 from pretrain.downstream.look import attention_maps, first_component, pca_colours, similarity
-from pretrain.downstream.pca import heat, main
+from pretrain.downstream.pca import heat, main, video_frames
 from pretrain.models.vision_transformer import VisionTransformer
 from tests.conftest import picture
 from tests.pretrain.randomised import randomise
@@ -73,6 +75,23 @@ def _plain(block, x, model, grid, seen, mix, layout, tables):
     return mixed
 
 
+@pytest.mark.parametrize("architecture", ["dinov3_vits16", "dinov2_vits14_reg"])
+def test_attention_of_a_model_of_timm_is_ours(architecture: str, tmp_path: Path) -> None:
+    changes = {"position_antialias": True, "norm_eps": 1e-6, "position_grid": 4, "num_registers": 4}
+    if architecture == "dinov3_vits16":
+        changes |= {"norm_eps": 1e-5, "mask_key_bias": True}
+    ours = made(architecture, **changes)
+    write_checked(ours, {}, tmp_path / "export", "timm")
+    theirs = load_backbone(f"timm:{tmp_path / 'export'}")
+    p = ours.model.patch_size
+    image = torch.randn(3, 3 * p, 5 * p, generator=torch.Generator().manual_seed(0))
+    before = theirs.features(image[None])
+    maps = attention_maps(theirs, image)
+    assert maps.std() > 1e-4
+    assert np.allclose(maps, attention_maps(ours, image), atol=1e-5)
+    assert torch.equal(theirs.features(image[None]).cls, before.cls)  # left as it was
+
+
 def test_colours_share_one_basis_and_follow_the_patches() -> None:
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(2, 48, generator=generator)
@@ -120,12 +139,59 @@ def test_the_command_draws_each_image_at_its_own_aspect(exported: Path, photos: 
     assert page.size == (7 * (96 + 8) - 8, 64 + 8 + 128)  # 96 x 64 and 64 x 128 px, 3 + 4 pictures each
 
 
+def test_images_at_their_own_size(exported: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert main([str(exported), str(photos), "-o", str(out), "--px", "own", "--device", "cpu"]) == 0
+    assert Image.open(out).size == (2 * 128 + 8, 80 + 8 + 160)  # 128 x 80 of 120 x 80, and 80 x 160
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 frames of 96 x 64 px that grow brighter, 15 levels each."""
+    import cv2
+
+    path = tmp_path_factory.mktemp("video") / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 25, (96, 64))
+    for number in range(16):
+        writer.write(np.full((64, 96, 3), 15 * number, np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, [4, 12]), (1, [8]), (100, list(range(16)))])
+def test_frames_of_a_video_are_evenly_spaced(video: Path, count: int, expected: list[int]) -> None:
+    levels = [np.asarray(Image.open(io.BytesIO(content))).mean() for content in video_frames(video, count)]
+    assert np.allclose(levels, [15 * number for number in expected], atol=7)  # the codec loses some
+
+
+def test_the_command_draws_frames(exported: Path, photos: Path, video: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.png"
+    asked = [str(exported), str(photos / "0.png"), str(video), "-o", str(out), "--px", "64", "--device", "cpu"]
+    assert main([*asked, "--frames", "3"]) == 0
+    assert capsys.readouterr().out.startswith("4 images in")
+    assert Image.open(out).size == (2 * 96 + 8, 4 * (64 + 8) - 8)
+    assert main([*asked, "--frames", "64"]) == 2
+    assert "65 images are more than the 64" in capsys.readouterr().err
+    (tmp_path / "broken.mp4").write_bytes(video.read_bytes()[:100])
+    assert main([str(exported), str(tmp_path / "broken.mp4"), "-o", str(out)]) == 2
+    assert "broken.mp4 cannot be read as a video" in capsys.readouterr().err
+
+
+def test_a_video_without_opencv(exported: Path, video: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert main([str(exported), str(video), "-o", str(tmp_path / "out.png")]) == 2
+    assert "film.mp4 is a video, and those are read by opencv: pip install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
         (["nowhere.png"], [], "nowhere.png does not exist"),
         (["notes.txt"], [], "notes.txt cannot be read: not_an_image"),
         (["0.png"], ["--px", "8"], "--px 8 is less than a patch of 16 px"),
+        (["0.png"], ["--px", "30000"], "--px 30000 has more than 40,000 patches of 16 px"),
+        (["0.png"], ["--px", "big"], "--px big must be a number of pixels, or own"),
+        (["0.png"], ["--frames", "0"], "--frames 0 must be 1 or more"),
         (["0.png"], ["--similar-to", "1,2"], "from 0 to 1"),
         (["0.png"], ["--similar-to", "here"], "must be two shares"),
     ],

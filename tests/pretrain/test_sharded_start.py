@@ -19,9 +19,9 @@ from pretrain.config import TrainConfig
 from pretrain.distributed.fsdp import full_tensors, local_tensor, place
 from pretrain.models import architectures
 from pretrain.models.initial import Initial, fill_rows
+from pretrain.network_weights import describe_teacher
 from pretrain.phase import fresh_network, start_phase
 from pretrain.resume import Position, Standing
-from pretrain.weights import describe_teacher
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny_train import TINY
 

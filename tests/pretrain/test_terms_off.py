@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain import train
-from pretrain.weights import load_teacher
+from pretrain.network_weights import load_teacher
 from tests.conftest import picture_tar
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny_train import TINY, losses

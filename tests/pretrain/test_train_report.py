@@ -95,6 +95,19 @@ def test_the_other_verdicts(tmp_path: Path, knn: tuple[float, ...], words: str) 
     assert words in page(run_folder(tmp_path, knn))
 
 
+def test_other_evaluations_have_a_curve_each(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    assert "segmentation" not in page(folder)
+    metrics = Metrics(folder, WatchConfig(), torch.device("cpu"))
+    for step in (30, 40):
+        metrics.evaluation(step, {"knn": 0.5, "segmentation": 0.1 + step / 1000, "linear/birds": 0.7})
+    metrics.close()
+    text = page(folder)
+    assert "linear/birds" in text
+    assert "0.140" in text
+    assert "pca_explained" not in text
+
+
 def test_nothing_comes_from_outside_and_no_text_is_markup(tmp_path: Path) -> None:
     text = page(run_folder(tmp_path, alarm="spread <0.05 & falling"))
     assert "<script" not in text

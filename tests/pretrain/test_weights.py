@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pretrain.config import load_train_config
 from pretrain.downstream.backbone import load_backbone, load_heads
-from pretrain.downstream.evals import knn
+from pretrain.downstream.evals import __main__ as evaluations
 from pretrain.downstream.export.__main__ import main as export
 from pretrain.models.architectures import build
 from pretrain.models.huggingface import huggingface_state
+from pretrain.network_weights import load_network, load_teacher
 from pretrain.phase import fresh_network
 from pretrain.train import WRONG_INPUT, main
-from pretrain.weights import find_weights, load_network, load_teacher
+from pretrain.weights import find_weights
 from tests.conftest import picture_tar
 from tests.pretrain.randomised import randomise
 from tests.pretrain.tiny_train import TINY
@@ -210,7 +211,9 @@ def run(command: str, path: Path, folder: Path) -> int:
     if command == "export":
         return export([str(path), str(folder / "out"), "--architecture", NAME])
     if command == "knn":
-        return knn.main([str(path), "--architecture", NAME, "--train", "x.tar", "--val", "x.tar"])
+        picture_tar(folder / "x.tar", range(2))
+        data = [f"train={folder}/x.tar", f"val={folder}/x.tar"]
+        return evaluations.main(["knn", str(path), "--architecture", NAME, "--data", *data])
     picture_tar(folder / "shards" / "a.tar", range(8))
     (folder / "tiny.yaml").write_text(json.dumps(TINY))
     gram = ["gram.weight=1", "crops.gram_px=32"] if command == "gram.teacher" else []
@@ -300,7 +303,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--config", str(folder / "tiny.yaml"), "--shards", str(folder / "shards")]
     assert main([*arguments, "--out", str(folder / "run"), "steps=2"]) == 0
     for format_ in ("huggingface", "safetensors"):
-        assert export([str(folder / "run"), str(folder / format_), "--format", format_]) == 0
+        assert export([str(folder / "run"), str(folder / format_), "--format", format_, "--heads"]) == 0
     return folder
 
 

@@ -4,20 +4,22 @@ import csv
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 
-from curation.reading.listing import find_parts
+from curation.reading.places import open_file
 from curation.reading.samples import Part
 from curation.reading.sources import read_samples
-from pretrain.data.decode import Damaged, ImageLimits, open_image
+from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits
+from pretrain.downstream.pixels import eval_crop, find_sets
 
 LABELS = (
     'A label is "label" in the json member or the Parquet row of an image, the folder that it lies in below the one '
@@ -28,6 +30,7 @@ MAX_LEFT_OUT = 0.01
 _LIMITS = ImageLimits()
 _PARTS_PER_RANK = 4
 _MOST_NAMES = 5
+_MOST_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class LeftOut:
     reasons: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
     """the first few: `key (reason)`"""
+    read_bytes: int = 0
+    """encoded, so far"""
 
     def add(self, key: str, reason: str) -> None:
         self.reasons[reason] += 1
@@ -66,6 +71,7 @@ class LeftOut:
         for part in parts:
             whole.images += part.images
             whole.reasons += part.reasons
+            whole.read_bytes += part.read_bytes
             whole.names += part.names[: _MOST_NAMES - len(whole.names)]
         return whole
 
@@ -87,30 +93,46 @@ class LeftOut:
             )
 
 
-def find_sets(pattern: str) -> list[Part]:
-    """The tars (or folders of images, or Parquet files) of a path, glob, brace pattern or folder, or of several of them
-    joined by commas.
+def about_images(part: Part) -> int:
+    """How many images a part holds, without reading them: of a tar by where its first ones lie."""
+    if part.kind == "folder":
+        return sum(name.rpartition(".")[2].lower() in IMAGE_SUFFIXES for name in part.files)
+    if part.kind == "parquet":
+        with open_file(part.url) as file:
+            return pq.ParquetFile(file).metadata.num_rows
+    found, end = 0, 0
+    for sample in itertools.islice(read_samples(part, _LIMITS.max_file_bytes, headers_first=True), _MOST_LOOKED_AT):
+        members = [one for one in (sample.image, *sample.others) if one is not None]
+        found += sample.image is not None
+        end = max([end, *(one.offset + one.size for one in members)])
+    return found if found < _MOST_LOOKED_AT or not end else round(found * part.size / end)
+
+
+def read_table(path: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a csv file with at least these columns; what are keys is as `samples` gives them.
 
     Raises:
-        ValueError: one of them matches nothing.
+        ValueError: no such file, or a column is missing.
     """
-    urls = [url for url in (part.strip() for part in pattern.split(",")) if url]
-    if not urls:
-        raise ValueError("no evaluation set given: name a tar, a folder, or a glob such as eval/val-*.tar.")
-    return [part for url in urls for part in find_parts([url])]
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not set(columns) <= set(reader.fieldnames or ()):
+                named = " and ".join([", ".join(columns[:-1]), columns[-1]])
+                raise ValueError(f"{path} needs the columns {named}, found {', '.join(reader.fieldnames or ())}.")
+            for row in reader:
+                yield {name: _plain(row[name] or "") for name in columns}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not readable as csv: {error}") from None
 
 
 def read_labels(path: str) -> dict[str, str]:
     """key -> label of a csv file with at least these two columns.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: no such file, or a column is missing.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"key", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} needs the columns key and label, found {', '.join(reader.fieldnames or ())}.")
-        return {_plain(row["key"]): row["label"] for row in reader}
+    return {row["key"]: row["label"] for row in read_table(path, ("key", "label"))}
 
 
 def samples(
@@ -171,47 +193,12 @@ def _json_label(metadata: str | None) -> str | None:
     return None if label in (None, "") else str(label)
 
 
-def decoded(content: bytes, short_px: int) -> Image.Image:
-    """An encoded image with a shorter side of `short_px` or more.
+class Batch(NamedTuple):
+    """Images of a set, cropped: uint8 [B, 3, px, px], their labels (empty where none is needed) and keys."""
 
-    Read as in training: upright, transparency over white, 16 bits scaled. A JPEG is decoded at a scale that is still
-    twice what is needed.
-
-    Raises:
-        Damaged: the bytes are no image.
-    """
-    encoded = open_image(content, _LIMITS)
-    return Image.fromarray(encoded.decode(min(1.0, 2 * short_px / min(encoded.width, encoded.height))))
-
-
-def whole_picture(content: bytes, short_px: int, multiple: int = 1) -> np.ndarray:
-    """Encoded image -> uint8 [H, W, 3] at its own aspect, its shorter side near `short_px`; antialiased bicubic.
-
-    Args:
-        multiple: of which both sides are multiples; a side is at most four times `short_px`, in whole multiples.
-
-    Raises:
-        Damaged: the bytes are no image.
-    """
-    image = decoded(content, short_px)
-    scale, most = short_px / min(image.size), max(4 * short_px // multiple, 1)
-    width, height = (min(max(round(side * scale / multiple), 1), most) * multiple for side in image.size)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def eval_crop(content: bytes, px: int, resize_px: int) -> np.ndarray:
-    """Encoded image -> uint8 [px, px, 3]: shorter side to `resize_px` by antialiased bicubic, then the centre.
-
-    Raises:
-        Damaged: the bytes are no image.
-    """
-    image = decoded(content, resize_px)
-    scale = resize_px / min(image.size)
-    width, height = (max(px, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - px) // 2, (height - px) // 2
-    return np.asarray(image.crop((left, top, left + px, top + px)))
+    images: Tensor
+    labels: list[str]
+    keys: list[str]
 
 
 def batches(
@@ -225,8 +212,9 @@ def batches(
     left_out: LeftOut | None = None,
     rank: int = 0,
     num_ranks: int = 1,
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """(uint8 [B, 3, px, px], labels) in order; decoded by threads, at most one batch ahead.
+    needs_label: bool = True,
+) -> Iterator[Batch]:
+    """The images of a set in order; decoded by threads, at most one batch ahead.
 
     Args:
         left_out: filled with what could not be used; whoever gives it calls its `check`.
@@ -241,7 +229,7 @@ def batches(
     def load(sample: Sample) -> np.ndarray | str:
         if sample.content is None:
             return sample.reason
-        if sample.label is None:
+        if needs_label and sample.label is None:
             return "no label"
         try:
             return eval_crop(sample.content, px, resize_px)
@@ -253,17 +241,19 @@ def batches(
         ahead = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
         while ahead:
             following = [(sample, pool.submit(load, sample)) for sample in itertools.islice(todo, batch_size)]
-            images, names = [], []
+            images, names, keys = [], [], []
             for sample, future in ahead:
                 left_out.images += 1
+                left_out.read_bytes += len(sample.content or b"")
                 result = future.result()
                 if isinstance(result, str):
                     left_out.add(sample.key, result)
                 else:
                     images.append(result)
-                    names.append(str(sample.label))
+                    names.append(sample.label or "")
+                    keys.append(sample.key)
             if images:
-                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), names
+                yield Batch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), names, keys)
             ahead = following
     if checked:
         left_out.check(pattern, labels)

@@ -1,12 +1,12 @@
-"""The evaluation during training; the trainer calls `run` by name (pretrain.watch.evaluation).
+"""The evaluations during training; the trainer calls `run` by name (pretrain.watch.evaluation).
 
-One folder an evaluation: `evaluation/step-00001000/` with result.json (k-NN) and pca.png; `evaluation/baselines.json`
-holds what raw pixels and an untrained backbone reach on the same sets, computed once; `evaluation/pca.png` the pictures
-over time.
+One folder an evaluation: `evaluation/step-00001000/` with result.json (all that were measured) and pca.png;
+`evaluation/baselines.json` holds what raw pixels and an untrained backbone reach at k-NN on the same sets, computed
+once; `evaluation/pca.png` the pictures over time.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,20 @@ from torch import Tensor
 
 from pretrain.data.decode import Damaged
 from pretrain.distributed import collectives
-from pretrain.downstream.evals.knn import KnnConfig, backbone_features, evaluate, pixel_features
-from pretrain.downstream.evals.labelled import LABELS, eval_crop, samples
+from pretrain.downstream.evals import compared
+from pretrain.downstream.evals.baselines import Pixels
+from pretrain.downstream.evals.compared import Task, check_names, tasks_of, write_json
+from pretrain.downstream.evals.frozen import Frozen, Tokens
+from pretrain.downstream.evals.labelled import LABELS, samples
 from pretrain.downstream.evals.pictures import write_pictures
+from pretrain.downstream.evals.pooled import knn
+from pretrain.downstream.evals.protocols import PROTOCOLS
+from pretrain.downstream.evals.sets import ImageSets, LabelledSet, read_sets
+from pretrain.downstream.pixels import eval_crop, short_side
 from pretrain.watch.evaluation import Backbone
+
+_AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+"""mean and deviation of pixel values that are shown from 0 to 1"""
 
 
 def run(
@@ -41,24 +51,40 @@ def run(
         left: whether this rank is asked to stop.
 
     Returns:
-        `knn` (accuracy at the first k), `knn/<k>`, `pca_explained`; and `knn_pixels`, `knn_random`.
+        `knn` (accuracy at the first k), `knn/<k>`, `knn_pixels`, `knn_random`; `<evaluation>` of the others that are
+        named, `<evaluation>/<set>` where they are measured on several; `pca_explained`.
 
     Raises:
-        ValueError: sets that cannot be read or compared; see knn.py.
+        ValueError: sets that cannot be read or compared.
         Stopped: a rank was asked to stop.
     """
     target = folder / "evaluation" / f"step-{step:08d}"
+
+    def frozen(tokens: Tokens, mean: Sequence[float] = config["mean"], std: Sequence[float] = config["std"]) -> Frozen:
+        return Frozen(
+            tokens=tokens,
+            mean=mean,
+            std=std,
+            px=config["px"],
+            device=device,
+            batch_size=config["batch_size"],
+            bfloat16=config["bfloat16"],
+            left=left,
+        )
+
     figures: dict[str, float] = {}
-    if config["train"]:
-        names = {field.name for field in fields(KnnConfig)}
-        knn = KnnConfig(**{name: value for name, value in config.items() if name in names})
-        features = backbone_features(backbone, config["mean"], config["std"], knn.bfloat16)
-        result = evaluate(features, knn, device, left)
-        collectives.from_rank_zero(lambda: _write(target / "result.json", {"eval": "knn", "step": step, **result}))
-        figures["knn"] = result["accuracy"]
-        figures |= {f"knn/{k}": value for k, value in result["by_k"].items()}
-        figures |= _baselines(untrained, config, knn, folder / "evaluation", device, left)
-    if config["pca_images"]:
+    measured, found = frozen(backbone), {}
+    for name, task in _tasks(config).items():
+        result = task.protocol.run(measured, task.data, task.settings)
+        found[name] = {"eval": task.evaluation, "metric": task.protocol.metric, **result.as_json()}
+        figures[name] = result.value
+        if task.evaluation == "knn":
+            figures |= {f"{name}/{k}": result.figures[f"k={k}"] for k in task.settings.k}
+            floors = {"knn_pixels": lambda: frozen(Pixels(), *_AS_IT_IS), "knn_random": lambda: frozen(untrained())}
+            figures |= _baselines(task, folder / "evaluation", floors)
+    if found:
+        collectives.from_rank_zero(lambda: write_json(target / "result.json", {"step": step, "evaluations": found}))
+    if config["pca_images"] and config["val"]:
         images = collectives.from_rank_zero(lambda: first_images(config)).to(device)
         figures["pca_explained"] = write_pictures(
             backbone, images, folder / "evaluation", step, config["mean"], config["std"], config["pca_grid"]
@@ -67,12 +93,12 @@ def run(
 
 
 def check_sets(config: Mapping[str, Any]) -> None:
-    """Look at the first image of each set.
+    """Look for the evaluations that are named, their sets, and the first image of each labelled one.
 
     Raises:
-        ValueError: a set without tars or images, or an image without the label that k-NN needs; names the key.
+        ValueError: an unknown evaluation, one without a set, a set without images, or an image without the label that
+            is needed; names the key.
     """
-    needs_label = bool(config["train"])
     for key in ("train", "val"):
         if not config[key]:
             continue
@@ -82,33 +108,49 @@ def check_sets(config: Mapping[str, Any]) -> None:
             raise ValueError(f"evaluation.{key}={config[key]}: {error}") from None
         if first is None:
             raise ValueError(f"evaluation.{key}={config[key]} holds no image.")
-        if needs_label and first.label is None:
+        if config["train"] and first.label is None:
             raise ValueError(
                 f"evaluation.{key}={config[key]}: image {first.key} has no label. {LABELS} Name such a csv by "
                 f"evaluation.{key}_labels."
             )
+    try:
+        compared.check_sets(list(_tasks(config).values()))
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation.names={list(config['names'])}, evaluation.sets={config['sets']!r}: {error}"
+        ) from None
 
 
-def _baselines(
-    untrained: Callable[[], Backbone],
-    config: Mapping[str, Any],
-    knn: KnnConfig,
-    folder: Path,
-    device: torch.device,
-    left: Callable[[], bool],
-) -> dict[str, float]:
-    """Accuracy of pixels and of an untrained backbone: computed when these settings are asked for first, then read."""
+def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
+    """Name of a figure -> what measures it: `knn`, or `linear/birds` where several sets are measured on."""
+    sets: dict[str, ImageSets] = {}
+    if config["train"]:
+        own = {field.name for field in fields(LabelledSet)}
+        sets["evaluation"] = LabelledSet(**{name: value for name, value in config.items() if name in own})
+    if config["sets"]:
+        sets |= read_sets(Path(config["sets"]))
+    if not sets:
+        return {}
+    check_names(config["names"])
+    settings = {name: PROTOCOLS[name].settings() for name in config["names"]}
+    if "knn" in settings:
+        settings["knn"] = knn.KnnConfig(k=list(config["k"]), temperature=config["temperature"])
+    found: dict[str, Task] = {}
+    for task in tasks_of(config["names"], sets, settings):
+        is_only = task.set_name == "evaluation" or task.evaluation not in found
+        found[task.evaluation if is_only else f"{task.evaluation}/{task.set_name}"] = task
+    return found
+
+
+def _baselines(task: Task, folder: Path, make: Mapping[str, Callable[[], Frozen]]) -> dict[str, float]:
+    """Accuracy of pixels and of an untrained backbone: computed when this is asked for first, then read."""
     path = folder / "baselines.json"
-    settings = asdict(knn)
+    settings = {**asdict(task.data), **asdict(task.settings)}
     known = collectives.from_rank_zero(lambda: json.loads(path.read_text()) if path.exists() else [])
     found = next((entry["figures"] for entry in known if entry["settings"] == settings), None)
     if found is None:
-        features = backbone_features(untrained(), config["mean"], config["std"], knn.bfloat16)
-        found = {
-            "knn_pixels": evaluate(pixel_features, knn, device, left)["accuracy"],
-            "knn_random": evaluate(features, knn, device, left)["accuracy"],
-        }
-        collectives.from_rank_zero(lambda: _write(path, [*known, {"settings": settings, "figures": found}]))
+        found = {name: task.protocol.run(one(), task.data, task.settings).value for name, one in make.items()}
+        collectives.from_rank_zero(lambda: write_json(path, [*known, {"settings": settings, "figures": found}]))
     return found
 
 
@@ -118,7 +160,7 @@ def first_images(config: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: none of them can.
     """
-    px, resize_px = config["px"], config["resize_px"] or round(config["px"] * 256 / 224)
+    px, resize_px = config["px"], config["resize_px"] or short_side(config["px"])
     images: list[Tensor] = []
     for sample in samples(config["val"]):
         try:
@@ -131,11 +173,3 @@ def first_images(config: Mapping[str, Any]) -> Tensor:
     if not images:
         raise ValueError(f"evaluation.val={config['val']!r} holds no image that can be decoded.")
     return torch.stack(images).permute(0, 3, 1, 2)
-
-
-def _write(path: Path, content: Any) -> None:
-    """Under a temporary name first: a killed run leaves no half file that a later one would believe."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)

@@ -1,9 +1,9 @@
 """Hand a backbone over: python -m pretrain.downstream.export CHECKPOINT OUT --format huggingface
 
 Formats: huggingface, timm, onnx, torch_export, torchscript, safetensors (`pretrain.downstream.export.folder`).
-CHECKPOINT is a run folder, a step-* checkpoint, a teacher folder, an export, or a released .pth with --architecture.
-`key=value` changes how the model is run (position_antialias=true). An export whose features differ from ours by more
-than 1e-5 is refused.
+CHECKPOINT is a run folder, a step-* checkpoint (of any number of ranks), a teacher folder, an export, or a released
+.pth with --architecture. `key=value` changes how the model is run (position_antialias=true). An export whose features
+differ from ours by more than 1e-5 is refused; with --dtype float16 the difference is stated.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import yaml
 
 from configs.messages import named_folder, sentence
 from pretrain.downstream.backbone import CHANGEABLE
-from pretrain.downstream.export.folder import FORMATS, export
+from pretrain.downstream.export.folder import DTYPES, FORMATS, export
 
 log = logging.getLogger("seedbed.export")
 
@@ -28,12 +28,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=named_folder, help="folder to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="huggingface")
     parser.add_argument("--architecture", default="", help="of a released file, which does not say")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; programs compute in it")
+    parser.add_argument("--heads", action="store_true", help="the projection heads too, to train or distil from")
+    parser.add_argument("--licence", default="", metavar="NAME", help="of the weights, for the card: apache-2.0")
     parser.add_argument("changes", nargs="*", metavar="key=value", help=f"one of {', '.join(CHANGEABLE)}")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         changes = dict(_change(text) for text in arguments.changes)
-        compared = export(arguments.checkpoint, arguments.out, arguments.format, arguments.architecture, **changes)
+        if reserved := changes.keys() - set(CHANGEABLE):
+            raise ValueError(
+                f"{min(reserved)} belongs to the weights; an export can change {', '.join(CHANGEABLE)} only."
+            )
+        compared = export(
+            arguments.checkpoint,
+            arguments.out,
+            arguments.format,
+            arguments.architecture,
+            heads=arguments.heads,
+            dtype=arguments.dtype,
+            licence=arguments.licence,
+            **changes,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

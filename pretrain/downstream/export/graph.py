@@ -4,27 +4,44 @@ The same arithmetic as the model in evaluation, for any batch, height and width 
 decides in Python by the size of its input (resized positions, RoPE tables) is computed in the graph.
 """
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.downstream.program_model import INPUT
 from pretrain.models.layers.block import Block
 from pretrain.models.layers.norm import LayerScale
 from pretrain.models.layers.rope import coordinates, rotate, tables_from
 from pretrain.models.vision_transformer import VisionTransformer
 
-INPUT, OUTPUTS = "images", ("cls", "registers", "patches")
-
 
 class Graph(nn.Module):
-    """Normalised images [B, 3, H, W] -> CLS [B, D], registers [B, R, D], patches [B, h * w, D]."""
+    """Normalised images [B, 3, H, W] -> CLS [B, D], registers [B, R, D], patches [B, h * w, D]; float32 all of them.
 
-    def __init__(self, model: VisionTransformer) -> None:
+    Args:
+        model: left as it is.
+        dtype: of the weights and of the arithmetic in between.
+    """
+
+    def __init__(self, model: VisionTransformer, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = model
+        self.model = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+        self.dtype = dtype
+
+    def example(self) -> Tensor:
+        """A batch to trace with: of a size that nothing else has, so that no number in the graph is taken for it."""
+        p = self.model.patch_size
+        return torch.zeros(2, self.model.patch_embed.in_channels, 3 * p, 5 * p)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.dtype == torch.float32:
+            return self._tokens(images)
+        cls, registers, patches = self._tokens(images.to(self.dtype))
+        return cls.float(), registers.float(), patches.float()
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model, p = self.model, self.model.patch_size
         batch, (h, w) = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
         pixels = images.reshape(batch, -1, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(batch, h * w, -1)
@@ -57,9 +74,9 @@ class Graph(nn.Module):
         is_trained_size = (heights == side) & (widths == side)  # there the model resizes nothing
         offset = torch.where(is_trained_size, 0.0, model.position_offset)
         rows, columns = (make(n, side, offset) for n in (h, w))
-        square = table.reshape(side, side, -1)
+        square = table.reshape(side, side, -1).float()
         resized = torch.einsum("hi,ijd->hjd", rows, square)
-        return torch.einsum("wj,hjd->hwd", columns, resized).reshape(h * w, -1)
+        return torch.einsum("wj,hjd->hwd", columns, resized).reshape(h * w, -1).to(table.dtype)
 
 
 def _attention(block: Block, tokens: Tensor, rope: Tensor | None) -> Tensor:
@@ -107,14 +124,13 @@ def _cubic(x: Tensor, a: float) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def exported(model: VisionTransformer) -> torch.export.ExportedProgram:
+def exported(graph: Graph) -> torch.export.ExportedProgram:
     """The graph with a dynamic batch, and a height and width that are any multiples of the patch.
 
     Registers without rows are an output all the same, so that every export has the same three.
     """
-    p = model.patch_size
+    p = graph.model.patch_size
     height, width = (torch.export.Dim(name, min=1, max=65_536 // p) for name in ("h", "w"))
     batch = torch.export.Dim("batch", min=1, max=65_536)
-    example = torch.zeros(2, model.patch_embed.in_channels, 3 * p, 5 * p)
     shapes = {INPUT: {0: batch, 2: p * height, 3: p * width}}
-    return torch.export.export(Graph(model).eval(), (example,), dynamic_shapes=shapes)
+    return torch.export.export(graph, (graph.example(),), dynamic_shapes=shapes)

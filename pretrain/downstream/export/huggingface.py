@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone
+from pretrain.downstream.program_model import Run
 from pretrain.models.huggingface import huggingface_state
 from pretrain.weights import EXPORT_CONFIG
 
+WEIGHTS = "model.safetensors"
 _ARCHITECTURES = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -39,7 +42,44 @@ def write_model(backbone: Backbone, folder: Path) -> None:
     )
     if config["model_type"] != "dinov2":  # these classes have the tensor even without registers
         state.setdefault("embeddings.register_tokens", torch.zeros(1, 0, backbone.model.embed_dim))
-    save_tensors(state, folder / "model.safetensors")
+    save_tensors(state, folder / WEIGHTS)
+
+
+def read_model(folder: Path, backbone: Backbone, dtype: torch.dtype) -> Run:
+    """What runs a folder that transformers loads, computing in this precision.
+
+    Raises:
+        ValueError: a missing or unexpected tensor.
+    """
+    from transformers import AutoModel
+
+    model, report = AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise ValueError(f"transformers loads {folder} with {kind.replace('_', ' ')}: {sorted(report[kind])[:4]}.")
+    model, first = model.eval(), 1 + backbone.settings["num_registers"]
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = model(images.to(dtype)).last_hidden_state.float()
+        return tokens[:, 0], tokens[:, 1:first], tokens[:, first:]
+
+    return run
+
+
+def round_model(backbone: Backbone, folder: Path) -> None:
+    """Make the tensors of a written folder float16, in which transformers then computes unless told otherwise."""
+    round_file(folder / WEIGHTS)
+    write_json(folder / "config.json", model_config(backbone) | {"torch_dtype": "float16"})
+
+
+def round_file(file: Path, start: str = "") -> None:
+    """Rewrite a safetensors file with those of its tensors in float16 whose names begin with `start`."""
+    tensors, rounded = load_file(file), file.with_suffix(".rounded")  # the file may be mapped
+    save_tensors({name: t.half() if name.startswith(start) else t for name, t in tensors.items()}, rounded)
+    rounded.replace(file)
 
 
 def _explicit(backbone: Backbone) -> dict[str, Tensor]:

@@ -1,19 +1,23 @@
 """Features of an export, loaded by its own library, beside ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.downstream.backbone import Backbone
+from pretrain.downstream.export.huggingface import read_model
+from pretrain.downstream.program_model import Run
 
 TOLERANCE = 1e-5
 """largest difference of a feature, relative to the root mean square of all of them (about 1 after the final norm);
 float32 arithmetic in another order gives up to 3e-6 for ViT-S"""
+TOLERANCE_FLOAT16 = 0.1
+"""the same of arithmetic in float16, whose rounding is stated rather than refused: 0.01 is usual"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Difference:
         return f"{self.what} {size} px: CLS and registers {self.prefix:.1e}, patches {self.patches:.1e}"
 
 
-def check_program(run: Callable[[Tensor], Sequence[Tensor]], backbone: Backbone) -> list[Difference]:
+def check(run: Run, backbone: Backbone) -> list[Difference]:
     """Differences of CLS, registers and patches on square, smaller, larger and non-square batches.
 
     Args:
@@ -42,12 +46,7 @@ def check_program(run: Callable[[Tensor], Sequence[Tensor]], backbone: Backbone)
     Raises:
         ValueError: a difference above TOLERANCE, with every figure.
     """
-
-    def tokens(images: Tensor) -> Tensor:
-        cls, registers, patches = run(images)
-        return torch.cat([cls[:, None], registers, patches], dim=1)
-
-    return _checked([_difference("random", images, images, backbone, tokens) for images in _batches(backbone)])
+    return _checked([_difference("random", images, images, backbone, run) for images in _batches(backbone)], TOLERANCE)
 
 
 def check_folder(folder: Path, backbone: Backbone) -> list[Difference]:
@@ -56,31 +55,42 @@ def check_folder(folder: Path, backbone: Backbone) -> list[Difference]:
     Raises:
         ValueError: a missing or unexpected tensor, or a difference above TOLERANCE, with every figure.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor
 
-    model, report = AutoModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            raise ValueError(f"transformers loads {folder} with {kind.replace('_', ' ')}: {sorted(report[kind])[:4]}.")
-    model = model.eval()
-
-    def tokens(images: Tensor) -> Tensor:
-        return model(images).last_hidden_state
-
+    run = read_model(folder, backbone, torch.float32)
+    differences = [_difference("random", images, images, backbone, run) for images in _batches(backbone)]
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    differences = [_difference("random", images, images, backbone, tokens) for images in _batches(backbone)]
     image = _picture(backbone.image.resize_px)
     theirs = processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    differences.append(_difference("processed", _processed(image, backbone), theirs, backbone, tokens))
-    return _checked(differences)
+    differences.append(_difference("processed", _processed(image, backbone), theirs, backbone, run))
+    return _checked(differences, TOLERANCE)
 
 
-def _checked(differences: list[Difference]) -> list[Difference]:
-    if not all(d.prefix <= TOLERANCE and d.patches <= TOLERANCE for d in differences):  # refuses NaN, too
+def measure_float16(run: Run, backbone: Backbone) -> list[Difference]:
+    """Differences of a run in float16 from ours in float32, on a square, a smaller and a non-square image.
+
+    Raises:
+        ValueError: features that are not finite, or a difference that no rounding explains, above TOLERANCE_FLOAT16.
+    """
+    some = [images[:1] for images in _batches(backbone)[:3]]
+    return _checked([_difference("float16", images, images, backbone, run) for images in some], TOLERANCE_FLOAT16)
+
+
+def of_model(model: nn.Module) -> Run:
+    """How a model that takes groups of crops, ours or one behind the same tokens, runs, in its own precision."""
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = model([images.to(next(model.parameters()).dtype)])[0]
+        return features.cls.float(), features.registers.float(), features.patches.float()
+
+    return run
+
+
+def _checked(differences: list[Difference], most: float) -> list[Difference]:
+    if not all(d.prefix <= most and d.patches <= most for d in differences):  # refuses NaN, too
         figures = "; ".join(str(d) for d in differences)
-        raise ValueError(f"features of the export differ from ours by more than {TOLERANCE:g}: {figures}.")
+        raise ValueError(f"features of the export differ from ours by more than {most:g}: {figures}.")
     return differences
 
 
@@ -111,13 +121,10 @@ def _processed(image: np.ndarray, backbone: Backbone) -> Tensor:
 
 
 @torch.inference_mode()
-def _difference(
-    what: str, ours_in: Tensor, theirs_in: Tensor, backbone: Backbone, tokens: Callable[[Tensor], Tensor]
-) -> Difference:
-    ours = backbone.features(ours_in)
-    prefix = torch.cat([ours.cls[:, None], ours.registers], dim=1)
-    theirs = tokens(theirs_in).split([prefix.shape[1], ours.patches.shape[1]], dim=1)
+def _difference(what: str, ours_in: Tensor, theirs_in: Tensor, backbone: Backbone, run: Run) -> Difference:
+    ours, (cls, registers, patches) = backbone.features(ours_in), run(theirs_in)
     scale = ours.patches.square().mean().sqrt()
-    apart = [float((a - b).abs().max() / scale) for a, b in zip((prefix, ours.patches), theirs, strict=True)]
+    prefix = torch.cat([ours.cls[:, None] - cls[:, None], ours.registers - registers], dim=1)
+    apart = [float(difference.abs().max() / scale) for difference in (prefix, ours.patches - patches)]
     height, width = ours_in.shape[-2:]
     return Difference(what, height, width, len(ours_in), *apart)

@@ -1,65 +1,51 @@
 """A backbone as one file that runs without this project: ONNX, torch.export, TorchScript."""
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pretrain.downstream.backbone import Backbone
-from pretrain.downstream.export.graph import INPUT, OUTPUTS, Graph, exported
+from pretrain.downstream.export.graph import Graph, exported
+from pretrain.downstream.export.huggingface import described, write_json
+from pretrain.downstream.program_model import FILES, INPUT, OUTPUTS, PROGRAM_CONFIG, Run, loaded, quiet
 from pretrain.models.vision_transformer import VisionTransformer
 
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2", "torchscript": "model.ts"}
-Run = Callable[[Tensor], tuple[Tensor, ...]]
-"""normalised images [B, 3, H, W] -> CLS, registers, patches"""
+
+def write_program(backbone: Backbone, folder: Path, format_: str, dtype: torch.dtype) -> Run:
+    """Write the file of a format (FILES) and its config.json into an existing folder.
+
+    Args:
+        dtype: of the weights and of the arithmetic; images come and tokens go in float32 always.
+
+    Returns:
+        What runs the file, loaded by its own library.
+
+    Raises:
+        ValueError: a library that is not installed.
+    """
+    assert isinstance(backbone.model, VisionTransformer)
+    graph, file = Graph(backbone.model, dtype).eval(), folder / FILES[format_]
+    write_json(folder / PROGRAM_CONFIG, described(backbone, backbone.settings))
+    {"onnx": _onnx, "torch_export": _torch_export, "torchscript": _torchscript}[format_](graph, file)
+    return loaded(file)
 
 
-def write_program(backbone: Backbone, folder: Path, format_: str) -> Run:
-    """Write the file of a format (FILES) into an existing folder; what runs it, loaded by its own library."""
-    model, file = backbone.model, folder / FILES[format_]
-    assert isinstance(model, VisionTransformer)
-    return {"onnx": _onnx, "torch_export": _torch_export, "torchscript": _torchscript}[format_](model, file)
-
-
-def _onnx(model: VisionTransformer, file: Path) -> Run:
+def _onnx(graph: Graph, file: Path) -> None:
     try:
-        import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter writes with it
     except ImportError as error:
-        raise ValueError(f"--format onnx needs onnxruntime, onnxscript ({error}); install seedbed[export].") from None
-    with _quiet():
-        program = torch.onnx.export(exported(model), input_names=[INPUT], output_names=list(OUTPUTS), verbose=False)
+        raise ValueError(f"--format onnx needs onnxscript ({error}); install seedbed[export].") from None
+    with quiet():
+        program = torch.onnx.export(exported(graph), input_names=[INPUT], output_names=list(OUTPUTS), verbose=False)
         assert program is not None
         program.save(file)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(output) for output in session.run(None, {INPUT: images.numpy()}))
-
-    return run
 
 
-def _torch_export(model: VisionTransformer, file: Path) -> Run:
-    with _quiet():
-        torch.export.save(exported(model), file)
-        return torch.export.load(file).module()
+def _torch_export(graph: Graph, file: Path) -> None:
+    with quiet():
+        torch.export.save(exported(graph), file)
 
 
-def _torchscript(model: VisionTransformer, file: Path) -> Run:
-    p = model.patch_size
-    example = torch.zeros(2, model.patch_embed.in_channels, 3 * p, 5 * p)
-    with _quiet():
-        torch.jit.trace(Graph(model).eval(), example, check_trace=False).save(file)
-        return torch.jit.load(file)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters tell their own steps, and their own future, at length."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def _torchscript(graph: Graph, file: Path) -> None:
+    with quiet():
+        torch.jit.trace(graph, graph.example(), check_trace=False).save(file)

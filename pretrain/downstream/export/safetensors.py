@@ -1,4 +1,4 @@
-"""A backbone and its heads as one teacher folder of our own names: teacher.safetensors and config.json."""
+"""A backbone, and its heads where asked for, as a teacher folder of our own names: teacher.safetensors, config.json."""
 
 from pathlib import Path
 

@@ -25,6 +25,10 @@ head widths up to 64, where those of flash attention are 128 by 128: 41 tokens (
 the other, 201 tokens (224 px) 62% of either. Reasoned, not measured: section D of `benchmarks.gpu` can tell."""
 
 
+QUERIES_AT_ONCE = 256
+"""whose weights for all keys stay in a processor's cache"""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of a token matrix [T, D] divide into images; made once per forward, shared by all blocks."""
@@ -114,7 +118,9 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 def split_heads(qkv: Tensor, layout: Layout, num_heads: int, tables: Sequence[Tensor | None]) -> list[Heads]:
     """Rows [T, 3 D] to the heads of every group, contiguous."""
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form itself
+    # The compiler fuses the plain form itself; the fused kernel takes views that nothing has rotated as they are.
+    is_rotated = any(table is not None for table in tables)
+    if torch.compiler.is_compiling() or (is_in_use() and qkv.dtype == torch.float32 and not is_rotated):
         return views_of_heads(qkv, layout, num_heads, tables)
     flat = _SplitHeads.apply(qkv, layout, num_heads, *tables)
     return [flat[i : i + 3] for i in range(0, len(flat), 3)]
@@ -163,19 +169,33 @@ class _SplitHeads(torch.autograd.Function):
         return result, None, None, *[None] * len(ctx.tables)
 
 
+def is_in_use() -> bool:
+    """Whether there will be no backward: in inference mode, which a compiled graph cannot ask for."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, choose: bool = False) -> Tensor:
     """Attention within each image, [B, H, N, d]; `choose`: by length on GPUs too, in place of PyTorch's own choice.
 
     PyTorch's fused kernel for CPUs does not use the bfloat16 units: for crops of 224 and 96 px the plain products are
-    3.5 and 10 times as fast, at the price of holding the N x N weights, so long images keep the fused kernel.
+    3.5 and 10 times as fast, at the price of holding the N x N weights, so long images keep the fused kernel. Where
+    nothing is kept for a backward, the products of some queries at a time are faster than either at any length.
     """
     if choose and takes_short_kernel(q):
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, needs_gradient)[0]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > 1024:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
-    return weights.to(v.dtype) @ v
+    scaled = q * q.shape[-1] ** -0.5
+    if is_in_use():
+        return torch.cat([_plain(some, k, v) for some in scaled.split(QUERIES_AT_ONCE, dim=-2)], dim=-2)
+    if q.shape[-2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v)
+    return _plain(scaled, k, v)
+
+
+def _plain(scaled: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scaled @ k.transpose(-1, -2), dim=-1).to(v.dtype) @ v
 
 
 def takes_short_kernel(q: Tensor) -> bool:

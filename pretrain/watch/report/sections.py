@@ -52,6 +52,10 @@ class RunRecord:
         return [line[name] for line in self.metrics if line.get(name) is not None]
 
 
+_OWN_PLACE = ("step", "knn", "pca_explained", "failed")
+"""figures of an evaluation line that have a chart or sentence of their own"""
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
@@ -108,10 +112,10 @@ def at_a_glance(run: RunRecord) -> str:
 
 
 def learning(run: RunRecord) -> str:
-    """k-NN over the steps, at each k, with its floors."""
+    """k-NN over the steps, at each k, with its floors; and what else was measured."""
     scored, levels = knn_curve(run)
     if not scored:
-        return ""
+        return _other_evaluations(run)
     steps = [line["step"] for line in scored]
     names = [name for name in scored[-1] if name.startswith("knn/")]
     headline = line_chart(
@@ -130,7 +134,19 @@ def learning(run: RunRecord) -> str:
         "<p>Features of the teacher, compared by cosine with labelled images that took no part in training. The dashed "
         "lines are what raw pixels and an untrained network of the same form reach on the same images.</p>"
         f"<div class='plots'>{headline}{line_chart('at each k', by_k, (), run.marks(), '{:.1%}')}</div>"
+        + _other_evaluations(run)
     )
+
+
+def _other_evaluations(run: RunRecord) -> str:
+    """A curve for each evaluation beside k-NN that the config names."""
+    found = {name for line in run.evaluations for name in line if not name.startswith(_OWN_PLACE)}
+    charts = []
+    for name in sorted(found):
+        lines = [line for line in run.evaluations if line.get(name) is not None]
+        curve = Curve("teacher", "c1", [line["step"] for line in lines], [line[name] for line in lines], dots=True)
+        charts.append(line_chart(name, [curve], (), run.marks(), "{:.3f}"))
+    return f"<div class='plots'>{''.join(charts)}</div>" if charts else ""
 
 
 def losses(run: RunRecord) -> str:

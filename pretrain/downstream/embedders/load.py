@@ -1,0 +1,89 @@
+"""Whatever holds a backbone -> what embeds images with it; no torch is imported for an ONNX export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+ONNX = "model.onnx"
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What a backbone says of a batch of images of one size; float32."""
+
+    cls: np.ndarray
+    """[B, D]"""
+    patches: np.ndarray | None
+    """[B, h * w, D], row-major; None where they were not asked for"""
+    grid: tuple[int, int]
+    """h, w"""
+
+
+class Embedder(Protocol):
+    """A backbone on its device. Calls may come from any one thread at a time."""
+
+    source: str
+    """the folder or file that was read"""
+    architecture: str
+    patch_size: int
+    embed_dim: int
+    px: int
+    """side of the centre crop that it was trained at"""
+    runs_on: str
+    """library and device, for people"""
+
+    def __call__(self, images: np.ndarray, with_patches: bool) -> Embedded:
+        """Embed uint8 [B, H, W, 3]; sides that the patch does not divide are padded with the mean colour."""
+        ...
+
+
+def load_embedder(
+    path: str | Path, architecture: str = "", device: str = "auto", bfloat16: bool = False, gpu: int | None = None
+) -> Embedder:
+    """The backbone of an ONNX export (its folder or file), run by onnxruntime, or of anything that `load_backbone`
+    takes, run by torch.
+
+    Args:
+        architecture: of a released file, which does not say.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        bfloat16: run torch's in bfloat16.
+        gpu: the one to use where `device` does not say which.
+
+    Raises:
+        ValueError: nothing there that holds a backbone, no such device, or what an ONNX file cannot do.
+    """
+    file = onnx_file(path)
+    if file is None:
+        from pretrain.downstream.embedders.of_torch import TorchEmbedder
+
+        return TorchEmbedder(path, architecture, device, bfloat16, gpu)
+    if architecture or bfloat16:
+        raise ValueError(f"{file} runs as it was exported: --architecture and --bfloat16 are for other backbones.")
+    from pretrain.downstream.embedders.of_onnx import OnnxEmbedder
+
+    return OnnxEmbedder(file, device, gpu)
+
+
+def onnx_file(path: str | Path) -> Path | None:
+    """The ONNX file that a path means: itself, or that of an export's folder; None for another backbone."""
+    file = Path(path).expanduser()
+    if file.suffix == ".onnx":
+        return file
+    return file / ONNX if (file / ONNX).is_file() else None
+
+
+def crop_side(px: int | None, embedder: Embedder) -> int:
+    """Side of a centre crop in whole patches: `px`, or by default that of the training.
+
+    Raises:
+        ValueError: the patch does not divide `px`.
+    """
+    patch = embedder.patch_size
+    if px is None:
+        return max(embedder.px // patch, 1) * patch
+    if px < 1 or px % patch:
+        least = max(px // patch, 1) * patch
+        raise ValueError(f"--px {px} does not split into patches of {patch} px; use {least} or {least + patch}.")
+    return px

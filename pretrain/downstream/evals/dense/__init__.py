@@ -1,0 +1,1 @@
+"""Evaluations of patch features: linear segmentation, linear depth, objects without labels."""

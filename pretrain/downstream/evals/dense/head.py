@@ -1,0 +1,168 @@
+"""One linear layer on frozen patch features, trained on whole pictures: what segmentation and depth share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.downstream.evals.dense.pairs import Pair, as_images, over_pictures, pairs
+from pretrain.downstream.evals.frozen import Frozen
+from pretrain.downstream.evals.labelled import LeftOut
+from pretrain.downstream.evals.pooled.linear import batch_orders
+from pretrain.models.vision_transformer import Features
+
+UPSAMPLE = 4
+"""scores are learned at this many times the grid of patches; judged at the size of the map"""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is kept of a picture: its patch features (float16, on the processor) and its map."""
+
+    key: str
+    patches: Tensor
+    """[h, w, D]"""
+    truth: np.ndarray
+    """[H, W], at the size of the set; of a training picture [4 h, 4 w]"""
+
+
+class LinearHead(nn.Module):
+    """Batch normalisation, then one linear layer, on each patch."""
+
+    def __init__(self, width: int, outputs: int, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(width, outputs)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, patches: Sequence[Tensor]) -> list[Tensor]:
+        """[h, w, D] each -> scores [C, h, w] each."""
+        rows = self.linear(self.norm(torch.cat([one.flatten(0, 1) for one in patches])))
+        sizes = [one.shape[0] * one.shape[1] for one in patches]
+        return [part.T.unflatten(1, tuple(one.shape[:2])) for part, one in zip(rows.split(sizes), patches, strict=True)]
+
+
+def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, h, w] -> [C, H, W], bilinear."""
+    return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """How pictures are shown to the backbone, and what is kept of them."""
+
+    member: str
+    """`seg` or `depth`: which map"""
+    short_px: int
+    """shorter side"""
+    memory_gb: float
+    """of the features of all pictures of a set"""
+    kept: Callable[[Features], Tensor]
+    """features of B pictures -> [B, h, w, D]: what the head sees"""
+    prepared: Callable[[str, np.ndarray], np.ndarray]
+    """key and map [H, W] as it lies in the set -> what is learned and judged by; ValueError where that is none"""
+
+
+def views(
+    frozen: Frozen, pattern: str, maps: str, config: ViewConfig, for_training: bool
+) -> tuple[list[Seen], LeftOut]:
+    """The pictures of a set, as the head sees them; for training each with its mirror image.
+
+    Raises:
+        ValueError: pictures that cannot be used, or that take more memory than `memory_gb`.
+    """
+    taken = 0
+
+    def work(pair: Pair, features: Callable[[Tensor], Features]) -> list[Seen]:
+        nonlocal taken
+        images = as_images(pair.picture)
+        kept = config.kept(features(torch.cat([images, images.flip(3)]) if for_training else images))
+        kept = kept.to("cpu", torch.float16)
+        taken += kept.numel() * 2
+        if taken > config.memory_gb * 1e9:
+            raise ValueError(
+                f"the features of {pattern!r} take more than memory_gb={config.memory_gb:g}: give more, a smaller px, "
+                "or fewer pictures."
+            )
+        assert pair.truth is not None, "pairs without a map are left out"
+        truth = config.prepared(pair.key, pair.truth)
+        if not for_training:
+            return [Seen(pair.key, kept[0], truth)]
+        small = nearest(truth, (UPSAMPLE * kept.shape[1], UPSAMPLE * kept.shape[2]))
+        return [Seen(pair.key, kept[0], small), Seen(pair.key, kept[1], small[:, ::-1])]
+
+    patch = frozen.tokens.patch_size
+
+    def reading(left_out: LeftOut, rank: int, num_ranks: int) -> Iterator[Pair]:
+        return pairs(pattern, maps, config.member, config.short_px, patch, left_out, rank=rank, num_ranks=num_ranks)
+
+    found, left_out = over_pictures(frozen, f"{config.member} features", pattern, reading, work)
+    return [one for several in found for one in several], left_out
+
+
+def nearest(map_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W] -> [h, w]: the pixel at the middle of each of the new ones."""
+    rows, columns = (((np.arange(n) + 0.5) * old / n).astype(np.int64) for n, old in zip(size, map_.shape, strict=True))
+    return map_[rows[:, None], columns]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Steps of AdamW with a one-cycle rate: warm-up over 3.75% of the steps, then a cosine, as published."""
+
+    label: str
+    steps: int
+    batch_size: int
+    rate: float
+    weight_decay: float
+    seed: int
+
+
+def train_head(
+    frozen: Frozen,
+    head: LinearHead,
+    seen: Sequence[Seen],
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    schedule: Schedule,
+) -> LinearHead:
+    """Train the head on the device of the backbone, and return it in eval mode.
+
+    Args:
+        loss: scores [C, 4 h, 4 w] and maps [4 h, 4 w] of a batch -> a mean.
+    """
+    device = frozen.device
+    head.to(device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.rate, weight_decay=schedule.weight_decay)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, schedule.rate, total_steps=schedule.steps, pct_start=0.0375, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(schedule.seed)
+    with frozen.progress(schedule.label, schedule.steps, "steps") as progress:
+        for numbers in batch_orders(len(seen), schedule.batch_size, schedule.steps, generator):
+            chosen = [seen[n] for n in numbers.tolist()]
+            scores = head([one.patches.to(device, torch.float32) for one in chosen])
+            maps = [torch.from_numpy(one.truth.copy()).to(device) for one in chosen]
+            sized = [resized(one, (m.shape[0], m.shape[1])) for one, m in zip(scores, maps, strict=True)]
+            optimizer.zero_grad()
+            loss(sized, maps).backward()
+            optimizer.step()
+            cycle.step()
+            progress.advance(1)
+    return head.eval()
+
+
+@torch.no_grad()
+def judged(head: LinearHead, one: Seen, device: torch.device, size: tuple[int, int]) -> Tensor:
+    """Scores [C, H, W] of a picture at a size."""
+    (scores,) = head([one.patches.to(device, torch.float32)])
+    return resized(scores, size)
+
+
+def num_steps(epochs: int, least: int, pictures: int, batch_size: int) -> int:
+    """Steps of so many epochs, or the least."""
+    return max(least, -(-epochs * pictures // batch_size))

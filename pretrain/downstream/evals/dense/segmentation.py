@@ -1,0 +1,147 @@
+"""Linear segmentation: what class each pixel is of, from one linear layer on frozen patches; mean IoU.
+
+As DINOv2 and DINOv3 measure it (arXiv:2304.07193, section 7.4; arXiv:2508.10104, appendix): patches of the last layer,
+batch normalisation and a linear layer, cross-entropy, AdamW. Where that is simpler here: pictures are seen whole at one
+size, each with its mirror image, not in random crops of 512 px, and judged whole, not by sliding windows; the loss is
+taken at four times the grid of patches. So compare these figures with each other, not with published tables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.ranges import SEEDS, check_ranges
+from pretrain.downstream.evals.dense.head import (
+    LinearHead,
+    Schedule,
+    Seen,
+    ViewConfig,
+    judged,
+    num_steps,
+    train_head,
+    views,
+)
+from pretrain.downstream.evals.errors import bootstrap
+from pretrain.downstream.evals.frozen import Frozen
+from pretrain.downstream.evals.result import Result
+from pretrain.downstream.evals.sets import SegmentationSet
+from pretrain.models.vision_transformer import Features
+
+_IGNORED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig:
+    """How the layer is trained."""
+
+    epochs: int = 32
+    """through the training pictures: 40,000 steps of 16 are 32 of ADE20K"""
+    least_steps: int = 1000
+    batch_size: int = 16
+    """pictures a step"""
+    rate: float = 1e-3
+    """highest, of AdamW"""
+    weight_decay: float = 1e-3
+    memory_gb: float = 16.0
+    """of the features of one set, in GB: beyond it, an error"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "least_steps", "batch_size")
+        check_ranges("segmentation", self, **dict.fromkeys(counts, "[1, inf)"), seed=SEEDS)
+        check_ranges("segmentation", self, rate="(0, inf)", weight_decay="[0, inf)", memory_gb="(0, inf)")
+
+
+def confusion(answer: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by true class and answer, int64 [C, C]; pixels whose truth is negative are ignored."""
+    known = truth >= 0
+    codes = truth[known].astype(np.int64) * classes + answer[known]
+    return np.bincount(codes, minlength=classes**2).reshape(classes, classes)
+
+
+def intersection_over_union(confusions: np.ndarray) -> np.ndarray:
+    """[C, C] -> [C]; NaN of a class that is neither there nor answered."""
+    both = np.diag(confusions)
+    either = confusions.sum(axis=0) + confusions.sum(axis=1) - both
+    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def mean_iou(confusions: np.ndarray) -> float:
+    """Mean over the classes that are there or answered."""
+    return float(np.nanmean(intersection_over_union(confusions)))
+
+
+def run(frozen: Frozen, data: SegmentationSet, config: SegmentationConfig) -> Result:
+    """Mean IoU over all pixels of the validation pictures.
+
+    Raises:
+        ValueError: maps with numbers that are no classes.
+    """
+    seen = ViewConfig(
+        member="seg",
+        short_px=data.px or 2 * frozen.px,
+        memory_gb=config.memory_gb,
+        kept=_patches,
+        prepared=lambda key, map_: numbered(key, map_, data),
+    )
+    train, left_train = views(frozen, data.train, data.train_maps, seen, for_training=True)
+    head = LinearHead(train[0].patches.shape[2], data.classes, config.seed)
+    steps = num_steps(config.epochs, config.least_steps, len(train) // 2, config.batch_size)
+    schedule = Schedule(
+        label="segmentation",
+        steps=steps,
+        batch_size=config.batch_size,
+        rate=config.rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+    train_head(frozen, head, train, _cross_entropy, schedule)
+    val, left_val = views(frozen, data.val, data.val_maps, seen, for_training=False)
+    counts = np.stack([_confusion(head, one, data.classes, frozen.device) for one in val])
+    whole = counts.sum(axis=0)
+    each = {f"IoU of class {n + data.first}": float(v) for n, v in enumerate(intersection_over_union(whole))}
+    return Result(
+        value=mean_iou(whole),
+        standard_error=bootstrap(len(counts), lambda drawn: mean_iou(counts[drawn].sum(axis=0))),
+        figures={"accuracy of pixels": float(np.trace(whole) / whole.sum()), **each},
+        images={"train": len(train) // 2, "val": len(val)},
+        left_out={"train": left_train, "val": left_val},
+        chosen={"steps": steps},
+    )
+
+
+def _confusion(head: LinearHead, one: Seen, classes: int, device: torch.device) -> np.ndarray:
+    """Of one picture, at the size of its map."""
+    scores = judged(head, one, device, (one.truth.shape[0], one.truth.shape[1]))
+    return confusion(scores.argmax(dim=0).cpu().numpy(), one.truth, classes)
+
+
+def _patches(features: Features) -> Tensor:
+    return features.patches.unflatten(1, features.grid)
+
+
+def numbered(key: str, map_: np.ndarray, data: SegmentationSet) -> np.ndarray:
+    """The map with classes from 0, and _IGNORED.
+
+    Raises:
+        ValueError: a number that is neither a class nor ignored.
+    """
+    ignored = np.isin(map_, data.ignore)
+    classes = np.where(ignored, _IGNORED, map_ - data.first)
+    if wrong := sorted(set(np.unique(classes[~ignored]).tolist()) - set(range(data.classes))):
+        raise ValueError(
+            f"the map of {key} has the number {wrong[0] + data.first}: classes={data.classes} are numbered "
+            f"{data.first} to {data.first + data.classes - 1}, and ignore={data.ignore}."
+        )
+    return classes
+
+
+def _cross_entropy(scores: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+    rows = torch.cat([one.flatten(1).T for one in scores])
+    truth = torch.cat([one.flatten() for one in maps])
+    total = F.cross_entropy(rows, truth.long(), ignore_index=_IGNORED, reduction="sum")
+    return total / (truth != _IGNORED).sum().clamp(min=1)  # a batch may hold nothing but ignored pixels

@@ -1,0 +1,1 @@
+"""Evaluations of one vector an image: k-NN, linear probe, logistic regression, few examples, retrieval, copies."""
