@@ -77,7 +77,9 @@ def test_classes_of_their_own_colour_are_told_apart(tmp_path: Path) -> None:
         classes=3,
         px=64,
     )
-    found = segmentation.run(frozen(Colours()), data, segmentation.SegmentationConfig(least_steps=150, batch_size=4))
+    found = segmentation.run(
+        frozen(Colours()), data, segmentation.SegmentationConfig(epochs=1, least_steps=40, batch_size=4, rate=1e-2)
+    )
     assert found.value > 0.75  # bilinear edges between fields cost the rest
     assert found.figures["accuracy of pixels"] > 0.85
     assert found.images == {"train": 8, "val": 5}
@@ -87,7 +89,7 @@ def test_classes_of_their_own_colour_are_told_apart(tmp_path: Path) -> None:
 def test_ignored_pixels_teach_and_count_nothing(tmp_path: Path) -> None:
     train = scenes(tmp_path / "train.tar", range(8), {2: 255})
     data = SegmentationSet(train=train, val=scenes(tmp_path / "val.tar", range(20, 23), {2: 255}), classes=2, px=64)
-    config = segmentation.SegmentationConfig(least_steps=100, batch_size=4)
+    config = segmentation.SegmentationConfig(epochs=1, least_steps=40, batch_size=4, rate=1e-2)
     found = segmentation.run(frozen(Colours()), data, config)
     assert found.value > 0.85
     wrong = SegmentationSet(train=train, val=data.val, classes=2, ignore=[254], px=64)
@@ -103,7 +105,9 @@ def test_the_first_class_may_be_one(tmp_path: Path) -> None:
     change = {2: 3, 1: 2, 0: 1}
     train, val = (scenes(tmp_path / f"{n}.tar", seeds, change) for n, seeds in ((0, range(8)), (1, range(20, 23))))
     data = SegmentationSet(train=train, val=val, classes=3, first=1, ignore=[0], px=64)
-    found = segmentation.run(frozen(Colours()), data, segmentation.SegmentationConfig(least_steps=100, batch_size=4))
+    found = segmentation.run(
+        frozen(Colours()), data, segmentation.SegmentationConfig(epochs=1, least_steps=40, batch_size=4, rate=1e-2)
+    )
     assert found.value > 0.7
     assert "IoU of class 3" in found.figures
 
@@ -117,13 +121,13 @@ def test_a_map_is_taken_at_the_middle_of_pixels() -> None:
 
 def test_the_head_keeps_each_pictures_patches_together() -> None:
     head = LinearHead(5, 3, seed=0).eval()
-    one, other = torch.randn(2, 3, 5), torch.randn(4, 1, 5)
-    together = head([one, other])
-    assert [tuple(scores.shape) for scores in together] == [(3, 2, 3), (3, 4, 1)]
+    ones, other = torch.randn(2, 2, 3, 5), torch.randn(1, 4, 1, 5)
+    together = head([ones, other])
+    assert [tuple(scores.shape) for scores in together] == [(2, 3, 2, 3), (1, 3, 4, 1)]
     torch.testing.assert_close(together[1], head([other])[0])
-    expected = head.linear(head.norm(one.flatten(0, 1)))[4]  # second row, second column
-    torch.testing.assert_close(together[0][:, 1, 1], expected)
-    assert resized(together[0], (8, 12)).shape == (3, 8, 12)
+    expected = head.linear(head.norm(ones[1].flatten(0, 1)))[4]  # second row, second column
+    torch.testing.assert_close(together[0][1, :, 1, 1], expected)
+    assert resized(together[0], (8, 12)).shape == (2, 3, 8, 12)
 
 
 def test_depth_is_the_mean_of_bins_by_their_shares() -> None:
@@ -167,7 +171,7 @@ def deep(path: Path, seeds: range, unknown: bool = False) -> str:
 def test_depth_that_can_be_seen_is_learned(tmp_path: Path) -> None:
     train, val = deep(tmp_path / "t.tar", range(8)), deep(tmp_path / "v.tar", range(20, 24))
     data = DepthSet(train=train, val=val, max_m=5, px=64)
-    config = depth.DepthConfig(least_steps=300, batch_size=4, rate=3e-2)
+    config = depth.DepthConfig(epochs=1, least_steps=60, batch_size=4, rate=0.1)
     found = depth.run(frozen(Pixels()), data, config)
     assert found.value < 0.6  # 0.87 is the deviation of the depths, and edges between fields are soft
     assert found.figures["delta 1"] > 0.65

@@ -117,7 +117,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def split_heads(qkv: Tensor, layout: Layout, num_heads: int, tables: Sequence[Tensor | None]) -> list[Heads]:
-    """Rows [T, 3 D] to the heads of every group, contiguous."""
+    """Rows [T, 3 D] to the heads of every group; contiguous, but where views are as good."""
     # The compiler fuses the plain form itself; the fused kernel takes views that nothing has rotated as they are.
     is_rotated = any(table is not None for table in tables)
     if torch.compiler.is_compiling() or (is_in_use() and qkv.dtype == torch.float32 and not is_rotated):

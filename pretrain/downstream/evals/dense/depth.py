@@ -64,10 +64,10 @@ class DepthConfig:
 
 
 def depth_of(scores: Tensor, min_m: float, max_m: float) -> Tensor:
-    """Scores of the bins [K, H, W] -> metres [H, W]."""
-    bins = torch.linspace(min_m, max_m, len(scores), device=scores.device)
-    shares = (F.relu(scores) + _RAISED).flatten(1)
-    return (bins @ shares / shares.sum(dim=0)).unflatten(0, scores.shape[1:])  # four times faster than an einsum
+    """Scores of the bins [..., K, H, W] -> metres [..., H, W]."""
+    bins = torch.linspace(min_m, max_m, scores.shape[-3], device=scores.device)
+    shares = (F.relu(scores) + _RAISED).flatten(-2)
+    return (bins @ shares / shares.sum(dim=-2)).unflatten(-1, scores.shape[-2:])  # four times faster than an einsum
 
 
 def scale_invariant_loss(answer: Tensor, truth: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _answer(head: LinearHead, one: Seen, data: DepthSet, device: torch.device) -
     """Metres [H, W] at the size of the map: of UPSAMPLE times the grid, resized."""
     h, w = one.patches.shape[:2]
     answer = depth_of(judged(head, one, device, (UPSAMPLE * h, UPSAMPLE * w)), data.min_m, data.max_m)
-    return resized(answer[None], (one.truth.shape[0], one.truth.shape[1]))[0].cpu().numpy()
+    return resized(answer[None, None], (one.truth.shape[0], one.truth.shape[1]))[0, 0].cpu().numpy()
 
 
 def _patches_and_cls(features: Features) -> Tensor:

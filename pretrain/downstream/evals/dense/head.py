@@ -40,16 +40,16 @@ class LinearHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, patches: Sequence[Tensor]) -> list[Tensor]:
-        """[h, w, D] each -> scores [C, h, w] each."""
-        rows = self.linear(self.norm(torch.cat([one.flatten(0, 1) for one in patches])))
-        sizes = [one.shape[0] * one.shape[1] for one in patches]
-        return [part.T.unflatten(1, tuple(one.shape[:2])) for part, one in zip(rows.split(sizes), patches, strict=True)]
+    def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures of one size together, [B, h, w, D] each -> scores [B, C, h, w] each."""
+        rows = self.linear(self.norm(torch.cat([one.flatten(0, 2) for one in groups])))
+        parts = rows.split([one.shape[:3].numel() for one in groups])
+        return [part.unflatten(0, one.shape[:3]).permute(0, 3, 1, 2) for part, one in zip(parts, groups, strict=True)]
 
 
 def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, h, w] -> [C, H, W], bilinear."""
-    return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+    """[B, C, h, w] -> [B, C, H, W], bilinear."""
+    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def train_head(
     """Train the head on the device of the backbone, and return it in eval mode.
 
     Args:
-        loss: scores [C, 4 h, 4 w] and maps [4 h, 4 w] of a batch -> a mean.
+        loss: scores [B, C, 4 h, 4 w] and maps [B, 4 h, 4 w] of a batch, pictures of one size together -> a mean.
     """
     device = frozen.device
     head.to(device).train()
@@ -144,10 +144,13 @@ def train_head(
     generator = torch.Generator().manual_seed(schedule.seed)
     with frozen.progress(schedule.label, schedule.steps, "steps") as progress:
         for numbers in batch_orders(len(seen), schedule.batch_size, schedule.steps, generator):
-            chosen = [seen[n] for n in numbers.tolist()]
-            scores = head([one.patches.to(device, torch.float32) for one in chosen])
-            maps = [torch.from_numpy(one.truth.copy()).to(device) for one in chosen]
-            sized = [resized(one, (m.shape[0], m.shape[1])) for one, m in zip(scores, maps, strict=True)]
+            by_size: dict[torch.Size, list[Seen]] = {}
+            for one in (seen[n] for n in numbers.tolist()):
+                by_size.setdefault(one.patches.shape, []).append(one)
+            groups = list(by_size.values())
+            scores = head([torch.stack([one.patches for one in those]).to(device, torch.float32) for those in groups])
+            maps = [torch.from_numpy(np.stack([one.truth for one in those])).to(device) for those in groups]
+            sized = [resized(one, (m.shape[1], m.shape[2])) for one, m in zip(scores, maps, strict=True)]
             optimizer.zero_grad()
             loss(sized, maps).backward()
             optimizer.step()
@@ -159,8 +162,8 @@ def train_head(
 @torch.no_grad()
 def judged(head: LinearHead, one: Seen, device: torch.device, size: tuple[int, int]) -> Tensor:
     """Scores [C, H, W] of a picture at a size."""
-    (scores,) = head([one.patches.to(device, torch.float32)])
-    return resized(scores, size)
+    (scores,) = head([one.patches[None].to(device, torch.float32)])
+    return resized(scores, size)[0]
 
 
 def num_steps(epochs: int, least: int, pictures: int, batch_size: int) -> int:

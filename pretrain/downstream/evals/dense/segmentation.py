@@ -141,7 +141,7 @@ def numbered(key: str, map_: np.ndarray, data: SegmentationSet) -> np.ndarray:
 
 
 def _cross_entropy(scores: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-    rows = torch.cat([one.flatten(1).T for one in scores])
-    truth = torch.cat([one.flatten() for one in maps])
-    total = F.cross_entropy(rows, truth.long(), ignore_index=_IGNORED, reduction="sum")
-    return total / (truth != _IGNORED).sum().clamp(min=1)  # a batch may hold nothing but ignored pixels
+    pairs = list(zip(scores, maps, strict=True))
+    losses = [F.cross_entropy(one, map_.long(), ignore_index=_IGNORED, reduction="sum") for one, map_ in pairs]
+    known = torch.stack([(map_ != _IGNORED).sum() for map_ in maps]).sum()
+    return torch.stack(losses).sum() / known.clamp(min=1)  # a batch may hold nothing but ignored pixels
