@@ -1,4 +1,4 @@
-"""Every benchmark, one after another, each against its peer in its own run: `make bench` (about half an hour)."""
+"""Every benchmark, one after another, each against its peer in its own run: `make bench` (about an hour)."""
 
 import subprocess
 import sys
@@ -11,6 +11,8 @@ COMMANDS = (
     ["-m", "benchmarks.scale", "join", "--rows", "10000000"],
     ["-m", "benchmarks.loading"],
     ["-m", "benchmarks.losses"],
+    ["-m", "benchmarks.features"],
+    ["-m", "benchmarks.serve"],
 )
 
 

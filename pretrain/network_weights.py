@@ -54,6 +54,9 @@ def load_network(network: Network, source: str | Path, part: str = "teacher", ke
             model.position_offset,
         )
     backbone = {name.removeprefix(BACKBONE): t for name, t in state.items() if name.startswith(BACKBONE)}
+    if model.local_cls_norm is not None and "local_cls_norm.weight" not in backbone:
+        log.info("%s has no local_cls_norm, which is of training alone: it starts as its norm", weights.source)
+        backbone |= {f"local_cls_{name}": backbone[name] for name in ("norm.weight", "norm.bias") if name in backbone}
     known = {name: t.read() if is_looked_at(name) else _shape_of(t) for name, t in backbone.items()}
     try:
         fitting = fitting_state(model, known, resize_position=True)
@@ -124,7 +127,7 @@ def teacher_weights(source: str | Path) -> tuple[Weights, Network]:
     if not weights.description.get("heads"):
         raise ValueError(
             f"{weights.source} has no heads, and distillation needs the prototypes of its teacher: give a run, "
-            "checkpoint, teacher or export of pretrain."
+            "checkpoint or teacher of pretrain, or an export with --heads."
         )
     with torch.device("meta"):
         network = described_network(weights.description)

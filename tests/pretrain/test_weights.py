@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.checkpoint import write_teacher
 from pretrain.config import load_train_config
 from pretrain.downstream.backbone import load_backbone, load_heads
 from pretrain.downstream.evals import __main__ as evaluations
@@ -247,6 +248,21 @@ def test_folders_without_weights_are_one_sentence(kind: str, tmp_path: Path) -> 
 
 
 _CONFIG = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "image_size": 56}
+
+
+def test_an_untied_norm_that_the_source_lacks_starts_as_its_norm(tmp_path: Path) -> None:
+    """transformers has none, of the 7B neither; training with it goes on from such a folder all the same."""
+    source = build("dinov3_tiny", depth=1)
+    randomise(source)
+    description = {"architecture": "dinov3_tiny", "model": {"depth": 1}}
+    description["image"] = {"mean": [0.5] * 3, "std": [0.25] * 3, "px": 32}
+    write_teacher(tmp_path / "t", {f"backbone.{k}": v for k, v in source.state_dict().items()}, description)
+    settings = ["model.architecture=dinov3_tiny", "model.depth=1", "model.untied_local_norm=true"]
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    network = fresh_network(load_train_config(str(tmp_path / "tiny.yaml"), settings, [str(tmp_path)]))
+    load_network(network, tmp_path / "t")
+    assert torch.equal(network.backbone.local_cls_norm.weight, source.norm.weight)
+    assert torch.equal(network.backbone.local_cls_norm.bias, source.norm.bias)
 
 
 def test_released_code_resizes_positions_with_its_offset_and_a_run_remembers_it(
