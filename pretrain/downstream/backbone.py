@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.downstream.pixels import short_side
 from pretrain.downstream.program_model import ProgramModel, load_program, program_file
 from pretrain.downstream.timm_model import TimmModel, is_timm_folder, load_timm
 from pretrain.models.architectures import ARCHITECTURES
@@ -54,7 +55,7 @@ class ImageSettings:
     @property
     def resize_px(self) -> int:
         """Shorter side before the centre crop, in the proportion 256 : 224 of the published evaluations."""
-        return round(self.px * 256 / 224)
+        return short_side(self.px)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Uint8 [B, 3, H, W] -> float32, as in training.

@@ -17,6 +17,7 @@ from pretrain.downstream.evals.baselines import random_like
 from pretrain.downstream.evals.compared import shown_names
 from pretrain.downstream.evals.protocols import PROTOCOLS
 from pretrain.downstream.evals.sets import KINDS, read_sets
+from pretrain.downstream.export.folder import export
 from pretrain.models.architectures import build
 from pretrain.watch.evaluation import EvaluationConfig, check_sets, run_evaluation
 from tests.conftest import REPOSITORY, encoded, picture, write_tar
@@ -224,3 +225,16 @@ def test_folders_of_classes_are_read(tmp_path: Path) -> None:
     assert main(["knn", "colours", "--data", *data, "knn.k=[1]"]) == 0
     write_tar(tmp_path / "x.tar", [("a.png", encoded(picture(1), "PNG"))])
     assert main(["knn", "colours", "--data", f"train={tmp_path}/set", f"val={tmp_path}/x.tar", "knn.k=[1]"]) == 2
+
+
+@pytest.mark.slow
+def test_a_program_is_evaluated_by_its_last_layer(folder: Path, tmp_path: Path) -> None:
+    export(folder / "teacher", tmp_path / "onnx", "onnx")
+    names = [str(folder / "teacher"), str(tmp_path / "onnx")]
+    data = [f"train={folder}/train.tar", f"val={folder}/val.tar"]
+    few = [word for word in FEW if word.startswith(("knn", "linear"))]
+    assert main(["knn,linear", *names, "--data", *data, *few, "--out", str(tmp_path / "out")]) == 0
+    found = results(tmp_path / "out")
+    assert found[names[0], "knn"]["value"] == found[names[1], "knn"]["value"]
+    assert "best on val, CLS of 2 layers" in found[names[0], "linear"]["figures"]
+    assert "best on val, CLS of 2 layers" not in found[names[1], "linear"]["figures"]

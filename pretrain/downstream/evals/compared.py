@@ -20,6 +20,7 @@ from pretrain.downstream.evals.labelled import about_images
 from pretrain.downstream.evals.protocols import PROTOCOLS, Protocol
 from pretrain.downstream.evals.sets import KINDS, ImageSets
 from pretrain.downstream.pixels import find_sets
+from pretrain.downstream.timm_model import TimmModel
 from pretrain.models.vision_transformer import VisionTransformer
 
 UNTRAINED = "untrained:"
@@ -91,7 +92,7 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
 
 def frozen_of(one: Evaluated, tasks: Sequence[Task], device: torch.device, batch_size: int, bfloat16: bool) -> Frozen:
     """The backbone on its device, giving as many layers as these evaluations ask for and it has."""
-    has_layers = hasattr(one.model, "layers")
+    has_layers = isinstance(one.model, VisionTransformer | TimmModel)
     return Frozen(
         tokens=one.model.to(device).eval(),
         mean=one.image.mean,
