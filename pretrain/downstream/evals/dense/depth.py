@@ -16,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.ranges import SEEDS, check_ranges
 from pretrain.downstream.evals.dense.head import (
     UPSAMPLE,
+    HeadConfig,
     LinearHead,
-    Schedule,
     Seen,
     ViewConfig,
     judged,
-    num_steps,
     resized,
     train_head,
     views,
@@ -42,25 +40,12 @@ _THRESHOLD = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthConfig:
-    """How the layer is trained."""
+class DepthConfig(HeadConfig):
+    """How the layer is trained; DINOv3 has a rate of 3e-4, for more steps."""
 
     epochs: int = 25
-    """through the training pictures: 38,400 steps of 16 are 25 of NYU's 24,000"""
-    least_steps: int = 1000
-    batch_size: int = 16
-    """pictures a step"""
-    rate: float = 1e-3
-    """highest, of AdamW; 3e-4 in DINOv3, for more steps"""
+    """38,400 steps of 16 are 25 of NYU's 24,000"""
     weight_decay: float = 1e-2
-    memory_gb: float = 16.0
-    """of the features of one set, in GB: beyond it, an error"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("epochs", "least_steps", "batch_size")
-        check_ranges("depth", self, **dict.fromkeys(counts, "[1, inf)"), seed=SEEDS)
-        check_ranges("depth", self, rate="(0, inf)", weight_decay="[0, inf)", memory_gb="(0, inf)")
 
 
 def depth_of(scores: Tensor, min_m: float, max_m: float) -> Tensor:
@@ -100,15 +85,6 @@ def run(frozen: Frozen, data: DepthSet, config: DepthConfig) -> Result:
     train, left_train = views(frozen, data.train, data.train_maps, seen, for_training=True)
     train = _with_something_known(train, data, data.train)
     head = LinearHead(train[0].patches.shape[2], BINS, config.seed)
-    steps = num_steps(config.epochs, config.least_steps, len(train) // 2, config.batch_size)
-    schedule = Schedule(
-        label="depth",
-        steps=steps,
-        batch_size=config.batch_size,
-        rate=config.rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
 
     def loss(scores: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
         answer = torch.cat([depth_of(one, data.min_m, data.max_m).flatten() for one in scores])
@@ -116,7 +92,7 @@ def run(frozen: Frozen, data: DepthSet, config: DepthConfig) -> Result:
         known = truth > 0
         return scale_invariant_loss(answer[known], truth[known])
 
-    train_head(frozen, head, train, loss, schedule)
+    steps = train_head(frozen, head, train, loss, config, "depth")
     val, left_val = views(frozen, data.val, data.val_maps, seen, for_training=False)
     found = []
     for one in _with_something_known(val, data, data.val):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.ranges import SEEDS, check_ranges
 from pretrain.downstream.evals.dense.pairs import Pair, as_images, over_pictures, pairs
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.labelled import LeftOut
@@ -112,15 +113,30 @@ def nearest(map_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Steps of AdamW with a one-cycle rate: warm-up over 3.75% of the steps, then a cosine, as published."""
+class HeadConfig:
+    """How the layer is trained: AdamW with a one-cycle rate, warm-up over 3.75% of the steps and then a cosine, as
+    published."""
 
-    label: str
-    steps: int
-    batch_size: int
-    rate: float
+    epochs: int
+    """through the training pictures"""
+    least_steps: int = 1000
+    batch_size: int = 16
+    """pictures a step"""
+    rate: float = 1e-3
+    """highest"""
     weight_decay: float
-    seed: int
+    memory_gb: float = 16.0
+    """of the features of one set, in GB: beyond it, an error"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.removesuffix("Config").lower()  # as the command line has it
+        counts = ("epochs", "least_steps", "batch_size")
+        check_ranges(name, self, **dict.fromkeys(counts, "[1, inf)"), seed=SEEDS)
+        check_ranges(name, self, rate="(0, inf)", weight_decay="[0, inf)", memory_gb="(0, inf)")
+
+    def num_steps(self, pictures: int) -> int:
+        return max(self.least_steps, -(-self.epochs * pictures // self.batch_size))
 
 
 def train_head(
@@ -128,22 +144,25 @@ def train_head(
     head: LinearHead,
     seen: Sequence[Seen],
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
-    schedule: Schedule,
-) -> LinearHead:
-    """Train the head on the device of the backbone, and return it in eval mode.
+    config: HeadConfig,
+    label: str,
+) -> int:
+    """Train the head on the device of the backbone, and leave it in eval mode; returns the steps that it took.
 
     Args:
+        seen: each picture and its mirror image.
         loss: scores [B, C, 4 h, 4 w] and maps [B, 4 h, 4 w] of a batch, pictures of one size together -> a mean.
+        label: shown beside the progress.
     """
-    device = frozen.device
+    device, steps = frozen.device, config.num_steps(len(seen) // 2)
     head.to(device).train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.rate, total_steps=schedule.steps, pct_start=0.0375, cycle_momentum=False
+        optimizer, config.rate, total_steps=steps, pct_start=0.0375, cycle_momentum=False
     )
-    generator = torch.Generator().manual_seed(schedule.seed)
-    with frozen.progress(schedule.label, schedule.steps, "steps") as progress:
-        for numbers in batch_orders(len(seen), schedule.batch_size, schedule.steps, generator):
+    generator = torch.Generator().manual_seed(config.seed)
+    with frozen.progress(label, steps, "steps") as progress:
+        for numbers in batch_orders(len(seen), config.batch_size, steps, generator):
             by_size: dict[torch.Size, list[Seen]] = {}
             for one in (seen[n] for n in numbers.tolist()):
                 by_size.setdefault(one.patches.shape, []).append(one)
@@ -156,7 +175,8 @@ def train_head(
             optimizer.step()
             cycle.step()
             progress.advance(1)
-    return head.eval()
+    head.eval()
+    return steps
 
 
 @torch.no_grad()
@@ -164,8 +184,3 @@ def judged(head: LinearHead, one: Seen, device: torch.device, size: tuple[int, i
     """Scores [C, H, W] of a picture at a size."""
     (scores,) = head([one.patches[None].to(device, torch.float32)])
     return resized(scores, size)[0]
-
-
-def num_steps(epochs: int, least: int, pictures: int, batch_size: int) -> int:
-    """Steps of so many epochs, or the least."""
-    return max(least, -(-epochs * pictures // batch_size))

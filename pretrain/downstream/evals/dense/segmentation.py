@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.ranges import SEEDS, check_ranges
 from pretrain.downstream.evals.dense.head import (
+    HeadConfig,
     LinearHead,
-    Schedule,
     Seen,
     ViewConfig,
     judged,
-    num_steps,
     train_head,
     views,
 )
@@ -35,25 +33,12 @@ _IGNORED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationConfig:
-    """How the layer is trained."""
+class SegmentationConfig(HeadConfig):
+    """How the layer is trained; DINOv3 has a grid of rates from 1e-4 to 1e-3 and decays from 1e-4 to 1e-3."""
 
     epochs: int = 32
-    """through the training pictures: 40,000 steps of 16 are 32 of ADE20K"""
-    least_steps: int = 1000
-    batch_size: int = 16
-    """pictures a step"""
-    rate: float = 1e-3
-    """highest, of AdamW"""
+    """40,000 steps of 16 are 32 of ADE20K"""
     weight_decay: float = 1e-3
-    memory_gb: float = 16.0
-    """of the features of one set, in GB: beyond it, an error"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("epochs", "least_steps", "batch_size")
-        check_ranges("segmentation", self, **dict.fromkeys(counts, "[1, inf)"), seed=SEEDS)
-        check_ranges("segmentation", self, rate="(0, inf)", weight_decay="[0, inf)", memory_gb="(0, inf)")
 
 
 def confusion(answer: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
@@ -90,16 +75,7 @@ def run(frozen: Frozen, data: SegmentationSet, config: SegmentationConfig) -> Re
     )
     train, left_train = views(frozen, data.train, data.train_maps, seen, for_training=True)
     head = LinearHead(train[0].patches.shape[2], data.classes, config.seed)
-    steps = num_steps(config.epochs, config.least_steps, len(train) // 2, config.batch_size)
-    schedule = Schedule(
-        label="segmentation",
-        steps=steps,
-        batch_size=config.batch_size,
-        rate=config.rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
-    train_head(frozen, head, train, _cross_entropy, schedule)
+    steps = train_head(frozen, head, train, _cross_entropy, config, "segmentation")
     val, left_val = views(frozen, data.val, data.val_maps, seen, for_training=False)
     counts = np.stack([_confusion(head, one, data.classes, frozen.device) for one in val])
     whole = counts.sum(axis=0)
