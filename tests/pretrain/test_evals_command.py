@@ -102,7 +102,7 @@ def test_one_failure_keeps_no_other_from_it(folder: Path, capsys: pytest.Capture
     assert main(["knn,fewshot", "pixels", "colours", "--data", *data, "knn.k=[100]", "fewshot.shots=[2]"]) == 2
     shown = capsys.readouterr()
     assert (
-        "error: knn of pixels, knn of colours on data: k=100 neighbours asked for, but the training set has 40 images."
+        "error: knn of pixels, knn of colours on data: k=100 neighbours asked for, but the training set has 40 images"
         in shown.err
     )
     assert shown.out.count("failed") == 2

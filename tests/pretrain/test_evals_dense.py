@@ -95,7 +95,7 @@ def test_ignored_pixels_teach_and_count_nothing(tmp_path: Path) -> None:
     wrong = SegmentationSet(train=train, val=data.val, classes=2, ignore=[254], px=64)
     with pytest.raises(ValueError, match=r"has the number 255: classes=2 are numbered 0 to 1, and ignore=\[254\]"):
         segmentation.run(frozen(Colours()), wrong, config)
-    with pytest.raises(ValueError, match="take more than memory_gb=1e-06"):
+    with pytest.raises(ValueError, match=r"about 8 pictures, take about 1.8e-05 GB, more than memory_gb=1e-06"):
         segmentation.run(frozen(Colours()), data, segmentation.SegmentationConfig(memory_gb=1e-6))
     with pytest.raises(ValueError, match="has 1, which is one of the classes 0 to 1"):
         SegmentationSet(train=train, val=train, classes=2, ignore=[1])

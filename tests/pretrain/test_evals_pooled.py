@@ -95,7 +95,8 @@ def test_every_image_comes_once_before_any_comes_again() -> None:
 
 def test_layers_and_the_mean_are_probed_separately() -> None:
     cls, mean = torch.arange(24.0).view(2, 3, 4), torch.zeros(2, 5)
-    kinds = linear.kinds_of(Pooled(["a", "b"], ["x", "y"], cls, mean, LeftOut()))
+    pooled = Pooled(["a", "b"], ["x", "y"], cls, mean, LeftOut())
+    kinds = {name: of(pooled) for name, of in linear.kinds_of(pooled).items()}
     assert {name: one.shape[1] for name, one in kinds.items()} == {
         "CLS": 4,
         "CLS + mean": 9,

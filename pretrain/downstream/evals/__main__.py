@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.loader import override_config
 from configs.messages import named_folder, sentence
 from pretrain.distributed import collectives
@@ -26,6 +28,7 @@ from pretrain.downstream.evals.compared import (
     Evaluated,
     Task,
     check_names,
+    check_out,
     check_sets,
     frozen_of,
     known_result,
@@ -36,8 +39,11 @@ from pretrain.downstream.evals.compared import (
     table,
     tasks_of,
     write_json,
+    write_table,
 )
+from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.protocols import PROTOCOLS
+from pretrain.downstream.evals.result import UNKNOWN
 from pretrain.downstream.evals.sets import KINDS, ImageSets, read_sets, set_of_words
 
 
@@ -90,8 +96,11 @@ def _run(asked: argparse.Namespace) -> int:
     check_sets(tasks)
     evaluated = load_evaluated(backbones, asked.architecture, asked.px)
     if asked.dry_run:
-        print("\n".join(planned(tasks, evaluated, device)))
+        if collectives.rank() == 0:
+            print("\n".join(planned(tasks, evaluated, device)))
         return 0
+    if asked.out is not None:
+        collectives.from_rank_zero(lambda: check_out(asked.out))
     results = []
     for one in evaluated:
         results += _evaluate(one, tasks, device, asked)
@@ -101,11 +110,10 @@ def _run(asked: argparse.Namespace) -> int:
     for one in results:
         if "failed" in one:
             failed.setdefault((one["set"], one["failed"]), []).append(f"{one['eval']} of {one['backbone']}")
-    page = table(results, backbones)
-    if asked.out is not None:
-        (asked.out / "table.md").write_text(page + "\n", encoding="utf-8")
     if sum(map(len, failed.values())) < len(results):
-        print(page)
+        print(table(results, backbones))
+    if asked.out is not None:
+        write_table(asked.out)
     for (set_name, reason), those in failed.items():
         print(f"error: {', '.join(those)} on {set_name}: {reason}", file=sys.stderr)
     return 2 if failed else 0
@@ -122,19 +130,30 @@ def _evaluate(one: Evaluated, tasks: Sequence[Task], device: Any, asked: argpars
         if frozen.show_progress:
             print(f"{one.name}: {task.evaluation} on {task.set_name}", file=sys.stderr)
         path = None if asked.out is None else result_path(asked.out, one.name, task)
-        result = None if path is None else known_result(path, task, frozen, weights)
-        if result is None:
-            try:
+        try:
+            result = _known(path, task, frozen, weights)
+            if result is None:
                 result = run_task(task, frozen, one.name) | {"weights": weights}
-            except ValueError as error:
-                result = {"eval": task.evaluation, "set": task.set_name, "backbone": one.name}
-                results.append(result | {"failed": sentence(error)})
-                continue
-            _tell_left_out(result)
-            if path is not None and collectives.rank() == 0:
-                write_json(path, result)
+                _tell_left_out(result)
+                if path is not None and collectives.rank() == 0:
+                    write_json(path, result)
+        except ValueError as error:
+            result = {"eval": task.evaluation, "set": task.set_name, "backbone": one.name, "failed": sentence(error)}
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"memory has run out in {task.evaluation} on {task.set_name}: lower --batch-size, or see --dry-run for "
+                "what the features of a set take."
+            ) from None
         results.append(result)
+    one.model.cpu()
     return results
+
+
+def _known(path: Path | None, task: Task, frozen: Frozen, weights: str) -> dict[str, Any] | None:
+    """What an earlier command found; one rank looks, so that all agree."""
+    if path is None:
+        return None
+    return collectives.from_rank_zero(lambda: known_result(path, task, frozen, weights))
 
 
 def _tell_left_out(result: dict[str, Any]) -> None:
@@ -143,6 +162,10 @@ def _tell_left_out(result: dict[str, Any]) -> None:
     for split, those in result["left_out"].items():
         if those["images"]:
             print(f"{split}: {those['images']} images left out: {', '.join(those['first'])}", file=sys.stderr)
+    if unknown := result["images"].get(UNKNOWN):
+        print(
+            f"{unknown:,} images of val are of classes that train has not: wrong whatever the answer", file=sys.stderr
+        )
 
 
 def _is_setting(word: str) -> bool:
@@ -173,4 +196,4 @@ def _settings(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    collectives.end_process(main())

@@ -18,12 +18,14 @@ from pretrain.downstream.evals.baselines import BASELINES, random_like
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.labelled import about_images
 from pretrain.downstream.evals.protocols import PROTOCOLS, Protocol
-from pretrain.downstream.evals.sets import KINDS, ImageSets
+from pretrain.downstream.evals.sets import KINDS, DepthSet, ImageSets, ObjectSet, SegmentationSet
 from pretrain.downstream.pixels import find_sets
 from pretrain.downstream.timm_model import TimmModel
 from pretrain.models.vision_transformer import VisionTransformer
 
 UNTRAINED = "untrained:"
+_MOST_PATCHES = 40_000
+"""of an image"""
 _DEFAULT_PX = 224
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -74,6 +76,8 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
     for name in names:
         if name not in BASELINES:
             backbones[name] = load_backbone(name.removeprefix(UNTRAINED), architecture)
+    for name in names:
+        check_px("--px", px, BASELINES[name].patch_size if name in BASELINES else backbones[name].model.patch_size)
     first = next((backbone.image.px for backbone in backbones.values()), _DEFAULT_PX)
     found = []
     for name in names:
@@ -88,6 +92,16 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
             model = random_like(model)
         found.append(Evaluated(name, model, ImageSettings(image.mean, image.std, px or image.px)))
     return found
+
+
+def check_px(name: str, px: int | None, patch_size: int) -> None:
+    """Raises ValueError: a side of less than a patch, or of too many patches."""
+    if px is None:
+        return
+    if px < patch_size:
+        raise ValueError(f"{name} {px} is less than a patch of {patch_size} px.")
+    if (px // patch_size) ** 2 > _MOST_PATCHES:
+        raise ValueError(f"{name} {px} gives more than {_MOST_PATCHES:,} patches of {patch_size} px; lower it.")
 
 
 def frozen_of(one: Evaluated, tasks: Sequence[Task], device: torch.device, batch_size: int, bfloat16: bool) -> Frozen:
@@ -118,9 +132,18 @@ def run_task(task: Task, frozen: Frozen, name: str) -> dict[str, Any]:
         **found.as_json(),
         "seconds": round(time.monotonic() - start, 1),
         "source": task.protocol.source,
+        **asked_of(task, frozen),
+    }
+
+
+def asked_of(task: Task, frozen: Frozen) -> dict[str, Any]:
+    """What a result is of, beside the weights: settings, and the images as they are now."""
+    parts = [part.id for pattern in patterns_of(task.data).values() for part in find_sets(pattern)]
+    return {
         "px": frozen.px,
         "bfloat16": frozen.bfloat16,
         "data": asdict(task.data),
+        "images of data": sha256("".join(parts).encode()).hexdigest()[:16],
         "settings": asdict(task.settings),
     }
 
@@ -144,8 +167,7 @@ def known_result(path: Path, task: Task, frozen: Frozen, weights: str) -> dict[s
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path} cannot be read; remove it, or name another --out.") from None
-    asked = {"weights": weights, "px": frozen.px, "bfloat16": frozen.bfloat16}
-    asked |= {"data": asdict(task.data), "settings": asdict(task.settings)}
+    asked = {"weights": weights, **asked_of(task, frozen)}
     different = [key for key, value in asked.items() if found.get(key) != value]
     if different:
         raise ValueError(f"{path} has a result of other {different[0]}; remove it, or name another --out.")
@@ -156,8 +178,27 @@ def write_json(path: Path, content: Any) -> None:
     """Under a temporary name first: a command that was killed leaves no half file that a later one would believe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+TABLE = "table.md"
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError: a folder that holds something else than results."""
+    others = [] if not out.is_dir() else [path.name for path in out.iterdir()]
+    if others and TABLE not in others and not any(out.glob("*/*/*/result.json")):
+        raise ValueError(f"--out {out} holds other files, such as {others[0]}; name a folder that does not exist yet.")
+
+
+def write_table(out: Path) -> None:
+    """All results that the folder holds, of earlier commands too, side by side."""
+    paths = sorted(out.glob("*/*/*/result.json"), key=lambda path: path.stat().st_mtime_ns)  # as they were evaluated
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    names = list(dict.fromkeys(one["backbone"] for one in results))
+    if results:
+        (out / TABLE).write_text(table(results, names) + "\n", encoding="utf-8")
 
 
 def table(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -195,7 +236,10 @@ def shown_names(names: Sequence[str]) -> list[str]:
 def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    return "failed" if "failed" in found else f"{found['value']:.3f} ± {found['standard_error']:.3f}"
+    if "failed" in found:
+        return "failed"
+    error = "?" if found["standard_error"] is None else f"{found['standard_error']:.3f}"
+    return f"{found['value']:.3f} ± {error}"
 
 
 def check_sets(tasks: Sequence[Task]) -> None:
@@ -216,6 +260,7 @@ def planned(tasks: Sequence[Task], evaluated: Sequence[Evaluated], device: torch
     """
     lines, seen = [], set()
     images: dict[str, int] = {}
+    dense: dict[str, tuple[str, int]] = {}
     for task in tasks:
         lines.append(f"{task.evaluation} on {task.set_name}: {task.protocol.metric}; {task.protocol.source}")
         for part, pattern in patterns_of(task.data).items():
@@ -226,17 +271,30 @@ def planned(tasks: Sequence[Task], evaluated: Sequence[Evaluated], device: torch
             images[pattern] = sum(about_images(one) for one in parts)
             if not images[pattern]:
                 raise ValueError(f"{pattern!r} holds no image.")
+            if isinstance(task.data, SegmentationSet | DepthSet | ObjectSet):
+                dense[pattern] = part, images[pattern]
             size = sum(one.size for one in parts) / 1e6
             lines.append(f"  {part}: {pattern}: {len(parts)} parts, {size:,.1f} MB, about {images[pattern]:,} images")
-    total = sum(images.values())
+    crops = sum(n for pattern, n in images.items() if pattern not in dense)
+    # Whole pictures have twice the side, and those that teach are seen with their mirror images.
+    pictures = sum(4 * n * (2 if part == "train" else 1) for part, n in dense.values())
     for one in evaluated:
         seconds = _seconds_an_image(one, device)
         parameters = sum(p.numel() for p in one.model.parameters()) / 1e6
-        lines.append(
-            f"{one.name}: {parameters:,.1f} M parameters, crop {one.image.px} px; "
-            f"{seconds * 1e3:,.1f} ms an image here, {total * seconds:,.0f} s for all of them, then the heads"
-        )
+        layers = max(task.protocol.num_layers for task in tasks) + 1
+        largest = max(images.values()) * layers * _width(one) * 4 / 1e9
+        lines += [
+            f"{one.name}: {parameters:,.1f} M parameters, crop {one.image.px} px, {seconds * 1e3:,.1f} ms an image: "
+            f"{(crops + pictures) * seconds:,.0f} s for all of them, then decoding and the heads",
+            f"  features of the largest set: {largest:,.2g} GB on the device",
+        ]
     return lines
+
+
+def _width(one: Evaluated) -> int:
+    width = one.model.embed_dim
+    assert isinstance(width, int)
+    return width
 
 
 def patterns_of(data: ImageSets) -> dict[str, str]:

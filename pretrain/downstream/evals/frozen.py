@@ -165,13 +165,15 @@ class Frozen:
             cls, mean = zip(*parts, strict=True)
             return torch.cat(cls), torch.cat(mean)
 
-        return Pooled(keys, names, *collectives.together(joined), left_out)
+        cls, mean = collectives.together(joined)
+        return _by_key(Pooled(keys, names, cls, mean, left_out))
 
     def all_of(
         self, pattern: str, labels: str, px: int, resize_px: int, max_images: int = 0, needs_label: bool = True
     ) -> Pooled:
         """The same of the whole set, on every rank, in the order of keys. Raises as `share`."""
-        return _of_every_rank(self.share(pattern, labels, px, resize_px, max_images, needs_label), self.device)
+        mine = self.share(pattern, labels, px, resize_px, max_images, needs_label)
+        return mine if collectives.world_size() == 1 else _of_every_rank(mine, self.device)
 
     def progress(self, label: str, total: float, unit: str) -> AbstractContextManager[Advancing]:
         """Shown where this process shows progress."""
@@ -196,9 +198,17 @@ def _of_every_rank(mine: Pooled, device: torch.device) -> Pooled:
     rows = (mine.keys, mine.labels, mine.cls.cpu(), mine.mean.cpu())
     every = [rank for rank in collectives.from_every_rank(rows) if rank[0]]
     keys, labels = ([one for rank in every for one in rank[place]] for place in (0, 1))
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    cls, mean = (torch.cat([rank[place] for rank in every])[order].to(device) for place in (2, 3))
-    return Pooled([keys[n] for n in order], [labels[n] for n in order], cls, mean, mine.left_out)
+    cls, mean = (torch.cat([rank[place] for rank in every]).to(device) for place in (2, 3))
+    return _by_key(Pooled(keys, labels, cls, mean, mine.left_out))
+
+
+def _by_key(found: Pooled) -> Pooled:
+    """In the order of keys, so that the order of parts and ranks changes no figure."""
+    order = sorted(range(len(found.keys)), key=found.keys.__getitem__)
+    if order == list(range(len(order))):
+        return found
+    keys, labels = ([those[n] for n in order] for those in (found.keys, found.labels))
+    return Pooled(keys, labels, found.cls[order], found.mean[order], found.left_out)
 
 
 def numbered(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:

@@ -78,7 +78,7 @@ def run(
         result = task.protocol.run(measured, task.data, task.settings)
         found[name] = {"eval": task.evaluation, "metric": task.protocol.metric, **result.as_json()}
         figures[name] = result.value
-        if task.evaluation == "knn":
+        if name == "knn":  # of the set that `train` and `val` name, or the first; floors are of the same images
             figures |= {f"{name}/{k}": result.figures[f"k={k}"] for k in task.settings.k}
             floors = {"knn_pixels": lambda: frozen(Pixels(), *_AS_IT_IS), "knn_random": lambda: frozen(untrained())}
             figures |= _baselines(task, folder / "evaluation", floors)

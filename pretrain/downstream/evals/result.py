@@ -1,13 +1,18 @@
 """What an evaluation found, and how a set is shown to a backbone: shared by all protocols."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pretrain.distributed import collectives
 from pretrain.downstream.evals.frozen import Frozen, Pooled
 from pretrain.downstream.evals.labelled import LeftOut
 from pretrain.downstream.evals.sets import LabelledSet
 from pretrain.downstream.pixels import short_side
+
+UNKNOWN = "val, of classes that train has not"
+"""among the images of a result"""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Result:
 
     value: float
     standard_error: float
+    """NaN where one image alone was judged"""
     figures: dict[str, float]
     """other figures, by name"""
     images: dict[str, int]
@@ -26,7 +32,8 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         out = {split: {"images": len(those), "first": those.names} for split, those in self.left_out.items()}
-        found = {"value": self.value, "standard_error": self.standard_error, "figures": self.figures}
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        found = {"value": self.value, "standard_error": error, "figures": self.figures}
         return found | {"images": self.images, "chosen": self.chosen, "left_out": out}
 
 
@@ -42,7 +49,20 @@ def both_halves(frozen: Frozen, data: LabelledSet, share: bool = False) -> dict[
     return {split: take(pattern, labels, *size, most) for split, (pattern, labels, most) in asked.items()}
 
 
-def counted(halves: Mapping[str, Pooled]) -> dict[str, Any]:
-    """`images` and `left_out` of a result."""
+def counted(halves: Mapping[str, Pooled], share: bool = False) -> dict[str, Any]:
+    """`images` and `left_out` of a result.
+
+    Images of `val` of a class that `train` has not are wrong whatever the answer; they are counted.
+
+    Args:
+        share: the halves are this rank's part of each.
+    """
     left_out = {split: pooled.left_out for split, pooled in halves.items()}
-    return {"images": {split: out.images - len(out) for split, out in left_out.items()}, "left_out": left_out}
+    images = {split: out.images - len(out) for split, out in left_out.items()}
+    if "train" in halves:
+        own = set(halves["train"].labels)
+        known = set[str]().union(*collectives.from_every_rank(own)) if share else own
+        unknown = sum(label not in known for label in halves["val"].labels)
+        unknown = sum(collectives.from_every_rank(unknown)) if share else unknown
+        images |= {UNKNOWN: unknown} if unknown else {}
+    return {"images": images, "left_out": left_out}

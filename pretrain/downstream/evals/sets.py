@@ -37,7 +37,7 @@ class LabelledSet:
     resize_px: int = 0
     """shorter side before the crop, in pixels; 0: px x 256 / 224"""
     max_train_images: int = 0
-    """first images only; 0: all"""
+    """first images only, of a folder of classes the first classes; 0: all"""
     max_val_images: int = 0
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ def _made(kind: type[Any], words: Mapping[str, Any]) -> Any:
     for name, value in words.items():
         kind_of_value = own[name].type
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {str: isinstance(value, str), int: is_number and value == int(value), float: is_number}
+        fits = {str: isinstance(value, str), int: is_number and float(value).is_integer(), float: is_number}
         if not fits.get(kind_of_value, isinstance(value, list)):
             raise ValueError(f"{name}={value!r} must be {_type_name(own[name].type)}.")
     return kind(**words)

@@ -31,7 +31,6 @@ from pretrain.downstream.evals.errors import of_mean
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.result import Result
 from pretrain.downstream.evals.sets import DepthSet
-from pretrain.models.vision_transformer import Features
 
 BINS = 256
 _RAISED = 0.1
@@ -79,12 +78,12 @@ def run(frozen: Frozen, data: DepthSet, config: DepthConfig) -> Result:
         member="depth",
         short_px=data.px or 2 * frozen.px,
         memory_gb=config.memory_gb,
-        kept=_patches_and_cls,
+        with_cls=True,
         prepared=lambda _, map_: metres(map_, data),
     )
     train, left_train = views(frozen, data.train, data.train_maps, seen, for_training=True)
     train = _with_something_known(train, data, data.train)
-    head = LinearHead(train[0].patches.shape[2], BINS, config.seed)
+    head = LinearHead(train[0].width, BINS, config.seed)
 
     def loss(scores: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
         answer = torch.cat([depth_of(one, data.min_m, data.max_m).flatten() for one in scores])
@@ -116,11 +115,6 @@ def _answer(head: LinearHead, one: Seen, data: DepthSet, device: torch.device) -
     h, w = one.patches.shape[:2]
     answer = depth_of(judged(head, one, device, (UPSAMPLE * h, UPSAMPLE * w)), data.min_m, data.max_m)
     return resized(answer[None, None], (one.truth.shape[0], one.truth.shape[1]))[0, 0].cpu().numpy()
-
-
-def _patches_and_cls(features: Features) -> Tensor:
-    cls = features.cls[:, None].expand(-1, features.patches.shape[1], -1)
-    return torch.cat([features.patches, cls], dim=2).unflatten(1, features.grid)
 
 
 def metres(map_: np.ndarray, data: DepthSet) -> np.ndarray:

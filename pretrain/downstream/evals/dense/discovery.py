@@ -112,6 +112,8 @@ def run(frozen: Frozen, data: ObjectSet, config: DiscoveryConfig) -> Result:
             return None
         height, width = pair.size
         h, w = found.grid
+        if h * w < 2:
+            raise ValueError(f"{pair.key} has one patch at px={short_px}, which cannot be parted: give a larger px.")
         patches = F.normalize(found.patches[0].float(), dim=1).unflatten(0, found.grid).cpu().numpy()
         left, top, right, bottom = object_box(patches, config.threshold)
         box = (left * width / w, top * height / h, right * width / w, bottom * height / h)

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.ranges import SEEDS, check_ranges
+from pretrain.distributed import collectives
 from pretrain.downstream.evals.dense.pairs import Pair, as_images, over_pictures, pairs
 from pretrain.downstream.evals.frozen import Frozen
-from pretrain.downstream.evals.labelled import LeftOut
+from pretrain.downstream.evals.labelled import LeftOut, about_images
 from pretrain.downstream.evals.pooled.linear import batch_orders
+from pretrain.downstream.pixels import find_sets
 from pretrain.models.vision_transformer import Features
 
 UPSAMPLE = 4
@@ -26,8 +28,15 @@ class Seen:
     key: str
     patches: Tensor
     """[h, w, D]"""
+    cls: Tensor
+    """[D]; [0] where the head does not see it"""
     truth: np.ndarray
     """[H, W], at the size of the set; of a training picture [4 h, 4 w]"""
+
+    @property
+    def width(self) -> int:
+        """Of what the head sees of a patch."""
+        return self.patches.shape[2] + len(self.cls)
 
 
 class LinearHead(nn.Module):
@@ -63,8 +72,8 @@ class ViewConfig:
     """shorter side"""
     memory_gb: float
     """of the features of all pictures of a set"""
-    kept: Callable[[Features], Tensor]
-    """features of B pictures -> [B, h, w, D]: what the head sees"""
+    with_cls: bool
+    """the head sees CLS beside every patch"""
     prepared: Callable[[str, np.ndarray], np.ndarray]
     """key and map [H, W] as it lies in the set -> what is learned and judged by; ValueError where that is none"""
 
@@ -82,21 +91,25 @@ def views(
     def work(pair: Pair, features: Callable[[Tensor], Features]) -> list[Seen]:
         nonlocal taken
         images = as_images(pair.picture)
-        kept = config.kept(features(torch.cat([images, images.flip(3)]) if for_training else images))
-        kept = kept.to("cpu", torch.float16)
+        found = features(torch.cat([images, images.flip(3)]) if for_training else images)
+        kept = found.patches.unflatten(1, found.grid).to("cpu", torch.float16)
+        cls = found.cls.to("cpu", torch.float16)[:, : None if config.with_cls else 0]
         taken += kept.numel() * 2
-        if taken > config.memory_gb * 1e9:
+        # Known from the first picture on; every rank keeps the pictures of all.
+        most = max(taken * collectives.world_size(), kept.numel() * 2 * pictures)
+        if most > config.memory_gb * 1e9:
             raise ValueError(
-                f"the features of {pattern!r} take more than memory_gb={config.memory_gb:g}: give more, a smaller px, "
-                "or fewer pictures."
+                f"the features of {pattern!r}, about {pictures:,} pictures, take about {most / 1e9:,.2g} GB, more than "
+                f"memory_gb={config.memory_gb:g}: give more, a smaller px, or fewer pictures."
             )
         assert pair.truth is not None, "pairs without a map are left out"
         truth = config.prepared(pair.key, pair.truth)
         if not for_training:
-            return [Seen(pair.key, kept[0], truth)]
+            return [Seen(pair.key, kept[0], cls[0], truth)]
         small = nearest(truth, (UPSAMPLE * kept.shape[1], UPSAMPLE * kept.shape[2]))
-        return [Seen(pair.key, kept[0], small), Seen(pair.key, kept[1], small[:, ::-1])]
+        return [Seen(pair.key, kept[0], cls[0], small), Seen(pair.key, kept[1], cls[1], small[:, ::-1])]
 
+    pictures = sum(about_images(part) for part in find_sets(pattern))
     patch = frozen.tokens.patch_size
 
     def reading(left_out: LeftOut, rank: int, num_ranks: int) -> Iterator[Pair]:
@@ -104,6 +117,13 @@ def views(
 
     found, left_out = over_pictures(frozen, f"{config.member} features", pattern, reading, work)
     return [one for several in found for one in several], left_out
+
+
+def seen_together(those: Sequence[Seen], device: torch.device) -> Tensor:
+    """What the head sees of pictures of one size, float32 [B, h, w, D], CLS beside every patch where it is kept."""
+    patches = torch.stack([one.patches for one in those])
+    cls = torch.stack([one.cls for one in those])[:, None, None].expand(*patches.shape[:3], -1)
+    return torch.cat([patches, cls], dim=3).to(device, torch.float32)
 
 
 def nearest(map_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -167,7 +187,7 @@ def train_head(
             for one in (seen[n] for n in numbers.tolist()):
                 by_size.setdefault(one.patches.shape, []).append(one)
             groups = list(by_size.values())
-            scores = head([torch.stack([one.patches for one in those]).to(device, torch.float32) for those in groups])
+            scores = head([seen_together(those, device) for those in groups])
             maps = [torch.from_numpy(np.stack([one.truth for one in those])).to(device) for those in groups]
             sized = [resized(one, (m.shape[1], m.shape[2])) for one, m in zip(scores, maps, strict=True)]
             optimizer.zero_grad()
@@ -182,5 +202,5 @@ def train_head(
 @torch.no_grad()
 def judged(head: LinearHead, one: Seen, device: torch.device, size: tuple[int, int]) -> Tensor:
     """Scores [C, H, W] of a picture at a size."""
-    (scores,) = head([one.patches[None].to(device, torch.float32)])
+    (scores,) = head([seen_together([one], device)])
     return resized(scores, size)[0]

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from pretrain.models.vision_transformer import Features
 from pretrain.stopping import Stopped
 
 _LIMITS = ImageLimits()
+_MOST_APART = 0.02  # share by which the proportions of a picture and its map may differ: a row of pixels, rounded
 T = TypeVar("T")
 
 
@@ -77,20 +78,28 @@ def pairs(
             continue
         try:
             picture = whole_picture(sample.content, short_px, patch)
-            truth = None if encoded is None else decode_map(encoded)
+            truth = None if encoded is None else decode_map(encoded, member == "depth")
         except Damaged as damage:
             left_out.add(sample.key, damage.reason)
             continue
         upright = open_image(sample.content, _LIMITS)
+        if truth is not None and not _is_alike(truth.shape, (upright.height, upright.width)):
+            left_out.add(sample.key, "map_of_another_shape")
+            continue
         metadata = json.loads(sample.metadata) if sample.metadata else {}
         yield Pair(sample.key, picture, truth, metadata, (upright.height, upright.width), len(sample.content))
 
 
-def decode_map(encoded: bytes) -> np.ndarray:
+def _is_alike(map_: Sequence[int], picture: Sequence[int]) -> bool:
+    """Whether heights and widths are in one proportion: a map may be smaller than its picture, but not turned."""
+    return abs(map_[0] * picture[1] - map_[1] * picture[0]) <= _MOST_APART * map_[0] * picture[1]
+
+
+def decode_map(encoded: bytes, needs_16_bits: bool = False) -> np.ndarray:
     """The numbers in a one-channel image, [H, W]: of a palette image its indices; 8 or 16 bits.
 
     Raises:
-        Damaged: no such image; its reason is `not_a_map` where it has colours.
+        Damaged: no such image; its reason is `not_a_map` where it has colours, `not_16_bits` where those are needed.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "TIFF")) as image:
@@ -98,6 +107,8 @@ def decode_map(encoded: bytes) -> np.ndarray:
                 raise Damaged("too_many_pixels")
             if image.mode not in ("L", "P", "I", "I;16", "1"):
                 raise Damaged("not_a_map")
+            if needs_16_bits and image.mode in ("1", "L", "P"):
+                raise Damaged("not_16_bits")
             return np.array(image).astype(np.int32)
     except Damaged:
         raise
@@ -177,8 +188,12 @@ def over_pictures(
     try:
         left_out.check(pattern, "")
     except ValueError as error:
-        hint = " A map is KEY.seg.png or KEY.depth.png beside KEY.jpg, or lies in train_maps or val_maps."
-        raise ValueError(f"{error}{hint if any('map' in reason for reason in left_out.reasons) else ''}") from None
+        hint = (
+            " A map is KEY.seg.png or KEY.depth.png (16 bits) beside KEY.jpg, or lies in train_maps or val_maps; it "
+            "has the proportions of the picture as that is shown, turned as its EXIF says."
+        )
+        is_of_maps = any("map" in reason or "16_bits" in reason for reason in left_out.reasons)
+        raise ValueError(f"{error}{hint if is_of_maps else ''}") from None
     every = [found for rank in collectives.from_every_rank(made) for found in rank]
     return [found for _, found in sorted(every, key=lambda pair: pair[0])], left_out
 

@@ -27,7 +27,6 @@ from pretrain.downstream.evals.errors import bootstrap
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.result import Result
 from pretrain.downstream.evals.sets import SegmentationSet
-from pretrain.models.vision_transformer import Features
 
 _IGNORED = -1
 
@@ -70,16 +69,19 @@ def run(frozen: Frozen, data: SegmentationSet, config: SegmentationConfig) -> Re
         member="seg",
         short_px=data.px or 2 * frozen.px,
         memory_gb=config.memory_gb,
-        kept=_patches,
+        with_cls=False,
         prepared=lambda key, map_: numbered(key, map_, data),
     )
     train, left_train = views(frozen, data.train, data.train_maps, seen, for_training=True)
-    head = LinearHead(train[0].patches.shape[2], data.classes, config.seed)
+    head = LinearHead(train[0].width, data.classes, config.seed)
     steps = train_head(frozen, head, train, _cross_entropy, config, "segmentation")
     val, left_val = views(frozen, data.val, data.val_maps, seen, for_training=False)
     counts = np.stack([_confusion(head, one, data.classes, frozen.device) for one in val])
     whole = counts.sum(axis=0)
-    each = {f"IoU of class {n + data.first}": float(v) for n, v in enumerate(intersection_over_union(whole))}
+    if not whole.any():
+        raise ValueError(f"{data.val!r} has nothing but pixels that ignore={data.ignore} names: nothing is judged.")
+    found = enumerate(intersection_over_union(whole))
+    each = {f"IoU of class {n + data.first}": float(share) for n, share in found if not np.isnan(share)}
     return Result(
         value=mean_iou(whole),
         standard_error=bootstrap(len(counts), lambda drawn: mean_iou(counts[drawn].sum(axis=0))),
@@ -94,10 +96,6 @@ def _confusion(head: LinearHead, one: Seen, classes: int, device: torch.device) 
     """Of one picture, at the size of its map."""
     scores = judged(head, one, device, (one.truth.shape[0], one.truth.shape[1]))
     return confusion(scores.argmax(dim=0).cpu().numpy(), one.truth, classes)
-
-
-def _patches(features: Features) -> Tensor:
-    return features.patches.unflatten(1, features.grid)
 
 
 def numbered(key: str, map_: np.ndarray, data: SegmentationSet) -> np.ndarray:

@@ -31,7 +31,7 @@ class KnnConfig:
 
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     """numbers of neighbours; each gives a figure, and the first is the headline, so that nothing is chosen by looking
-    at the answers"""
+    at the answers. Of a smaller training set the first must fit, and others that do not have no figure"""
     temperature: float = 0.07
     """of the votes; above 0"""
 
@@ -45,8 +45,10 @@ def run(frozen: Frozen, data: LabelledSet, config: KnnConfig) -> Result:
     """Accuracy at the first of config.k, and at each. Several ranks share the images, and all get the result."""
     halves = both_halves(frozen, data, share=True)
     train, val = halves["train"], halves["val"]
-    by_k = knn_accuracy(train.last, train.labels, val.last, val.labels, config.k, config.temperature)
-    found, accuracy = counted(halves), by_k[config.k[0]]
+    images = train.left_out.images - len(train.left_out)
+    fitting = [config.k[0], *(k for k in config.k[1:] if k <= images)]
+    by_k = knn_accuracy(train.last, train.labels, val.last, val.labels, fitting, config.temperature)
+    found, accuracy = counted(halves, share=True), by_k[config.k[0]]
     return Result(
         value=accuracy,
         standard_error=of_share(accuracy, found["images"]["val"]),
@@ -141,7 +143,7 @@ def knn_accuracy(
             f"k-NN needs two images or more on both sides, found {num_train} that vote and {num_val} to classify."
         )
     if max(k) > num_train:
-        raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {num_train} images.")
+        raise ValueError(f"k={max(k)} neighbours asked for, but the training set has {num_train} images; lower knn.k.")
     for side, labels_there in (("training", names), ("validation", names_of_val)):
         if len(labels_there) < 2:
             raise ValueError(f"all images of the {side} set have the label {labels_there[0]!r}: any features would do.")

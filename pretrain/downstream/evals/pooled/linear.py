@@ -23,6 +23,7 @@ from pretrain.downstream.evals.sets import LabelledSet
 
 HELD_OUT = 0.1
 _MOMENTUM = 0.9
+_ROWS = 512  # classified at once: bounds the logits of all classifiers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,11 @@ class Probes:
 
     def answers(self, features: Tensor) -> Tensor:
         """Features [N, D] -> int64 [R, N]: the class that each classifier gives."""
-        logits = torch.einsum("nd,rcd->rnc", features, self.weight) + self.bias[:, None]
-        return logits.argmax(dim=2)
+
+        def of(rows: Tensor) -> Tensor:
+            return (torch.einsum("nd,rcd->rnc", rows, self.weight) + self.bias[:, None]).argmax(dim=2)
+
+        return torch.cat([of(rows) for rows in features.split(_ROWS)], dim=1)
 
 
 def train_probes(
@@ -98,14 +102,18 @@ def train_probes(
     return Probes(weight, bias)
 
 
-def kinds_of(pooled: Pooled) -> dict[str, Tensor]:
-    """Name -> features [N, D] that are probed: of one layer and of all that there are, without and with the mean."""
+def kinds_of(pooled: Pooled) -> dict[str, Callable[[Pooled], Tensor]]:
+    """What is probed: name -> its features [N, D] of a set; of one layer and of all that there are, without and with
+    the mean. One at a time: together they would take several times the memory of the features.
+    """
     layers = pooled.cls.shape[1]
-    found = {"CLS": pooled.last, "CLS + mean": torch.cat([pooled.last, pooled.mean], dim=1)}
+    found: dict[str, Callable[[Pooled], Tensor]] = {
+        "CLS": lambda of: of.last,
+        "CLS + mean": lambda of: torch.cat([of.last, of.mean], dim=1),
+    }
     if layers > 1:
-        all_cls = pooled.cls.flatten(1)
-        found |= {f"CLS of {layers} layers": all_cls}
-        found |= {f"CLS of {layers} layers + mean": torch.cat([all_cls, pooled.mean], dim=1)}
+        found[f"CLS of {layers} layers"] = lambda of: of.cls.flatten(1)
+        found[f"CLS of {layers} layers + mean"] = lambda of: torch.cat([of.cls.flatten(1), of.mean], dim=1)
     return found
 
 
@@ -131,23 +139,19 @@ def run(frozen: Frozen, data: LabelledSet, config: LinearConfig) -> Result:
         [max(round(HELD_OUT * len(labels)), 1), len(labels) - max(round(HELD_OUT * len(labels)), 1)]
     )
     steps = max(config.least_steps, -(-config.epochs * len(taught) // config.batch_size))
-    orders = batch_orders(len(taught), config.batch_size, steps, generator)
+    orders = [
+        taught[order.to(frozen.device)] for order in batch_orders(len(taught), config.batch_size, steps, generator)
+    ]
     rates = [rate * len(orders[0]) / 256 for rate in config.rates]
-    kinds = zip(kinds_of(train).items(), kinds_of(val).values(), strict=True)
     on_held, on_val, names = [], [], []
     with frozen.progress("linear", steps * len(kinds_of(train)), "steps") as progress:
-        for (name, features), judged in kinds:
+        for name, features_of in kinds_of(train).items():
+            features = features_of(train)
             probes = train_probes(
-                features[taught],
-                labels[taught],
-                len(classes),
-                rates,
-                [order.to(frozen.device) for order in orders],
-                config.seed,
-                lambda: progress.advance(1),
+                features, labels, len(classes), rates, orders, config.seed, lambda: progress.advance(1)
             )
             on_held.append((probes.answers(features[held]) == labels[held]).float().mean(dim=1))
-            on_val.append((probes.answers(judged) == truth).float().mean(dim=1))
+            on_val.append((probes.answers(features_of(val)) == truth).float().mean(dim=1))
             names.append(name)
     best = int(torch.cat(on_held).argmax())
     accuracies = torch.cat(on_val)
