@@ -101,6 +101,7 @@ class Backbone:
             images: normalised, [B, 3, H, W].
             fit: what to do where the patch does not divide a side: `exact` is an error, see `fitted`.
         """
+        _check_normalised(images)
         with torch.inference_mode():
             return self.model([fitted(images, self.model.patch_size, fit)])[0]
 
@@ -118,6 +119,7 @@ class Backbone:
         Raises:
             ValueError: blocks that the model does not have, or, of a program, any but the last.
         """
+        _check_normalised(images)
         indices = chosen_layers(which, self.depth)
         with torch.inference_mode():
             return self.model.layers(fitted(images, self.model.patch_size, fit), indices, norm=norm)
@@ -127,6 +129,8 @@ class Backbone:
 
         Images of equal size go through the model together.
         """
+        for image in images:
+            _check_normalised(image[None] if isinstance(image, Tensor) else image)
         ready = [fitted(image[None], self.model.patch_size, fit) for image in images]
         sizes: dict[torch.Size, list[int]] = {}
         for number, image in enumerate(ready):
@@ -137,6 +141,16 @@ class Backbone:
         for group, numbers in zip(groups, sizes.values(), strict=True):
             found |= dict(zip(numbers, one_by_one(group), strict=True))
         return [found[number] for number in range(len(images))]
+
+
+def _check_normalised(images: Any) -> None:
+    """Raises ValueError: bytes, a picture that is no tensor, or no image at all, which is told in many ways below."""
+    found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"a backbone takes normalised float images [B, 3, H, W], B of 1 or more, got {found}; bytes go through "
+            "backbone.image.normalise first."
+        )
 
 
 def one_by_one(features: Features) -> Iterator[Features]:

@@ -36,11 +36,11 @@ from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
 from pretrain.data.decode import Damaged, ImageLimits
 from pretrain.downstream.embedders.load import Embedded, Embedder, crop_side, load_embedder
-from pretrain.downstream.pixels import eval_crop, find_sets, short_side, whole_picture
+from pretrain.downstream.pixels import check_px, eval_crop, find_sets, short_side, whole_picture
 
 FORMATS = ("parquet", "npy")
 EXTRAS = ("mean", "patches")
-_SETTINGS = "features.json"
+_SETTINGS = "_features.json"  # with a leading _, which readers of a Parquet folder pass over
 _RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 """what torchrun tells, and what holds without it"""
 _LIMITS = ImageLimits()
@@ -286,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets = find_sets(asked.images)
         gpu = local if world_size > 1 else None
         embedder = load_embedder(asked.backbone, asked.architecture, asked.device, asked.bfloat16, gpu)
+        if asked.whole and asked.px is not None:
+            check_px(f"--px {asked.px}", max(asked.px, embedder.patch_size), embedder.patch_size)
         settings = FeatureSettings(
             px=asked.px if asked.whole and asked.px is not None else crop_side(asked.px, embedder),
             whole=asked.whole,

@@ -26,14 +26,13 @@ from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_imag
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import Backbone, load_backbone
 from pretrain.downstream.look import attention_maps, first_component, patch_grids, pca_colours, similarity
-from pretrain.downstream.pixels import whole_picture
+from pretrain.downstream.pixels import check_px, whole_picture
 
 MAX_IMAGES = 64
 VIDEO_SUFFIXES = frozenset({"avi", "m4v", "mkv", "mov", "mp4", "webm"})
 OWN = "own"
 # From dark over red to light yellow, for figures from 0 to 1: ever brighter, so it reads without colour too.
 HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
-_MAX_PATCHES = 40_000  # of one image: the attention of that many takes minutes on a processor
 _GAP_PX = 8
 _FOREGROUND = 0.5
 
@@ -116,14 +115,6 @@ def video_frames(path: Path, count: int) -> list[bytes]:
     if not found:
         raise ValueError(f"{path} cannot be read as a video: opencv finds no frame in it.")
     return found
-
-
-def check_px(what: str, px: int, patch_size: int) -> None:
-    """Raises ValueError: a picture whose shorter side is `px` would be less than a patch, or more than are borne."""
-    if px < patch_size:
-        raise ValueError(f"{what} is less than a patch of {patch_size} px.")
-    if (px // patch_size) ** 2 > _MAX_PATCHES:
-        raise ValueError(f"{what} has more than {_MAX_PATCHES:,} patches of {patch_size} px; give a lower --px.")
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -212,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = draw(backbone, images, asked.foreground, asked.attention, similar_to)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         page.save(asked.out)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ from pretrain.data.decode import ImageLimits, open_image
 
 _LIMITS = ImageLimits()
 _MOST_ASPECT = 8
+MAX_PATCHES = 40_000
+"""of a square picture: beyond, attention takes longer than anyone waits"""
 
 
 def find_sets(pattern: str) -> list[Part]:
@@ -50,6 +52,18 @@ def whole_picture(content: bytes, short_px: int, multiple: int = 1) -> np.ndarra
     scale, most = short_px / min(image.size), max(4 * short_px // multiple, 1)
     width, height = (min(max(round(side * scale / multiple), 1), most) * multiple for side in image.size)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def check_px(what: str, px: int, patch_size: int) -> None:
+    """Raises ValueError: a picture whose shorter side is `px` would be less than a patch, or more than are borne.
+
+    Args:
+        what: the setting as the user wrote it.
+    """
+    if px < patch_size:
+        raise ValueError(f"{what} is less than a patch of {patch_size} px.")
+    if (px // patch_size) ** 2 > MAX_PATCHES:
+        raise ValueError(f"{what} has more than {MAX_PATCHES:,} patches of {patch_size} px; give a lower --px.")
 
 
 def short_side(px: int) -> int:

@@ -127,7 +127,7 @@ def test_folders_of_others_are_left_alone(model, pool, tmp_path, capsys) -> None
     assert "holds features with whole=False" in capsys.readouterr().err
     assert main([str(model), f"{pool}/1.tar", "--out", str(tmp_path / "out"), "--px", "56", "--device", "cpu"]) == 2
     assert "features of other images" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "features.json").read_text())["px"] == 56
+    assert json.loads((tmp_path / "out" / "_features.json").read_text())["px"] == 56
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from pretrain.downstream.pixels import check_px
+
 ONNX = "model.onnx"
 
 
@@ -78,7 +80,7 @@ def crop_side(px: int | None, embedder: Embedder) -> int:
     """Side of a centre crop in whole patches: `px`, or by default that of the training.
 
     Raises:
-        ValueError: the patch does not divide `px`.
+        ValueError: the patch does not divide `px`, or there would be too many.
     """
     patch = embedder.patch_size
     if px is None:
@@ -86,4 +88,5 @@ def crop_side(px: int | None, embedder: Embedder) -> int:
     if px < 1 or px % patch:
         least = max(px // patch, 1) * patch
         raise ValueError(f"--px {px} does not split into patches of {patch} px; use {least} or {least + patch}.")
+    check_px(f"--px {px}", px, patch)
     return px

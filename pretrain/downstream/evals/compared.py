@@ -19,13 +19,11 @@ from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.labelled import about_images
 from pretrain.downstream.evals.protocols import PROTOCOLS, Protocol
 from pretrain.downstream.evals.sets import KINDS, DepthSet, ImageSets, ObjectSet, SegmentationSet
-from pretrain.downstream.pixels import find_sets
+from pretrain.downstream.pixels import check_px, find_sets
 from pretrain.downstream.timm_model import TimmModel
 from pretrain.models.vision_transformer import VisionTransformer
 
 UNTRAINED = "untrained:"
-_MOST_PATCHES = 40_000
-"""of an image"""
 _DEFAULT_PX = 224
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -76,8 +74,9 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
     for name in names:
         if name not in BASELINES:
             backbones[name] = load_backbone(name.removeprefix(UNTRAINED), architecture)
-    for name in names:
-        check_px("--px", px, BASELINES[name].patch_size if name in BASELINES else backbones[name].model.patch_size)
+    for name in names if px is not None else ():
+        patch = BASELINES[name].patch_size if name in BASELINES else backbones[name].model.patch_size
+        check_px(f"--px {px}", px or 0, patch)
     first = next((backbone.image.px for backbone in backbones.values()), _DEFAULT_PX)
     found = []
     for name in names:
@@ -92,16 +91,6 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
             model = random_like(model)
         found.append(Evaluated(name, model, ImageSettings(image.mean, image.std, px or image.px)))
     return found
-
-
-def check_px(name: str, px: int | None, patch_size: int) -> None:
-    """Raises ValueError: a side of less than a patch, or of too many patches."""
-    if px is None:
-        return
-    if px < patch_size:
-        raise ValueError(f"{name} {px} is less than a patch of {patch_size} px.")
-    if (px // patch_size) ** 2 > _MOST_PATCHES:
-        raise ValueError(f"{name} {px} gives more than {_MOST_PATCHES:,} patches of {patch_size} px; lower it.")
 
 
 def frozen_of(one: Evaluated, tasks: Sequence[Task], device: torch.device, batch_size: int, bfloat16: bool) -> Frozen:

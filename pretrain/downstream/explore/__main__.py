@@ -18,8 +18,7 @@ from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import load_backbone
 from pretrain.downstream.explore.page import About, page
 from pretrain.downstream.explore.pictures import MAX_IMAGES, choose, compact, embed
-from pretrain.downstream.pca import check_px
-from pretrain.downstream.pixels import find_sets
+from pretrain.downstream.pixels import check_px, find_sets
 
 _NAMED = 20  # of what was left out; the page names more
 
@@ -64,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = page(pictures, features, about).encode()
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = asked.out.with_name(f"{asked.out.name}.{os.getpid()}")
-        unfinished.write_bytes(written)
-        unfinished.replace(asked.out)
+        try:
+            unfinished.write_bytes(written)
+            unfinished.replace(asked.out)
+        finally:
+            unfinished.unlink(missing_ok=True)  # as on a full disk, which it would keep full
     except KeyboardInterrupt:
         print("stopped; nothing was written.", file=sys.stderr)
         return 130

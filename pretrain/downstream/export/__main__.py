@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             licence=arguments.licence,
             **changes,
         )
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

@@ -34,7 +34,7 @@ def provenance(backbone: Backbone) -> dict[str, Any]:
     if checkpoint := own or (newest and newest.parent):
         meta = read_manifest(checkpoint)["meta"]
         if meta.get("config"):
-            found = {"data": _data(meta), "phases": _phases(meta, backbone.description.get("phase"))}
+            found = {"data": _data(meta, run), "phases": _phases(meta, backbone.description.get("phase"))}
     figures = [line for line in read_lines(run / EVALUATIONS) if line.get("step", 0) <= step and "failed" not in line]
     return found | ({"evaluation": figures[-1]} if figures else {})
 
@@ -60,7 +60,7 @@ def _run_of(source: Path) -> Path | None:
     return source.parent.parent if source.parent.name == "checkpoints" else None
 
 
-def _data(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _data(meta: Mapping[str, Any], run: Path) -> list[dict[str, Any]]:
     """Each set of images of the phases that have begun: its name, place, phases, fingerprint and manifest."""
     config, sets = meta["config"], {}
     for phase, fingerprints in meta.get("data", {}).items():
@@ -72,15 +72,19 @@ def _data(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "shards": shards,
                 "fingerprint": fingerprint,
                 "phases": [],
-                "manifest": _manifest(shards),
+                "manifest": _manifest(shards, run),
             }
             sets.setdefault((name, fingerprint), new)["phases"].append(phase)
     return list(sets.values())
 
 
-def _manifest(shards: str) -> dict[str, Any] | None:
-    """Of shards that curation wrote, and that are still where training read them: hash and counts of their manifest."""
-    for folder in (Path(shards), Path(shards) / "shards") if shards and "://" not in shards else ():
+def _manifest(shards: str, run: Path) -> dict[str, Any] | None:
+    """Of shards that curation wrote, and that are still where training read them: hash and counts of their manifest.
+
+    A relative place is looked for from here, and from the folders around the run: training began in one of them.
+    """
+    bases = [Path(), *run.resolve().parents] if shards and "://" not in shards else []
+    for folder in (base / shards / inner for base in bases for inner in ("", "shards")):
         try:
             manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError):  # none, or one of something else: a common name
