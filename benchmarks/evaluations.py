@@ -2,7 +2,7 @@
 
     SEEDBED_DATA=DATA python -m benchmarks.evaluations TEACHER --out FOLDER [EVALUATION.setting=value ...]
 
-DATA is the folder of real images that the tests use. Writes FOLDER/sets.yaml and the truth of retrieval, then runs
+DATA is the folder of real images that the tests use. Writes FOLDER/sets.yaml, truths and FOLDER/results: it runs
 `python -m pretrain.downstream.evals all`. Retrieval looks for the planted copies of a pool image in the pool:
 re-encoded, resized, recoloured ones are easy; crops, turns, mirror images, borders and combined edits hard. Objects are
 segments of BSDS photographs. About 25 minutes on two cores with a small backbone.
@@ -109,7 +109,9 @@ def main() -> int:
         return 2
     sets = write_sets(Path(os.environ["SEEDBED_DATA"]), asked.out)
     backbones = [asked.teacher, f"untrained:{asked.teacher}", "pixels", "colours"]
-    return evaluate([asked.evaluations, *backbones, "--data", str(sets), "--out", str(asked.out), *asked.settings])
+    return evaluate(
+        [asked.evaluations, *backbones, "--data", str(sets), "--out", str(asked.out / "results"), *asked.settings]
+    )
 
 
 if __name__ == "__main__":
