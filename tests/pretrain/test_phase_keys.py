@@ -141,6 +141,8 @@ ACTS: dict[str, tuple[str, ...]] = {
     "optim.teacher_temperature_end": ("0.05",),
     "optim.teacher_temperature_warmup_steps": ("0",),
     "evaluation.every_steps": ("2",),
+    "evaluation.names": ("[logistic]",),
+    "evaluation.sets": ("SETS",),
     "evaluation.train": ("OTHER_LABELLED",),
     "evaluation.val": ("OTHER_LABELLED",),
     "evaluation.train_labels": ("LABELS",),
@@ -177,9 +179,11 @@ class Runs:
         write_tar(folder / "other_labelled.tar", labelled[:8])
         (folder / "labels.csv").write_text("key,label\n" + "".join(f"{i},{'bab'[i % 3]}\n" for i in range(6)))
         picture_tar(folder / "other.tar", range(30, 44))
+        (folder / "sets.yaml").write_text("more: {kind: labelled, train: labelled.tar, val: labelled.tar}")
         self.places = {
             "OTHER_LABELLED": f"{folder / 'other_labelled.tar'}",
             "LABELS": f"{folder / 'labels.csv'}",
+            "SETS": f"{folder / 'sets.yaml'}",
             "OTHER": f"{folder / 'other.tar'}",
             "FIRST": f"{folder / 'first' / 'teacher'}",
         }
