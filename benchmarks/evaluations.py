@@ -5,7 +5,7 @@
 DATA is the folder of real images that the tests use. Writes FOLDER/sets.yaml, truths and FOLDER/results: it runs
 `python -m pretrain.downstream.evals all`. Retrieval looks for the planted copies of a pool image in the pool:
 re-encoded, resized, recoloured ones are easy; crops, turns, mirror images, borders and combined edits hard. Objects are
-segments of BSDS photographs. About 25 minutes on two cores with a small backbone.
+segments of BSDS photographs. About 11 minutes on two cores with a small backbone.
 """
 
 import argparse
