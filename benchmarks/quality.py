@@ -29,10 +29,9 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.config import TrainConfig, load_train_config, total_steps
-from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.loader import build_loader
-from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.evals.baselines import Pixels, random_like
+from pretrain.downstream.backbone import ImageSettings, load_backbone
+from pretrain.downstream.evals.baselines import Pixels, as_they_are, random_like
 from pretrain.downstream.evals.frozen import Frozen, Tokens
 from pretrain.downstream.evals.pooled import knn
 from pretrain.downstream.evals.sets import LabelledSet
@@ -120,8 +119,9 @@ def accuracies(backbone: Frozen, config: TrainConfig) -> dict[str, Any]:
     return {"accuracy": found.value, "by_k": {str(k): found.figures[f"k={k}"] for k in K}, "images": found.images}
 
 
-def frozen(tokens: Tokens, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Frozen:
-    return Frozen(tokens=tokens, mean=mean, std=std, px=0, device=torch.device("cpu"), batch_size=128)
+def frozen(tokens: Tokens, image: ImageSettings | None = None) -> Frozen:
+    """The crop is that of the sets."""
+    return Frozen(tokens=tokens, image=image or ImageSettings(), device=torch.device("cpu"), batch_size=128)
 
 
 class Peer:
@@ -151,7 +151,7 @@ def train_ours(config: TrainConfig, out: Path) -> Frozen:
     if status != FINISHED:
         raise ValueError(f"{out} was stopped; the same command continues.")
     loaded = load_backbone(str(out / "teacher"))
-    return frozen(loaded.model.eval(), loaded.image.mean, loaded.image.std)
+    return frozen(loaded.model.eval(), loaded.image)
 
 
 def train_lightly(config: TrainConfig, out: Path, *, example: bool = False) -> Frozen:
@@ -205,7 +205,7 @@ FEATURES: dict[str, Callable[[TrainConfig, Path], Frozen]] = {
     "lightly": train_lightly,
     "lightly_example": lambda config, out: train_lightly(config, out, example=True),
     "random": untrained,
-    "pixels": lambda config, out: frozen(Pixels(), (0.0,) * 3, (1.0,) * 3),
+    "pixels": lambda config, out: frozen(Pixels(), as_they_are(0)),
 }
 
 

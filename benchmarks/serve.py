@@ -32,7 +32,8 @@ import torch
 from benchmarks.loading import SIZE, images
 from pretrain.checkpoint import write_teacher
 from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.downstream.embedders.load import Embedder, crop_side, load_embedder
+from pretrain.downstream.embedders.embedder import Embedder
+from pretrain.downstream.embedders.load import crop_side, load_embedder
 from pretrain.downstream.pixels import eval_crop, short_side
 from pretrain.models.architectures import build
 

@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _DENIED = (errno.EACCES, errno.EPERM)
@@ -14,6 +16,22 @@ def named_folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; name a folder.")
     return Path(text)
+
+
+def answered(work: Callable[[], int], stopped: str) -> int:
+    """The status of a command: its own; 130 after Ctrl-C; 2 for a wrong input or a file's failure, told in a sentence.
+
+    Args:
+        stopped: what is told after Ctrl-C.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"stopped; {stopped}.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
 
 
 def sentence(error: BaseException, then: str = "") -> str:

@@ -28,6 +28,7 @@ from pretrain.models.architectures import ARCHITECTURES, nearest
 from pretrain.models.huggingface import MODEL_TYPES, backbone_state, settings_of
 from pretrain.models.released import released_names
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.program_files import PROGRAM_FILES
 from pretrain.weight_files import (
     BACKBONE,
     HEADS,
@@ -45,8 +46,6 @@ RELEASED_OFFSET = 0.1
 Finder = Callable[[tuple[str, ...]], dict[str, Stored]]
 ANYWHERE = {"attention": "sdpa", "fp8": False}
 """of a trained model, wherever it is used: the kernels of its training may be missing there"""
-_PROGRAMS = ("model.onnx", "model.pt2", "model.ts")
-"""what exports that run by themselves consist of"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def find_weights(path: str | Path, part: str = "teacher") -> Weights:
         return Weights(str(path), description, lambda starts: stored_tensors(path / TEACHER_WEIGHTS, starts))
     if (path / EXPORT_CONFIG).is_file() and not _is_of_timm(path):
         return _exported(path)
-    if made_for := next((name for name in _PROGRAMS if (path / name).is_file()), ""):
+    if made_for := next((name for name in PROGRAM_FILES.values() if (path / name).is_file()), ""):
         raise ValueError(
             f"{path} is an export that runs by itself ({made_for}), not weights; give the run, or an export of "
             "--format huggingface or safetensors."

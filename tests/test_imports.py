@@ -145,9 +145,9 @@ def test_curation_imports_nothing_from_pretrain() -> None:
         assert not [name for name in imported_names(path) if name.split(".")[0] == "pretrain"], path
 
 
-def curation_imports() -> dict[str, set[str]]:
-    """Module of curation -> the modules of curation that it imports, at any depth."""
-    files = sorted((REPOSITORY / "curation").rglob("*.py"))
+def imports_within(package: str) -> dict[str, set[str]]:
+    """Module of a package -> the modules of it that it imports, at any depth of the code."""
+    files = sorted((REPOSITORY / package).rglob("*.py"))
     names = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in files}
     graph = {}
     for path in files:
@@ -172,11 +172,12 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_every_room_of_curation_has_its_floor_and_imports_point_down() -> None:
-    assert upward(curation_imports()) == []
+    assert upward(imports_within("curation")) == []
 
 
-def test_no_file_of_curation_imports_in_a_circle() -> None:
-    assert circles(curation_imports()) == []
+@pytest.mark.parametrize("package", ["curation", "pretrain"])
+def test_no_file_imports_in_a_circle(package: str) -> None:
+    assert circles(imports_within(package)) == []
 
 
 def test_circles_and_upward_imports_are_seen() -> None:

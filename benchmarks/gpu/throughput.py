@@ -15,6 +15,7 @@ from pretrain.data.crops import CropsConfig
 from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.data.loader import DataConfig, DatasetConfig, LoaderConfig, build_loader
 from pretrain.data.masks import MaskConfig
+from pretrain.downstream.backbone import ImageSettings
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.models.architectures import build
 
@@ -35,7 +36,7 @@ def throughput(at: Setting) -> Iterator[Part]:
 
 def ours(at: Setting, name: str) -> Callable[[Tensor], Tensor]:
     model = build(name, device=at.device, position_grid=PX // 14).eval()
-    frozen = Frozen(tokens=model, mean=IMAGENET_MEAN, std=IMAGENET_STD, px=PX, device=at.device, bfloat16=True)
+    frozen = Frozen(tokens=model, image=ImageSettings(px=PX), device=at.device, bfloat16=True)
     return lambda images: frozen.pool(images)[0]
 
 

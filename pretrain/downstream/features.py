@@ -30,12 +30,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.messages import named_folder, sentence
+from configs.messages import answered, named_folder
 from curation.engine.progress import StageProgress
 from curation.reading.samples import Part, Sample
 from curation.reading.sources import read_samples
 from pretrain.data.decode import Damaged, ImageLimits
-from pretrain.downstream.embedders.load import Embedded, Embedder, crop_side, load_embedder
+from pretrain.downstream.embedders.embedder import Embedded, Embedder
+from pretrain.downstream.embedders.load import crop_side, load_embedder
 from pretrain.downstream.pixels import check_px, eval_crop, find_sets, short_side, whole_picture
 
 FORMATS = ("parquet", "npy")
@@ -281,29 +282,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bfloat16", action="store_true", help="run the backbone in bfloat16")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
-    try:
-        rank, world_size, local = (int(os.environ.get(name, default)) for name, default in _RANKS)
-        sets = find_sets(asked.images)
-        gpu = local if world_size > 1 else None
-        embedder = load_embedder(asked.backbone, asked.architecture, asked.device, asked.bfloat16, gpu)
-        if asked.whole and asked.px is not None:
-            check_px(f"--px {asked.px}", max(asked.px, embedder.patch_size), embedder.patch_size)
-        settings = FeatureSettings(
-            px=asked.px if asked.whole and asked.px is not None else crop_side(asked.px, embedder),
-            whole=asked.whole,
-            extras=tuple(asked.extras),
-            format=asked.format,
-            dtype=asked.dtype,
-            batch_size=asked.batch_size,
-            bfloat16=asked.bfloat16,
-        )
-        images, unread = extract(embedder, sets, asked.out, settings, rank, world_size)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+    return answered(lambda: _run(asked), "the same command continues")
+
+
+def _run(asked: argparse.Namespace) -> int:
+    rank, world_size, local = (int(os.environ.get(name, default)) for name, default in _RANKS)
+    sets = find_sets(asked.images)
+    gpu = local if world_size > 1 else None
+    embedder = load_embedder(asked.backbone, asked.architecture, asked.device, asked.bfloat16, gpu)
+    if asked.whole and asked.px is not None:
+        check_px(f"--px {asked.px}", max(asked.px, embedder.patch_size), embedder.patch_size)
+    settings = FeatureSettings(
+        px=asked.px if asked.whole and asked.px is not None else crop_side(asked.px, embedder),
+        whole=asked.whole,
+        extras=tuple(asked.extras),
+        format=asked.format,
+        dtype=asked.dtype,
+        batch_size=asked.batch_size,
+        bfloat16=asked.bfloat16,
+    )
+    images, unread = extract(embedder, sets, asked.out, settings, rank, world_size)
     told = f"; {unread:,} of them could not be read, their rows say why" if unread else ""
     print(f"{images:,} images written to {asked.out}{told}")
     return 0

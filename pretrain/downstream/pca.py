@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configs.messages import sentence
+from configs.messages import answered
 from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_image
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import Backbone, load_backbone
@@ -62,17 +62,19 @@ def _check_number(images: int) -> None:
         raise ValueError(f"{images} images are more than the {MAX_IMAGES} that one picture shows; name fewer.")
 
 
-def read_pictures(paths: Sequence[Path], short_px: int | None, patch_size: int, frames: int) -> list[np.ndarray]:
-    """`whole_picture` of each file, and of so many frames of each video.
+def read_pictures(
+    paths: Sequence[Path], short_px: int | None, patch_size: int, frames: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """`whole_picture` of each file, and of so many frames of each video; and what was left out, with the reason.
 
     Args:
         short_px: shorter side; None for each image's own.
 
     Raises:
-        ValueError: one cannot be read, is too large, or there are more than MAX_IMAGES with the frames.
+        ValueError: none can be read, one is too large, or there are more than MAX_IMAGES with the frames.
     """
     _check_number(sum(frames if _is_video(path) else 1 for path in paths))
-    found = []
+    found, left_out = [], []
     for path in paths:
         for content in video_frames(path, frames) if _is_video(path) else [path.read_bytes()]:
             try:
@@ -81,8 +83,10 @@ def read_pictures(paths: Sequence[Path], short_px: int | None, patch_size: int, 
                 check_px(f"{path} at its own {px} px", px, patch_size)
                 found.append(whole_picture(content, px, patch_size))
             except Damaged as damage:
-                raise ValueError(f"{path} cannot be read: {damage.reason}.") from None
-    return found
+                left_out.append(f"{path} cannot be read: {damage.reason}")
+    if not found:
+        raise ValueError(f"{left_out[0]}{f'; nor can {len(left_out) - 1} others' if len(left_out) > 1 else ''}.")
+    return found, left_out
 
 
 def _is_video(path: Path) -> bool:
@@ -188,29 +192,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--similar-to", metavar="X,Y", help="also the cosine with a patch of the first image")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
-    try:
-        if asked.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            raise ValueError(f"--out {asked.out} must end in .png or .jpg.")
-        similar_to = None if asked.similar_to is None else _share(asked.similar_to)
-        if asked.frames < 1:
-            raise ValueError(f"--frames {asked.frames} must be 1 or more.")
-        paths = find_images(asked.images)
-        device = choose_device(asked.device, "--device")
-        backbone = load_backbone(asked.backbone, asked.architecture)
-        backbone.model.to(device)
-        short_px = _short_px(asked.px, backbone)
-        images = read_pictures(paths, short_px, backbone.model.patch_size, asked.frames)
-        page = draw(backbone, images, asked.foreground, asked.attention, similar_to)
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        page.save(asked.out)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+    return answered(lambda: _run(asked), "nothing was written")
+
+
+def _run(asked: argparse.Namespace) -> int:
+    if asked.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--out {asked.out} must end in .png or .jpg.")
+    similar_to = None if asked.similar_to is None else _share(asked.similar_to)
+    if asked.frames < 1:
+        raise ValueError(f"--frames {asked.frames} must be 1 or more.")
+    paths = find_images(asked.images)
+    device = choose_device(asked.device, "--device")
+    backbone = load_backbone(asked.backbone, asked.architecture)
+    backbone.model.to(device)
+    short_px = _short_px(asked.px, backbone)
+    images, left_out = read_pictures(paths, short_px, backbone.model.patch_size, asked.frames)
+    page = draw(backbone, images, asked.foreground, asked.attention, similar_to)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(asked.out)
     columns = ["image", "patches as colours"] + ["similarity"] * (similar_to is not None)
     columns += ["attention of each head"] * asked.attention
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     print(f"{len(images)} images in {asked.out}: {', '.join(columns)}")
     return 0
 

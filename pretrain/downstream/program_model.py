@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.vision_transformer import Features
+from pretrain.program_files import INPUT, PROGRAM_CONFIG, PROGRAM_FILES
 
-INPUT, OUTPUTS = "images", ("cls", "registers", "patches")
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2", "torchscript": "model.ts"}
-PROGRAM_CONFIG = "config.json"
-"""beside each: what the model is, and what it expects of its images"""
 Run = Callable[[Tensor], Sequence[Tensor]]
 """normalised images [B, 3, H, W] -> CLS, registers, patches, on the processor"""
 
@@ -68,8 +65,8 @@ class ProgramModel(nn.Module):
 
 def program_file(path: Path) -> Path | None:
     """The program in an export's folder, or the path itself where it is that file; None where there is none."""
-    found = [path] if path.is_file() else [path / name for name in FILES.values()]
-    return next((file for file in found if file.name in FILES.values() and file.is_file()), None)
+    found = [path] if path.is_file() else [path / name for name in PROGRAM_FILES.values()]
+    return next((file for file in found if file.name in PROGRAM_FILES.values() and file.is_file()), None)
 
 
 def load_program(file: Path) -> tuple[ProgramModel, dict[str, Any]]:
@@ -95,10 +92,12 @@ def load_program(file: Path) -> tuple[ProgramModel, dict[str, Any]]:
 
 def loaded(file: Path) -> Run:
     """What runs the program of a file, by its own library; that one's errors, and ValueError: it is not installed."""
-    if file.name == FILES["onnx"]:
+    if file.name == PROGRAM_FILES["onnx"]:
         return _onnx(file)
     with quiet():
-        program = torch.jit.load(file) if file.name == FILES["torchscript"] else torch.export.load(file).module()
+        program = (
+            torch.jit.load(file) if file.name == PROGRAM_FILES["torchscript"] else torch.export.load(file).module()
+        )
 
     def run(images: Tensor) -> Sequence[Tensor]:
         with torch.inference_mode():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pretrain.data.decode import Damaged
-from pretrain.downstream.evals.baselines import Colours, Pixels
+from pretrain.downstream.evals.baselines import Colours, Pixels, as_they_are
 from pretrain.downstream.evals.dense import depth, discovery, segmentation
 from pretrain.downstream.evals.dense.head import LinearHead, nearest, resized
 from pretrain.downstream.evals.dense.pairs import decode_map, pairs
@@ -26,7 +26,7 @@ PALETTE = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 
 
 def frozen(tokens: torch.nn.Module) -> Frozen:
-    return Frozen(tokens=tokens, mean=(0, 0, 0), std=(1, 1, 1), px=32, device=CPU)
+    return Frozen(tokens=tokens, image=as_they_are(32), device=CPU)
 
 
 def png(array: np.ndarray) -> bytes:

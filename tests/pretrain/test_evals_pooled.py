@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.downstream.evals.baselines import Colours, Pixels
+from pretrain.downstream.evals.baselines import Colours, Pixels, as_they_are
 from pretrain.downstream.evals.errors import bootstrap, of_mean
 from pretrain.downstream.evals.frozen import Frozen, Pooled, numbered
 from pretrain.downstream.evals.labelled import LeftOut
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def pixels() -> Frozen:
-    return Frozen(tokens=Pixels(), mean=(0, 0, 0), std=(1, 1, 1), px=32, device=CPU)
+    return Frozen(tokens=Pixels(), image=as_they_are(32), device=CPU)
 
 
 def rows(
@@ -59,9 +59,9 @@ def test_neighbours_vote_as_in_scikit_learn() -> None:
 def test_a_large_bank_is_searched_by_faiss_with_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = F.normalize(torch.randn(3000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     labels = torch.arange(3000) % 7
-    found = knn._nearest(bank[:50], bank, labels, 20)
+    found = knn.nearest(bank[:50], bank, labels, 20)
     monkeypatch.setattr(knn, "_LARGE", 3000)
-    by_faiss = knn._nearest(bank[:50], bank, labels, 20)
+    by_faiss = knn.nearest(bank[:50], bank, labels, 20)
     torch.testing.assert_close(by_faiss[0], found[0])
     assert torch.equal(by_faiss[1], found[1])
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pretrain.downstream.backbone import ImageSettings
 from pretrain.downstream.evals.baselines import random_like
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.pictures import contact_sheet, patch_features, patch_pca, write_pictures
@@ -121,7 +122,7 @@ def test_untrained_baseline_is_of_the_same_form_and_leaves_the_model() -> None:
         assert torch.equal(value, again.state_dict()[name])
         assert torch.equal(model.state_dict()[name], before[name])
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    frozen = Frozen(tokens=fresh, mean=MEAN, std=STD, px=32, device=torch.device("cpu"))
+    frozen = Frozen(tokens=fresh, image=ImageSettings(tuple(MEAN), tuple(STD), 32), device=torch.device("cpu"))
     features = F.normalize(frozen.pool(images)[0][:, 0], dim=1)
     assert (features @ features.T).min() < 0.9999  # not one feature for all images
 
@@ -139,6 +140,9 @@ def test_evaluation_by_name_writes_figures_pictures_and_baselines_once(tmp_path:
     run = tmp_path / "run"
     first = run_evaluation(tiny_model(), tiny_model, config, run, 0, MEAN, STD, torch.device("cpu"))
     assert first["knn"] == first["knn/1"] == first["knn_pixels"] == 1.0  # each image is its own neighbour
+    small = EvaluationConfig(**asdict(config) | {"k": [1, 5, 200]})  # more neighbours than there are images
+    again = run_evaluation(tiny_model(), tiny_model, small, tmp_path / "small", 0, MEAN, STD, torch.device("cpu"))
+    assert again.keys() == first.keys()
     baselines = (run / "evaluation" / "baselines.json").stat().st_mtime_ns
     run_evaluation(tiny_model(1), tiny_model, config, run, 5, MEAN, STD, torch.device("cpu"))
     assert (run / "evaluation" / "baselines.json").stat().st_mtime_ns == baselines

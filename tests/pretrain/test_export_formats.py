@@ -13,8 +13,8 @@ from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone, ImageSettings, complete_settings, load_backbone
 from pretrain.downstream.export.folder import export, write_checked
 from pretrain.downstream.export.graph import Graph
-from pretrain.downstream.program_model import FILES
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.program_files import PROGRAM_FILES
 from pretrain.weights import find_weights
 from tests.pretrain.randomised import randomise
 
@@ -143,7 +143,7 @@ def test_every_export_comes_back_through_the_door(format_: str, tmp_path: Path) 
     assert torch.allclose(last.patches, ours.patches, atol=2e-5)
     with pytest.raises(ValueError, match="holds a dinov2_vits14_reg, not the dinov3_vits16"):
         load_backbone(tmp_path / "out", "dinov3_vits16")
-    if format_ in FILES or format_ == "timm":
+    if format_ in PROGRAM_FILES or format_ == "timm":
         with pytest.raises(ValueError, match="is a folder of timm" if format_ == "timm" else "that runs by itself"):
             find_weights(tmp_path / "out")
         with pytest.raises(ValueError, match="changes do not apply"):
@@ -156,14 +156,14 @@ def test_every_export_comes_back_through_the_door(format_: str, tmp_path: Path) 
 def test_a_program_is_its_file_too_and_gives_its_last_block_alone(format_: str, tmp_path: Path) -> None:
     made = backbone(*MODELS["dinov3"])
     write_checked(made, {}, tmp_path / "out", format_)
-    again = load_backbone(tmp_path / "out" / FILES[format_])
+    again = load_backbone(tmp_path / "out" / PROGRAM_FILES[format_])
     several = [images(made, 2, 3)[0], images(made, 4, 2)[0]]
     for ours, theirs in zip(made.features_of_each(several), again.features_of_each(several), strict=True):
         assert torch.allclose(theirs.cls, ours.cls, atol=2e-5)
     for which, norm in ((2, True), ([0], True), (1, False)):
         with pytest.raises(ValueError, match=r"is a program, .* its last block \(1\) only"):
             again.layers(images(made, 2, 2), which, norm=norm)
-    (tmp_path / "out" / FILES[format_]).write_bytes(b"nothing")
+    (tmp_path / "out" / PROGRAM_FILES[format_]).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be run"):
         load_backbone(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
@@ -181,7 +181,7 @@ def test_float16_of_each_format_is_stated(format_: str, tmp_path: Path) -> None:
     assert all(f"- {line}" in card for line in compared)
     largest = max(float(figure) for line in compared for figure in re.findall(r"\d\.\de-\d+", line))
     assert 1e-4 < largest < 2e-2
-    file = tmp_path / "out" / FILES.get(format_, "model.safetensors")
+    file = tmp_path / "out" / PROGRAM_FILES.get(format_, "model.safetensors")
     assert file.stat().st_size < 2.2 * sum(p.numel() for p in made.model.parameters()) + 350_000  # and the graph
     again = load_backbone(tmp_path / "out").features(images(made, 3, 5))
     assert again.patches.dtype == torch.float32

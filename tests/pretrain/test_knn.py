@@ -17,10 +17,10 @@ from torch import Tensor
 from pretrain.checkpoint import write_teacher
 from pretrain.data.decode import open_image
 from pretrain.downstream.evals.__main__ import main
-from pretrain.downstream.evals.baselines import Pixels, pixel_features, random_like
+from pretrain.downstream.evals.baselines import Pixels, as_they_are, pixel_features, random_like
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.labelled import batches, samples
-from pretrain.downstream.evals.pooled.knn import KnnConfig, knn_accuracy, knn_votes, run
+from pretrain.downstream.evals.pooled.knn import KnnConfig, knn_accuracy, nearest, run, votes
 from pretrain.downstream.evals.result import Result
 from pretrain.downstream.evals.sets import LabelledSet
 from pretrain.downstream.pixels import eval_crop, find_sets
@@ -29,7 +29,7 @@ from tests.conftest import encoded, picture, write_tar
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "fox"]
-PIXELS = Frozen(tokens=Pixels(), mean=(0, 0, 0), std=(1, 1, 1), px=224, device=CPU)
+PIXELS = Frozen(tokens=Pixels(), image=as_they_are(224), device=CPU)
 
 
 def of_pixels(k: list[int], temperature: float = 0.07, **sets: str | int) -> Result:
@@ -66,10 +66,10 @@ def slow_accuracy(
 
 def test_votes_of_a_case_by_hand() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
-    votes = knn_votes(torch.tensor([[1.0, 0.0]]), bank, torch.tensor([0, 1, 1, 2]), 3, [1, 3], 0.5)
-    assert votes[1].tolist() == [[1, 0, 0]]  # relative to the nearest, whose weight is 1
+    found = votes(*nearest(torch.tensor([[1.0, 0.0]]), bank, torch.tensor([0, 1, 1, 2]), 3), 3, [1, 3], 0.5)
+    assert found[1].tolist() == [[1, 0, 0]]  # relative to the nearest, whose weight is 1
     expected = [1, math.exp(-0.2 / 0.5) + math.exp(-1 / 0.5), 0]
-    torch.testing.assert_close(votes[3][0], torch.tensor(expected))
+    torch.testing.assert_close(found[3][0], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])

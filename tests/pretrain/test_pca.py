@@ -207,3 +207,19 @@ def test_a_small_picture_and_a_model_of_timm(exported: Path, tmp_path: Path, cap
     Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
     assert main([str(exported), str(tmp_path / "one.png"), "-o", str(tmp_path / "out.png"), "--px", "64"]) == 0
     assert load_backbone(exported).depth == 3
+
+
+def test_one_bad_picture_keeps_no_other_from_the_page(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture(1, (48, 48)).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"no picture")
+    assert main([str(exported), str(folder), "-o", str(tmp_path / "out.png"), "--px", "48"]) == 0
+    shown = capsys.readouterr()
+    assert f"left out: {folder}/b.jpg cannot be read: not_an_image" in shown.err
+    assert shown.out.startswith("1 images in")
+    (folder / "a.png").write_bytes(b"")
+    assert main([str(exported), str(folder), "-o", str(tmp_path / "out.png"), "--px", "48"]) == 2
+    assert "a.png cannot be read: empty; nor can 1 others." in capsys.readouterr().err

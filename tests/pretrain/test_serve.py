@@ -22,7 +22,8 @@ from PIL import Image
 
 from pretrain.checkpoint import write_teacher
 from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.embedders.load import Embedded, Embedder, load_embedder
+from pretrain.downstream.embedders.embedder import Embedded, Embedder
+from pretrain.downstream.embedders.load import load_embedder
 from pretrain.downstream.export.__main__ import main as export
 from pretrain.downstream.pixels import eval_crop
 from pretrain.downstream.serve.__main__ import main

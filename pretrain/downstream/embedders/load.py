@@ -1,44 +1,10 @@
 """Whatever holds a backbone -> what embeds images with it; no torch is imported for an ONNX export."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-
+from pretrain.downstream.embedders.embedder import Embedder
 from pretrain.downstream.pixels import check_px
-
-ONNX = "model.onnx"
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """What a backbone says of a batch of images of one size; float32."""
-
-    cls: np.ndarray
-    """[B, D]"""
-    patches: np.ndarray | None
-    """[B, h * w, D], row-major; None where they were not asked for"""
-    grid: tuple[int, int]
-    """h, w"""
-
-
-class Embedder(Protocol):
-    """A backbone on its device. Calls may come from any one thread at a time."""
-
-    source: str
-    """the folder or file that was read"""
-    architecture: str
-    patch_size: int
-    embed_dim: int
-    px: int
-    """side of the centre crop that it was trained at"""
-    runs_on: str
-    """library and device, for people"""
-
-    def __call__(self, images: np.ndarray, with_patches: bool) -> Embedded:
-        """Embed uint8 [B, H, W, 3]; sides that the patch does not divide are padded with the mean colour."""
-        ...
+from pretrain.program_files import PROGRAM_FILES
 
 
 def load_embedder(
@@ -73,7 +39,7 @@ def onnx_file(path: str | Path) -> Path | None:
     file = Path(path).expanduser()
     if file.suffix == ".onnx":
         return file
-    return file / ONNX if (file / ONNX).is_file() else None
+    return file / PROGRAM_FILES["onnx"] if (file / PROGRAM_FILES["onnx"]).is_file() else None
 
 
 def crop_side(px: int | None, embedder: Embedder) -> int:

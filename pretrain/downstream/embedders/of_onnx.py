@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.downstream.embedders.load import Embedded
+from pretrain.downstream.embedders.embedder import Embedded
+from pretrain.program_files import INPUT, OUTPUTS, PROGRAM_CONFIG
 
-_INPUT, _CLS, _PATCHES = "images", "cls", "patches"
-"""names in the graph (pretrain.downstream.program_model, which imports torch)"""
-_DESCRIPTION = "config.json"
+_CLS, _, _PATCHES = OUTPUTS
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
@@ -30,7 +29,7 @@ class OnnxEmbedder:
             raise ValueError(f"{file} does not exist.")
         self.source = str(file)
         try:
-            self._describe(file.parent / _DESCRIPTION)
+            self._describe(file.parent / PROGRAM_CONFIG)
             providers = _providers(onnxruntime.get_available_providers(), device, gpu)
             self._session = onnxruntime.InferenceSession(file, providers=providers)
         except (ValueError, OSError):
@@ -38,7 +37,7 @@ class OnnxEmbedder:
         except Exception as error:  # onnxruntime has a class for each of its status codes
             raise ValueError(f"{file} cannot be run: {' '.join(str(error).split())[:200]}") from None
         names = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
-        if missing := {_INPUT, _CLS, _PATCHES} - names:
+        if missing := {INPUT, _CLS, _PATCHES} - names:
             raise ValueError(f"{file} is of another kind than `--format onnx` writes: it has no {sorted(missing)[0]}.")
         self.runs_on = f"onnxruntime {onnxruntime.__version__}, {'cuda' if providers[0] != _CPU else 'cpu'}"
 
@@ -67,7 +66,7 @@ class OnnxEmbedder:
         pixels = np.pad(pixels, ((0, 0), (0, below), (0, right), (0, 0)))  # normalised: the mean colour is 0
         height, width = pixels.shape[1:3]
         asked = [_CLS, _PATCHES] if with_patches else [_CLS]
-        found = self._session.run(asked, {_INPUT: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
+        found = self._session.run(asked, {INPUT: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
         grid = (height // self.patch_size, width // self.patch_size)
         cls, *patches = (tokens.astype(np.float32, copy=False) for tokens in found)  # a float16 export gives its own
         return Embedded(cls, patches[0] if with_patches else None, grid)

@@ -7,7 +7,7 @@ import torch
 
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import load_backbone
-from pretrain.downstream.embedders.load import Embedded
+from pretrain.downstream.embedders.embedder import Embedded
 
 
 class TorchEmbedder:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from configs.loader import override_config
-from configs.messages import named_folder, sentence
+from configs.messages import answered, named_folder, sentence
 from pretrain.distributed import collectives
 from pretrain.downstream.evals.compared import (
     Evaluated,
@@ -69,13 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be read and computed")
     asked = parser.parse_intermixed_args(arguments)
     try:
-        return _run(asked)
-    except KeyboardInterrupt:
-        print("stopped" + ("; the same command continues." if asked.out else "."), file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+        return answered(lambda: _run(asked), "the same command continues" if asked.out else "nothing was written")
     finally:
         collectives.stop()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.downstream.backbone import ImageSettings
 from pretrain.models.vision_transformer import Features, VisionTransformer
 
 PATCH_PX = 16
@@ -42,6 +43,11 @@ class Colours(nn.Module):
         return [_features(images, _histograms(images), _patch_histograms(images)) for images in crops]
 
 
+def as_they_are(px: int) -> ImageSettings:
+    """Pixel values from 0 to 1, not centred: what baselines are shown."""
+    return ImageSettings((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), px)
+
+
 BASELINES: dict[str, type[Pixels] | type[Colours]] = {"pixels": Pixels, "colours": Colours}
 
 
@@ -66,9 +72,9 @@ def _patch_pixels(images: Tensor) -> Tensor:
 
 
 def _patch_histograms(images: Tensor) -> Tensor:
-    steps = (images * _PATCH_BINS).long().clamp(0, _PATCH_BINS - 1)
-    each = F.one_hot(steps, _PATCH_BINS).permute(0, 1, 4, 2, 3).flatten(1, 2).to(images.dtype)
-    return F.avg_pool2d(each, PATCH_PX).sqrt().flatten(2).transpose(1, 2)
+    steps = (images * _PATCH_BINS).to(torch.uint8).clamp(max=_PATCH_BINS - 1)
+    shares = [F.avg_pool2d((steps == number).to(images.dtype), PATCH_PX) for number in range(_PATCH_BINS)]
+    return torch.stack(shares, dim=2).flatten(1, 2).sqrt().flatten(2).transpose(1, 2)
 
 
 def _features(images: Tensor, cls: Tensor, patches: Tensor) -> Features:

@@ -4,7 +4,8 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from pretrain.distributed import collectives
 from pretrain.downstream.backbone import Backbone, ImageSettings, load_backbone
-from pretrain.downstream.evals.baselines import BASELINES, random_like
+from pretrain.downstream.evals.baselines import BASELINES, as_they_are, random_like
 from pretrain.downstream.evals.frozen import Frozen
 from pretrain.downstream.evals.labelled import about_images
 from pretrain.downstream.evals.protocols import PROTOCOLS, Protocol
@@ -40,6 +41,21 @@ class Task:
     @property
     def protocol(self) -> Protocol:
         return PROTOCOLS[self.evaluation]
+
+    @cached_property
+    def images(self) -> str:
+        """Hash of the images as they are now: of each part its place, size and version.
+
+        Raises:
+            ValueError: images that are not there.
+        """
+        digest = sha256()
+        for part, pattern in patterns_of(self.data).items():
+            try:
+                digest.update("".join(one.id for one in find_sets(pattern)).encode())
+            except ValueError as error:
+                raise ValueError(f"{self.set_name}: {part}={pattern}: {error}") from None
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +97,7 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
     found = []
     for name in names:
         if name in BASELINES:
-            found.append(Evaluated(name, BASELINES[name](), ImageSettings((0.0,) * 3, (1.0,) * 3, px or first)))
+            found.append(Evaluated(name, BASELINES[name](), as_they_are(px or first)))
             continue
         backbone = backbones[name]
         model, image = backbone.model, backbone.image
@@ -89,7 +105,7 @@ def load_evaluated(names: Sequence[str], architecture: str, px: int | None) -> l
             if not isinstance(model, VisionTransformer):
                 raise ValueError(f"{name}: only a model of pretrain, or a released one, can be drawn anew.")
             model = random_like(model)
-        found.append(Evaluated(name, model, ImageSettings(image.mean, image.std, px or image.px)))
+        found.append(Evaluated(name, model, replace(image, px=px or image.px)))
     return found
 
 
@@ -98,9 +114,7 @@ def frozen_of(one: Evaluated, tasks: Sequence[Task], device: torch.device, batch
     has_layers = isinstance(one.model, VisionTransformer | TimmModel)
     return Frozen(
         tokens=one.model.to(device).eval(),
-        mean=one.image.mean,
-        std=one.image.std,
-        px=one.image.px,
+        image=one.image,
         device=device,
         num_layers=max(task.protocol.num_layers for task in tasks) if has_layers else 1,
         batch_size=batch_size,
@@ -127,12 +141,11 @@ def run_task(task: Task, frozen: Frozen, name: str) -> dict[str, Any]:
 
 def asked_of(task: Task, frozen: Frozen) -> dict[str, Any]:
     """What a result is of, beside the weights: settings, and the images as they are now."""
-    parts = [part.id for pattern in patterns_of(task.data).values() for part in find_sets(pattern)]
     return {
-        "px": frozen.px,
+        "px": frozen.image.px,
         "bfloat16": frozen.bfloat16,
         "data": asdict(task.data),
-        "images of data": sha256("".join(parts).encode()).hexdigest()[:16],
+        "images of data": task.images,
         "settings": asdict(task.settings),
     }
 
@@ -234,11 +247,7 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 def check_sets(tasks: Sequence[Task]) -> None:
     """Raises ValueError: images of a set that are not there."""
     for task in tasks:
-        for part, pattern in patterns_of(task.data).items():
-            try:
-                find_sets(pattern)
-            except ValueError as error:
-                raise ValueError(f"{task.set_name}: {part}={pattern}: {error}") from None
+        assert task.images
 
 
 def planned(tasks: Sequence[Task], evaluated: Sequence[Evaluated], device: torch.device) -> list[str]:
@@ -270,13 +279,15 @@ def planned(tasks: Sequence[Task], evaluated: Sequence[Evaluated], device: torch
     for one in evaluated:
         seconds = _seconds_an_image(one, device)
         parameters = sum(p.numel() for p in one.model.parameters()) / 1e6
-        layers = max(task.protocol.num_layers for task in tasks) + 1
-        largest = max(images.values()) * layers * _width(one) * 4 / 1e9
-        lines += [
+        lines.append(
             f"{one.name}: {parameters:,.1f} M parameters, crop {one.image.px} px, {seconds * 1e3:,.1f} ms an image: "
-            f"{(crops + pictures) * seconds:,.0f} s for all of them, then decoding and the heads",
-            f"  features of the largest set: {largest:,.2g} GB on the device",
-        ]
+            f"{(crops + pictures) * seconds:,.0f} s for all of them, then decoding and the heads"
+        )
+        if largest := max((n for pattern, n in images.items() if pattern not in dense), default=0):
+            layers = max(task.protocol.num_layers for task in tasks) + 1
+            lines.append(
+                f"  features of the largest set: {largest * layers * _width(one) * 4 / 1e9:,.2g} GB on the device"
+            )
     return lines
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curation.engine.progress import StageProgress
 from pretrain.distributed import collectives
-from pretrain.downstream.evals.labelled import LeftOut, batches
+from pretrain.downstream.backbone import ImageSettings
+from pretrain.downstream.evals.labelled import Batch, LeftOut, batches
 from pretrain.downstream.pixels import find_sets
 from pretrain.models.vision_transformer import Features
 from pretrain.stopping import Stopped
@@ -66,11 +67,8 @@ class Frozen:
     """
 
     tokens: Tokens
-    mean: Sequence[float]
-    """per channel, of pixel values from 0 to 1"""
-    std: Sequence[float]
-    px: int
-    """side of the centre crop where a set names none"""
+    image: ImageSettings
+    """how pixels are normalised, and the side of the centre crop where a set names none"""
     device: torch.device
     num_layers: int = 1
     """the last so many blocks give a CLS token each; more than one for what has `layers`"""
@@ -81,28 +79,27 @@ class Frozen:
     """whether this rank is asked to stop"""
     _known: dict[tuple[object, ...], Pooled] = field(default_factory=dict)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Uint8 [B, 3, H, W] -> float32, as in training."""
-        centre, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images.float() / 255 - centre) / scale
+    def picture_px(self, asked: int) -> int:
+        """Shorter side of a whole picture: as asked, or by default twice the crop."""
+        return asked or 2 * self.image.px
 
     # Not inference mode: what FSDP keeps from one forward to the next must serve training too.
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """Tokens after the last block and the final norm; images: uint8 [B, 3, H, W], on the device."""
         with self._precision():
-            return self.tokens([self.normalised(images)])[0]
+            return self.tokens([self.image.normalise(images)])[0]
 
     @torch.no_grad()
     def pool(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS [B, L, D] of the last blocks and the mean [B, D] of the last patches, float32; images as for features."""
         with self._precision():
             if self.num_layers == 1:
-                layers = self.tokens([self.normalised(images)])
+                layers = self.tokens([self.image.normalise(images)])
             else:
                 depth: int = self.tokens.depth
                 wanted = range(max(depth - self.num_layers, 0), depth)
-                layers = self.tokens.layers(self.normalised(images), wanted)
+                layers = self.tokens.layers(self.image.normalise(images), wanted)
         return torch.stack([one.cls.float() for one in layers], dim=1), layers[-1].patches.float().mean(dim=1)
 
     def _precision(self) -> torch.autocast | nullcontext[None]:
@@ -145,13 +142,13 @@ class Frozen:
         keys: list[str] = []
         names: list[str] = []
 
-        def embed(batch: tuple[Tensor, list[str], list[str]] | None) -> None:
+        def embed(batch: Batch | None) -> None:
             if batch is None:  # another rank needs this one's part of the network
                 self.pool(torch.zeros(1, 3, px, px, dtype=torch.uint8, device=self.device))
                 return
-            parts.append(self.pool(batch[0].to(self.device, non_blocking=True)))
-            names.extend(batch[1])
-            keys.extend(batch[2])
+            parts.append(self.pool(batch.images.to(self.device, non_blocking=True)))
+            names.extend(batch.labels)
+            keys.extend(batch.keys)
 
         if not collectives.in_step(self._shown(reading, pattern, mine), embed, self.left):
             raise Stopped
@@ -172,8 +169,13 @@ class Frozen:
         self, pattern: str, labels: str, px: int, resize_px: int, max_images: int = 0, needs_label: bool = True
     ) -> Pooled:
         """The same of the whole set, on every rank, in the order of keys. Raises as `share`."""
-        mine = self.share(pattern, labels, px, resize_px, max_images, needs_label)
-        return mine if collectives.world_size() == 1 else _of_every_rank(mine, self.device)
+        asked = (pattern, labels, px, resize_px, max_images, needs_label)
+        mine = self.share(*asked)
+        if collectives.world_size() == 1:
+            return mine
+        if ("all", *asked) not in self._known:
+            self._known["all", *asked] = _of_every_rank(mine, self.device)
+        return self._known["all", *asked]
 
     def progress(self, label: str, total: float, unit: str) -> AbstractContextManager[Advancing]:
         """Shown where this process shows progress."""

@@ -6,7 +6,7 @@ once; `evaluation/pca.png` the pictures over time.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pretrain.data.decode import Damaged
 from pretrain.distributed import collectives
+from pretrain.downstream.backbone import ImageSettings
 from pretrain.downstream.evals import compared
-from pretrain.downstream.evals.baselines import Pixels
+from pretrain.downstream.evals.baselines import Pixels, as_they_are
 from pretrain.downstream.evals.compared import Task, check_names, tasks_of, write_json
 from pretrain.downstream.evals.frozen import Frozen, Tokens
 from pretrain.downstream.evals.labelled import LABELS, samples
@@ -27,9 +28,6 @@ from pretrain.downstream.evals.protocols import PROTOCOLS
 from pretrain.downstream.evals.sets import ImageSets, LabelledSet, read_sets
 from pretrain.downstream.pixels import eval_crop, short_side
 from pretrain.watch.evaluation import Backbone
-
-_AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""mean and deviation of pixel values that are shown from 0 to 1"""
 
 
 def run(
@@ -52,7 +50,7 @@ def run(
 
     Returns:
         `knn` (accuracy at the first k), `knn/<k>`, `knn_pixels`, `knn_random`; `<evaluation>` of the others that are
-        named, `<evaluation>/<set>` where they are measured on several; `pca_explained`.
+        named, `<set>/<evaluation>` of further sets for one; `pca_explained`.
 
     Raises:
         ValueError: sets that cannot be read or compared.
@@ -60,12 +58,10 @@ def run(
     """
     target = folder / "evaluation" / f"step-{step:08d}"
 
-    def frozen(tokens: Tokens, mean: Sequence[float] = config["mean"], std: Sequence[float] = config["std"]) -> Frozen:
+    def frozen(tokens: Tokens, image: ImageSettings) -> Frozen:
         return Frozen(
             tokens=tokens,
-            mean=mean,
-            std=std,
-            px=config["px"],
+            image=image,
             device=device,
             batch_size=config["batch_size"],
             bfloat16=config["bfloat16"],
@@ -73,14 +69,19 @@ def run(
         )
 
     figures: dict[str, float] = {}
-    measured, found = frozen(backbone), {}
+    shown = ImageSettings(tuple(config["mean"]), tuple(config["std"]), config["px"])
+    measured, found = frozen(backbone, shown), {}
     for name, task in _tasks(config).items():
         result = task.protocol.run(measured, task.data, task.settings)
         found[name] = {"eval": task.evaluation, "metric": task.protocol.metric, **result.as_json()}
         figures[name] = result.value
         if name == "knn":  # of the set that `train` and `val` name, or the first; floors are of the same images
-            figures |= {f"{name}/{k}": result.figures[f"k={k}"] for k in task.settings.k}
-            floors = {"knn_pixels": lambda: frozen(Pixels(), *_AS_IT_IS), "knn_random": lambda: frozen(untrained())}
+            by_k = {k: result.figures.get(f"k={k}") for k in task.settings.k}  # none beyond a small training set
+            figures |= {f"knn/{k}": value for k, value in by_k.items() if value is not None}
+            floors = {
+                "knn_pixels": lambda: frozen(Pixels(), as_they_are(config["px"])),
+                "knn_random": lambda: frozen(untrained(), shown),
+            }
             figures |= _baselines(task, folder / "evaluation", floors)
     if found:
         collectives.from_rank_zero(lambda: write_json(target / "result.json", {"step": step, "evaluations": found}))
@@ -122,7 +123,7 @@ def check_sets(config: Mapping[str, Any]) -> None:
 
 
 def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
-    """Name of a figure -> what measures it: `knn`, or `linear/birds` where several sets are measured on."""
+    """Name of a figure -> what measures it: `knn`, or `birds/knn` of a further set."""
     sets: dict[str, ImageSets] = {}
     if config["train"]:
         own = {field.name for field in fields(LabelledSet)}
@@ -138,7 +139,7 @@ def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
     found: dict[str, Task] = {}
     for task in tasks_of(config["names"], sets, settings):
         is_only = task.set_name == "evaluation" or task.evaluation not in found
-        found[task.evaluation if is_only else f"{task.evaluation}/{task.set_name}"] = task
+        found[task.evaluation if is_only else f"{task.set_name}/{task.evaluation}"] = task
     return found
 
 

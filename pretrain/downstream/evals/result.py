@@ -39,7 +39,7 @@ class Result:
 
 def both_halves(frozen: Frozen, data: LabelledSet, share: bool = False) -> dict[str, Pooled]:
     """Features of `train` and `val`; with `share`, of this rank's part of each."""
-    px = data.px or frozen.px
+    px = data.px or frozen.image.px
     take = frozen.share if share else frozen.all_of
     asked: Mapping[str, tuple[str, str, int]] = {
         "train": (data.train, data.train_labels, data.max_train_images),

@@ -57,7 +57,6 @@ class RetrievalSet:
     truth: str
     """csv with columns query, image (keys) and relation: easy, hard or junk; others of the database are negative"""
     px: int = 0
-    resize_px: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.messages import sentence
+from configs.messages import answered
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import load_backbone
 from pretrain.downstream.explore.page import About, page
@@ -37,43 +37,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
+    return answered(lambda: _run(asked), "nothing was written")
+
+
+def _run(asked: argparse.Namespace) -> int:
+    if asked.out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out {asked.out} must end in .html.")
+    if not 1 <= asked.max_images <= MAX_IMAGES:
+        raise ValueError(f"--max-images {asked.max_images} must be from 1 to {MAX_IMAGES:,}.")
+    device = choose_device(asked.device, "--device")
+    sets = find_sets(asked.images)
+    backbone = load_backbone(asked.backbone, asked.architecture)
+    backbone.model.to(device)
+    short_px = 2 * backbone.image.px if asked.px is None else asked.px
+    check_px(f"--px {short_px}", short_px, backbone.model.patch_size)
+    choice = choose(sets, asked.max_images)
+    pictures = embed(backbone, choice.places, short_px)
+    left_out = choice.left_out + pictures.left_out
+    features = compact(pictures.patches)
+    about = About(
+        backbone=_name(asked.backbone),
+        images=_names(asked.images),
+        chosen=len(choice.places),
+        of=choice.of,
+        short_px=short_px,
+        left_out=left_out,
+    )
+    written = page(pictures, features, about).encode()
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = asked.out.with_name(f"{asked.out.name}.{os.getpid()}")
     try:
-        if asked.out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--out {asked.out} must end in .html.")
-        if not 1 <= asked.max_images <= MAX_IMAGES:
-            raise ValueError(f"--max-images {asked.max_images} must be from 1 to {MAX_IMAGES:,}.")
-        device = choose_device(asked.device, "--device")
-        sets = find_sets(asked.images)
-        backbone = load_backbone(asked.backbone, asked.architecture)
-        backbone.model.to(device)
-        short_px = 2 * backbone.image.px if asked.px is None else asked.px
-        check_px(f"--px {short_px}", short_px, backbone.model.patch_size)
-        choice = choose(sets, asked.max_images)
-        pictures = embed(backbone, choice.places, short_px)
-        left_out = choice.left_out + pictures.left_out
-        features = compact(pictures.patches)
-        about = About(
-            backbone=_name(asked.backbone),
-            images=_names(asked.images),
-            chosen=len(choice.places),
-            of=choice.of,
-            short_px=short_px,
-            left_out=left_out,
-        )
-        written = page(pictures, features, about).encode()
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = asked.out.with_name(f"{asked.out.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(written)
-            unfinished.replace(asked.out)
-        finally:
-            unfinished.unlink(missing_ok=True)  # as on a full disk, which it would keep full
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+        unfinished.write_bytes(written)
+        unfinished.replace(asked.out)
+    finally:
+        unfinished.unlink(missing_ok=True)  # as on a full disk, which it would keep full
     for key, reason in left_out[:_NAMED]:
         print(f"left out: {key} ({reason})", file=sys.stderr)
     if len(left_out) > _NAMED:

@@ -12,7 +12,7 @@ import sys
 
 import yaml
 
-from configs.messages import named_folder, sentence
+from configs.messages import answered, named_folder
 from pretrain.downstream.backbone import CHANGEABLE
 from pretrain.downstream.export.folder import DTYPES, FORMATS, export
 
@@ -34,28 +34,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("changes", nargs="*", metavar="key=value", help=f"one of {', '.join(CHANGEABLE)}")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
-        changes = dict(_change(text) for text in arguments.changes)
-        if reserved := changes.keys() - set(CHANGEABLE):
-            raise ValueError(
-                f"{min(reserved)} belongs to the weights; an export can change {', '.join(CHANGEABLE)} only."
-            )
-        compared = export(
-            arguments.checkpoint,
-            arguments.out,
-            arguments.format,
-            arguments.architecture,
-            heads=arguments.heads,
-            dtype=arguments.dtype,
-            licence=arguments.licence,
-            **changes,
-        )
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+    return answered(lambda: _run(arguments), "nothing was written")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    changes = dict(_change(text) for text in arguments.changes)
+    if reserved := changes.keys() - set(CHANGEABLE):
+        raise ValueError(f"{min(reserved)} belongs to the weights; an export can change {', '.join(CHANGEABLE)} only.")
+    compared = export(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.format,
+        arguments.architecture,
+        heads=arguments.heads,
+        dtype=arguments.dtype,
+        licence=arguments.licence,
+        **changes,
+    )
     for line in compared:
         log.info(line)
     log.info("wrote %s", arguments.out)

@@ -6,7 +6,7 @@ from typing import Any
 from pretrain.downstream.backbone import Backbone
 from pretrain.downstream.export.provenance import settings_of_training
 from pretrain.downstream.export.timm import create_line
-from pretrain.downstream.program_model import FILES
+from pretrain.program_files import PROGRAM_FILES
 
 _FRONT_MATTER = """---
 library_name: {library}
@@ -170,6 +170,6 @@ def _use(backbone: Backbone, format_: str) -> str:
         return (
             _USE_TIMM.format(create=create_line(backbone.settings), prefix=prefix) + "\n" + _IMAGES + "\n" + _USE_OURS
         )
-    if format_ in FILES:
+    if format_ in PROGRAM_FILES:
         return _USE_PROGRAMS[format_] + "\n" + _IMAGES + "\n" + _USE_OURS
     return _USE_OURS

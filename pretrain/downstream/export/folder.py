@@ -18,12 +18,12 @@ from pretrain.downstream.export.parity import Difference, check, check_folder, m
 from pretrain.downstream.export.programs import write_program
 from pretrain.downstream.export.provenance import licence_of, provenance
 from pretrain.downstream.export.timm import read_timm, write_timm
-from pretrain.downstream.program_model import FILES
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.program_files import PROGRAM_FILES
 from pretrain.weight_files import BACKBONE
 from pretrain.weights import EXPORT_HEADS, TEACHER_WEIGHTS
 
-FORMATS = ("huggingface", "safetensors", "timm", *FILES)
+FORMATS = ("huggingface", "safetensors", "timm", *PROGRAM_FILES)
 WITH_HEADS = ("huggingface", "safetensors")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -112,7 +112,7 @@ def _written(
     """
     model, is_half = backbone.model, dtype == torch.float16
     assert isinstance(model, VisionTransformer)
-    if format_ in FILES:
+    if format_ in PROGRAM_FILES:
         if is_half:
             check(Graph(model), backbone)
         run = write_program(backbone, folder, format_, dtype)

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pretrain.downstream.program_model import INPUT
 from pretrain.models.layers.block import Block
 from pretrain.models.layers.norm import LayerScale
 from pretrain.models.layers.rope import coordinates, rotate, tables_from
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.program_files import INPUT
 
 
 class Graph(nn.Module):

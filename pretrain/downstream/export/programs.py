@@ -7,12 +7,13 @@ import torch
 from pretrain.downstream.backbone import Backbone
 from pretrain.downstream.export.graph import Graph, exported
 from pretrain.downstream.export.huggingface import described, write_json
-from pretrain.downstream.program_model import FILES, INPUT, OUTPUTS, PROGRAM_CONFIG, Run, loaded, quiet
+from pretrain.downstream.program_model import Run, loaded, quiet
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.program_files import INPUT, OUTPUTS, PROGRAM_CONFIG, PROGRAM_FILES
 
 
 def write_program(backbone: Backbone, folder: Path, format_: str, dtype: torch.dtype) -> Run:
-    """Write the file of a format (FILES) and its config.json into an existing folder.
+    """Write the file of a format and its config.json into an existing folder.
 
     Args:
         dtype: of the weights and of the arithmetic; images come and tokens go in float32 always.
@@ -24,7 +25,7 @@ def write_program(backbone: Backbone, folder: Path, format_: str, dtype: torch.d
         ValueError: a library that is not installed.
     """
     assert isinstance(backbone.model, VisionTransformer)
-    graph, file = Graph(backbone.model, dtype).eval(), folder / FILES[format_]
+    graph, file = Graph(backbone.model, dtype).eval(), folder / PROGRAM_FILES[format_]
     write_json(folder / PROGRAM_CONFIG, described(backbone, backbone.settings))
     {"onnx": _onnx, "torch_export": _torch_export, "torchscript": _torchscript}[format_](graph, file)
     return loaded(file)

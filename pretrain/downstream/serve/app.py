@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from configs.ranges import check_ranges
 from pretrain.data.decode import Damaged, ImageLimits
-from pretrain.downstream.embedders.load import Embedded, Embedder
+from pretrain.downstream.embedders.embedder import Embedded, Embedder
 from pretrain.downstream.pixels import eval_crop, short_side
 from pretrain.downstream.serve.batching import Batcher, Full, Place
 from pretrain.downstream.serve.reading import HOW, Body, Limits, Refused

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.downstream.embedders.load import Embedded, Embedder
+from pretrain.downstream.embedders.embedder import Embedded, Embedder
 
 
 class Full(Exception):

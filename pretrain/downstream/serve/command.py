@@ -14,7 +14,8 @@ import numpy as np
 import uvicorn
 
 from configs.messages import sentence
-from pretrain.downstream.embedders.load import Embedder, crop_side, load_embedder
+from pretrain.downstream.embedders.embedder import Embedder
+from pretrain.downstream.embedders.load import crop_side, load_embedder
 from pretrain.downstream.serve.app import ServeSettings, build_app
 
 _OPTIONS = {

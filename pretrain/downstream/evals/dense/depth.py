@@ -76,7 +76,7 @@ def run(frozen: Frozen, data: DepthSet, config: DepthConfig) -> Result:
     """
     seen = ViewConfig(
         member="depth",
-        short_px=data.px or 2 * frozen.px,
+        short_px=frozen.picture_px(data.px),
         memory_gb=config.memory_gb,
         with_cls=True,
         prepared=lambda _, map_: metres(map_, data),

@@ -100,7 +100,7 @@ def run(frozen: Frozen, data: ObjectSet, config: DiscoveryConfig) -> Result:
     Raises:
         ValueError: no picture has an object, or boxes that are none.
     """
-    short_px, patch = data.px or 2 * frozen.px, frozen.tokens.patch_size
+    short_px, patch = frozen.picture_px(data.px), frozen.tokens.patch_size
 
     def reading(left_out: LeftOut, rank: int, num_ranks: int) -> Iterator[Pair]:
         return pairs(data.val, "", "seg", short_px, patch, left_out, False, rank, num_ranks)

@@ -67,7 +67,7 @@ def run(frozen: Frozen, data: SegmentationSet, config: SegmentationConfig) -> Re
     """
     seen = ViewConfig(
         member="seg",
-        short_px=data.px or 2 * frozen.px,
+        short_px=frozen.picture_px(data.px),
         memory_gb=config.memory_gb,
         with_cls=False,
         prepared=lambda key, map_: numbered(key, map_, data),

@@ -33,13 +33,9 @@ class CopiesConfig:
     """references of each query that enter the ranking, the nearest ones"""
     background_neighbours: int = 3
     """nearest background images whose mean cosine is taken from a query's scores; 3 in SSCD's released code"""
-    background_weight: float = 1.0
-    """times that mean"""
 
     def __post_init__(self) -> None:
-        check_ranges(
-            "copies", self, candidates="[1, inf)", background_neighbours="[1, inf)", background_weight="[0, inf)"
-        )
+        check_ranges("copies", self, candidates="[1, inf)", background_neighbours="[1, inf)")
 
 
 def micro_average_precision(scores: np.ndarray, is_true: np.ndarray, num_true: int) -> float:
@@ -68,7 +64,7 @@ def recall_at_precision(scores: np.ndarray, is_true: np.ndarray, num_true: int, 
 
 def run(frozen: Frozen, data: CopySet, config: CopiesConfig) -> Result:
     """Micro average precision without and, with a background, with normalised scores; the headline is without."""
-    px = data.px or frozen.px
+    px = data.px or frozen.image.px
     parts = {"queries": data.queries, "references": data.references}
     parts |= {"background": data.background} if data.background else {}
     pooled = {name: frozen.all_of(pattern, "", px, px, needs_label=False) for name, pattern in parts.items()}
@@ -80,16 +76,15 @@ def run(frozen: Frozen, data: CopySet, config: CopiesConfig) -> Result:
     asked = zip(truth, candidates.cpu().numpy(), strict=True)
     is_true = np.stack([np.isin(found, list(wanted)) for wanted, found in asked])
     num_true = np.array([len(wanted) for wanted in truth])
+    total = int(num_true.sum())
     scores = {"": similarity.cpu().numpy()}
     if data.background:
         shift = _background(unit["queries"], unit["background"], config)
         scores[", normalised"] = (similarity - shift[:, None]).cpu().numpy()
     figures, errors = {}, {}
     for name, found in scores.items():
-        figures[f"micro-AP{name}"] = micro_average_precision(found.ravel(), is_true.ravel(), int(num_true.sum()))
-        figures[f"recall at precision 0.9{name}"] = recall_at_precision(
-            found.ravel(), is_true.ravel(), int(num_true.sum())
-        )
+        figures[f"micro-AP{name}"] = micro_average_precision(found.ravel(), is_true.ravel(), total)
+        figures[f"recall at precision 0.9{name}"] = recall_at_precision(found.ravel(), is_true.ravel(), total)
         errors[name] = _error(found, is_true, num_true)
         figures[f"micro-AP{name}, error"] = errors[name]
     return Result(figures["micro-AP"], errors[""], figures, **counted(pooled))
@@ -107,7 +102,7 @@ def _background(queries: Tensor, background: Tensor, config: CopiesConfig) -> Te
     """What is taken from the scores of each query, [Q]."""
     count = min(config.background_neighbours, len(background))
     nearest = torch.cat([(rows @ background.T).topk(count, dim=1).values for rows in queries.split(_ROWS)])
-    return config.background_weight * nearest.mean(dim=1)
+    return nearest.mean(dim=1)
 
 
 def _truth(data: CopySet, queries: Sequence[str], references: Sequence[str]) -> list[set[int]]:

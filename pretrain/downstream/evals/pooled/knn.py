@@ -57,22 +57,7 @@ def run(frozen: Frozen, data: LabelledSet, config: KnnConfig) -> Result:
     )
 
 
-def knn_votes(
-    queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: Sequence[int], temperature: float
-) -> dict[int, Tensor]:
-    """Votes per class of each query's k nearest bank rows.
-
-    Args:
-        queries: [N, D] unit rows. bank: [M, D] unit rows. labels: int64 [M].
-        k: numbers of neighbours, each at most M.
-
-    Returns:
-        k -> [N, num_classes]: sums of exp(cosine / temperature) over the neighbours of that class.
-    """
-    return _votes(*_nearest(queries, bank, labels, max(k)), num_classes, k, temperature)
-
-
-def _nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and labels [N, k] of the nearest bank rows, nearest first; -inf where the bank has fewer rows."""
     if queries.device.type == "cpu" and len(bank) >= _LARGE and find_spec("faiss"):
         similarity, neighbours = _nearest_by_faiss(queries, bank, k)
@@ -90,9 +75,18 @@ def _nearest_by_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Te
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
-def _votes(
+def votes(
     similarity: Tensor, labels: Tensor, num_classes: int, k: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
+    """Votes per class of each query's k nearest bank rows.
+
+    Args:
+        similarity, labels: of the nearest rows, [N, K], nearest first.
+        k: numbers of neighbours, each at most K.
+
+    Returns:
+        k -> [N, num_classes]: sums of exp((cosine - largest cosine) / temperature) over the neighbours of that class.
+    """
     # exp(s/T) overflows in no case here (|s| <= 1, T >= 0.012 in float32); the shift makes that true for every T.
     weights = torch.exp((similarity - similarity[:, :1]) / temperature)
     empty = weights.new_zeros(len(weights), num_classes)
@@ -100,14 +94,14 @@ def _votes(
 
 
 def _nearest_of_all_ranks(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`_nearest` for the queries [N, D] of this rank, over the banks of all; N is the same on every rank.
+    """`nearest` for the queries [N, D] of this rank, over the banks of all; N is the same on every rank.
 
     Every rank looks through its own bank for everyone's queries, so that no bank travels.
     """
     ranks = collectives.world_size()
     if ranks == 1:
-        return _nearest(queries, bank, labels, k)
-    found = _nearest(collectives.gather_with_grad(queries), bank, labels, k)
+        return nearest(queries, bank, labels, k)
+    found = nearest(collectives.gather_with_grad(queries), bank, labels, k)
     answers = [torch.empty_like(part) for part in found]
     for answer, part in zip(answers, found, strict=True):
         dist.all_to_all_single(answer, part)
@@ -164,7 +158,7 @@ def knn_accuracy(
         if len(queries):
             padded[: len(queries)] = F.normalize(queries.float(), dim=1)
         similarity, names_found = _nearest_of_all_ranks(padded, bank, labels, max(k))
-        voted = _votes(similarity[: len(queries)], names_found[: len(queries)], len(names), k, temperature)
+        voted = votes(similarity[: len(queries)], names_found[: len(queries)], len(names), k, temperature)
         correct.add_(torch.stack([(vote.argmax(dim=1) == true).sum() for vote in voted.values()]))
 
     collectives.in_step((slice(start, start + size) for start in range(0, len(val), size)), classify)

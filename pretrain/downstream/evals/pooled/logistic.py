@@ -22,6 +22,7 @@ from pretrain.downstream.evals.result import Result, both_halves, counted
 from pretrain.downstream.evals.sets import LabelledSet
 
 _POWERS = (-6.0, 5.0)
+_MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,11 @@ class LogisticConfig:
 
     num_strengths: int = 12
     """inverse strengths C that are tried, evenly spaced powers of ten"""
-    max_iterations: int = 1000
-    """of L-BFGS"""
     seed: int = 0
     """of the tenth that chooses"""
 
     def __post_init__(self) -> None:
-        check_ranges("logistic", self, num_strengths="[1, 1000]", max_iterations="[1, inf)", seed=SEEDS)
+        check_ranges("logistic", self, num_strengths="[1, 1000]", seed=SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class FewShotConfig:
             raise ValueError("fewshot.shots=[] must be one or more numbers of images.")
 
 
-def classifier(max_iterations: int = 1000) -> Any:
+def classifier() -> Any:
     """scikit-learn's softmax regression by L-BFGS, to be fitted; a second fit goes on from the first.
 
     Raises:
@@ -67,7 +66,7 @@ def classifier(max_iterations: int = 1000) -> Any:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ValueError(f"this evaluation needs scikit-learn ({error}); install seedbed[use].") from None
-    return LogisticRegression(max_iter=max_iterations, warm_start=True)
+    return LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=True)
 
 
 def fit(model: Any, features: np.ndarray, labels: np.ndarray, strength: float) -> Any:
@@ -91,14 +90,14 @@ def run(frozen: Frozen, data: LabelledSet, config: LogisticConfig) -> Result:
     mixed = np.random.default_rng(config.seed).permutation(len(labels))
     held, taught = np.split(mixed, [max(round(HELD_OUT * len(labels)), 1)])
     strengths = 10 ** np.linspace(*_POWERS, config.num_strengths)
-    on_held, model = [], classifier(config.max_iterations)
+    on_held, model = [], classifier()
     with frozen.progress("logistic", len(strengths) + 1, "fits") as progress:
         for strength in strengths:  # from the strongest penalty on, each from where the last one ended
             fit(model, train[taught], labels[taught], strength)
             on_held.append(np.mean(model.predict(train[held]) == labels[held]))
             progress.advance(1)
         best = float(strengths[int(np.argmax(on_held))])
-        model = fit(classifier(config.max_iterations), train, labels, best)
+        model = fit(classifier(), train, labels, best)
         progress.advance(1)
     value = float(np.mean(model.predict(val) == truth))
     return Result(value, of_share(value, len(truth)), {}, chosen={"C": best}, **counted(halves))

@@ -104,10 +104,9 @@ def run(frozen: Frozen, data: RetrievalSet, config: RetrievalConfig) -> Result:
     Raises:
         ValueError: a truth of unknown keys or relations, or none that has anything to find.
     """
-    px = data.px or frozen.px
+    px = data.px or frozen.image.px
     queries, database = (
-        frozen.all_of(pattern, "", px, data.resize_px or px, needs_label=False)
-        for pattern in (data.queries, data.database)
+        frozen.all_of(pattern, "", px, px, needs_label=False) for pattern in (data.queries, data.database)
     )
     relations = _relations(data, queries.keys, database.keys)
     unit = [F.normalize(pooled.last, dim=1) for pooled in (queries, database)]
