@@ -134,7 +134,7 @@ class Peer:
 
     def __call__(self, crops: Sequence[Tensor]) -> list[Features]:
         found = [self.features(images) for images in crops]
-        return [Features(cls, cls[:, None, :0].transpose(1, 2), cls[:, None], (1, 1)) for cls in found]
+        return [Features(cls, cls[:, None][:, :0], cls[:, None], (1, 1)) for cls in found]
 
 
 def first_phase_only(config: TrainConfig) -> TrainConfig:

@@ -68,9 +68,11 @@ def pairs(
     """
     beside = _second(maps) if maps else None
     for place, (sample, reader) in enumerate(_samples(pattern)):
-        encoded = _beside(sample, reader, f"{member}.png") if beside is None else _same_key(sample, beside, maps)
+        encoded = None if beside is None else _same_key(sample, beside, maps)
         if place % num_ranks != rank:
             continue
+        if beside is None:
+            encoded = _beside(sample, reader, f"{member}.png")
         left_out.images += 1
         left_out.read_bytes += len(sample.content or b"")
         if sample.content is None or (encoded is None and needs_map):
