@@ -212,6 +212,11 @@ def _check_goes_on(before: TrainConfig, config: TrainConfig) -> None:
                 f"model.{key}={now} differs from {was} of the phase before, {why}; of model a phase may change "
                 f"{', '.join(_FREE_MODEL)}."
             )
+    if before.loss.objective != config.loss.objective:
+        raise ValueError(
+            f"loss.objective={config.loss.objective} differs from {before.loss.objective} of the phase before, whose "
+            "heads it goes on with."
+        )
     if before.heads.tied != config.heads.tied:
         raise ValueError(f"heads.tied={config.heads.tied} differs from the phase before, whose heads it goes on with.")
     for head in ("dino", "ibot"):

@@ -20,13 +20,16 @@ from pretrain.losses.gram import NEGATIVES
 from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.layers.attention import BACKENDS
 from pretrain.models.layers.ffn import FFNS
+from pretrain.models.layers.patch_embed import STEMS
 from pretrain.optim.schedules import OptimConfig, cosine
 from pretrain.watch.evaluation import EvaluationConfig
 from pretrain.watch.metrics import WatchConfig
 
 GROUP = "pretrain"
 log = logging.getLogger(__name__)
+OBJECTIVES = ("prototypes", "coding_rate")
 CENTERINGS = ("sinkhorn", "softmax")
+IBOT_PATCHES = ("masked", "all")
 NETWORKS = ("student", "teacher")
 KOLEO_CROPS = ("all", "first")
 # Of a phase: which one before it this one differs from.
@@ -45,6 +48,9 @@ class ModelConfig:
     """a name of pretrain.models.architectures"""
     patch_size: int | None = None
     """pixels, 1 or more"""
+    stem: str | None = None
+    """patches (one linear map of each, as published) or convolutions (3 x 3 px, each halving the sides; patch_size is a
+    power of two), which learn faster from few and small images; no class of transformers or timm has them"""
     num_registers: int | None = None
     """0 or more"""
     ffn: str | None = None
@@ -82,6 +88,8 @@ class ModelConfig:
         check_choice("model.attention", self.attention, BACKENDS)
         if self.ffn is not None:
             check_choice("model.ffn", self.ffn, FFNS)
+        if self.stem is not None:
+            check_choice("model.stem", self.stem, STEMS)
         ranges = dict.fromkeys(("patch_size", "position_px", "depth"), "[1, inf)")
         ranges |= dict.fromkeys(("num_registers", "layerscale", "rope_shift"), "[0, inf)")
         ranges |= dict.fromkeys(("rope_jitter", "rope_rescale"), "[1, inf)") | {"norm_eps": "(0, inf)"}
@@ -90,7 +98,7 @@ class ModelConfig:
     def changes(self) -> dict[str, Any]:
         """What differs from the architecture, as keyword arguments of VisionTransformer."""
         changed: dict[str, Any] = {"drop_path": self.drop_path, "attention": self.attention, "fp8": self.fp8}
-        optional = ("patch_size", "num_registers", "ffn", "depth", "norm_eps", "mask_key_bias", "layerscale")
+        optional = ("patch_size", "stem", "num_registers", "ffn", "depth", "norm_eps", "mask_key_bias", "layerscale")
         optional += ("untied_local_norm", "position_offset", "rope_shift", "rope_jitter", "rope_rescale")
         for name in optional:
             if getattr(self, name) is not None:
@@ -141,6 +149,13 @@ class HeadsConfig:
 class LossConfig:
     """Weights (0 or more; 0 leaves a term out) and temperatures (above 0) of the sum that is minimised."""
 
+    objective: str = "prototypes"
+    """prototypes: cross-entropy to the teacher's assignments, DINO and iBOT; coding_rate: cosine to the teacher's rows,
+    and the batch's coding rate against collapse (SimDINO, arXiv:2502.10385): heads then have no prototypes, and
+    temperatures, centring and the freezing of the last layer nothing to act on"""
+    coding_rate_weight: float = 1.0
+    coding_rate_eps: float = 0.05
+    """squared distortion up to which the rate counts, above 0; 0.5 in SimDINO, 0.05 in SimDINOv2"""
     dino_weight: float = 1.0
     dino_local_weight: float = 1.0
     """further factor of the local crops' share (DINOv3 lowers it to 0.5 with Gram anchoring)"""
@@ -149,6 +164,9 @@ class LossConfig:
     same_crop_pairs: bool = False
     """also pair a global crop with itself, as when a student without masks is distilled"""
     ibot_weight: float = 1.0
+    ibot_patches: str = "masked"
+    """masked, or all patches of the crops that have a mask, also those that the student sees (iBOT++,
+    arXiv:2604.12012)"""
     koleo_weight: float = 0.1
     koleo_crops: str = "all"
     """all global crops (both codes) or the first only (DINOv3's paper)"""
@@ -163,12 +181,21 @@ class LossConfig:
     """in [0, 1)"""
 
     def __post_init__(self) -> None:
+        check_choice("loss.objective", self.objective, OBJECTIVES)
+        check_choice("loss.ibot_patches", self.ibot_patches, IBOT_PATCHES)
         check_choice("loss.centering", self.centering, CENTERINGS)
         check_choice("loss.koleo_crops", self.koleo_crops, KOLEO_CROPS)
         weights = ("dino_weight", "dino_local_weight", "ibot_weight", "koleo_weight", "koleo_group_size")
+        weights += ("coding_rate_weight",)
         ranges = dict.fromkeys((*weights, "dino_local_ramp_steps"), "[0, inf)")
-        ranges |= {"student_temperature": "(0, inf)", "sinkhorn_iterations": "[1, inf)", "center_momentum": "[0, 1)"}
+        ranges |= {"student_temperature": "(0, inf)", "coding_rate_eps": "(0, inf)"}
+        ranges |= {"sinkhorn_iterations": "[1, inf)", "center_momentum": "[0, 1)"}
         check_ranges("loss", self, **ranges)
+        if self.objective == "coding_rate" and not self.dino_weight:
+            raise ValueError(
+                "loss.objective=coding_rate with loss.dino_weight=0 lets all images have one answer, for the rate is "
+                "that of CLS tokens: set loss.dino_weight above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +316,19 @@ class TrainConfig:
     def uses_ibot(self) -> bool:
         """Whether the loss has the term on masked patches."""
         return self.loss.ibot_weight > 0 and self.masks.probability > 0 and self.masks.ratio[1] > 0
+
+    @property
+    def predicted_share(self) -> float:
+        """Of all patches of the global crops, the share that iBOT predicts."""
+        if not self.uses_ibot:
+            return 0.0
+        share = 1.0 if self.loss.ibot_patches == "all" else sum(self.masks.ratio) / 2
+        return self.masks.probability * share
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether heads end in prototypes."""
+        return self.loss.objective == "prototypes"
 
     @property
     def patch_size(self) -> int:

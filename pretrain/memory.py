@@ -20,11 +20,6 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def masked_share(config: TrainConfig) -> float:
-    """Of all patches of the global crops, the share that iBOT masks."""
-    return config.masks.probability * sum(config.masks.ratio) / 2 if config.uses_ibot else 0.0
-
-
 def shards(config: TrainConfig, world_size: int, mode: str) -> int:
     """Ranks that hold one copy of the weights together."""
     return ranks_of_a_copy(mode, config.execution.shard_ranks, world_size)
@@ -49,7 +44,7 @@ def rank_memory(config: TrainConfig, network: Network, frozen: Network, world_si
     backbone = network.backbone
     sizes = max(config.crops.all_sizes(), key=lambda s: sum(_tokens(config, backbone, s, 1)))
     standing = _standing(config, network, frozen, num_shards)
-    standing["teacher logits"] = width * images * accumulated * _logits(config, backbone, sizes)
+    standing["teacher answers"] = width * images * accumulated * _answers(config, backbone, sizes)
     standing["crops"] = 4 * images * _pixels(config, sizes)
     gradients = 4 * _trained(network) / num_shards
     # DDP's buckets are always there, and so are the sums of micro-batches before.
@@ -99,12 +94,12 @@ def activation_bytes(config: TrainConfig, network: Network, sizes: CropSizes, im
     if config.execution.activation_checkpointing:
         blocks = tokens * 4 * dim * depth
     pixels = width * images * _pixels(config, sizes, gram=False)
-    masked = images * _masked(config, backbone, sizes)
+    predicted = images * _predicted(config, backbone, sizes)
     cls = images * (NUM_GLOBAL_CROPS + config.crops.num_local_crops) if config.uses_dino else 0
-    heads = cls * _head_row(network.dino_head, width) + masked * _head_row(
+    heads = cls * _head_row(network.dino_head, width) + predicted * _head_row(
         network.ibot_head or network.dino_head, width
     )
-    return blocks + 8 * dim * tokens + pixels + heads + 4 * dim * masked
+    return blocks + 8 * dim * tokens + pixels + heads + 4 * dim * predicted
 
 
 def loss_bytes(config: TrainConfig, network: Network, sizes: CropSizes, images: int) -> float:
@@ -113,13 +108,13 @@ def loss_bytes(config: TrainConfig, network: Network, sizes: CropSizes, images: 
     heads += [network.ibot_head or network.dino_head] if config.uses_ibot else []
     if not heads:
         return 0.0
+    if not config.has_prototypes:  # the covariance of each view, its factor, and the gradients of both
+        return 16.0 * NUM_GLOBAL_CROPS * config.heads.dino.bottleneck_dim**2
     cls = images * (NUM_GLOBAL_CROPS + config.crops.num_local_crops) if config.uses_dino else 0
-    rows = max(cls, images * _masked(config, network.backbone, sizes))
-    logits = rows * max(head.last_layer.num_prototypes for head in heads)
-    weights = sum(
-        (8 if head.last_layer.weight_norm else 4) * head.last_layer.dim * head.last_layer.num_prototypes
-        for head in heads
-    )
+    rows = max(cls, images * _predicted(config, network.backbone, sizes))
+    ends = [head.last_layer for head in heads if head.last_layer is not None]
+    logits = rows * max(end.num_prototypes for end in ends)
+    weights = sum((8 if end.weight_norm else 4) * end.dim * end.num_prototypes for end in ends)
     # In a band of rows three blocks are alive; the next band begins while those of the last are still there.
     width = 2 if config.precision == "bfloat16" else 4
     return weights + (4.5 if width * logits > BAND_BYTES_ELSEWHERE else 3) * min(BLOCK_BYTES_ELSEWHERE, 4 * logits)
@@ -187,15 +182,19 @@ def _kept_tokens(config: TrainConfig, backbone: VisionTransformer, sizes: CropSi
     return [num_kept(crops * images, config.model.drop_path) * tokens for crops, tokens in groups]
 
 
-def _masked(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
-    """Masked patches of one image's global crops."""
-    return NUM_GLOBAL_CROPS * (sizes.global_px // backbone.patch_size) ** 2 * masked_share(config)
+def _predicted(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
+    """Patches of one image's global crops that iBOT predicts."""
+    return NUM_GLOBAL_CROPS * (sizes.global_px // backbone.patch_size) ** 2 * config.predicted_share
 
 
-def _logits(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
-    """Teacher logits of one image: its global crops and their masked patches."""
-    dino = NUM_GLOBAL_CROPS * config.heads.dino.num_prototypes if config.uses_dino else 0
-    return dino + _masked(config, backbone, sizes) * config.heads.ibot.num_prototypes
+def _answers(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes) -> float:
+    """Values of the teacher's answers for one image, its global crops and their predicted patches: logits, in the
+    compute precision; without prototypes float32 rows, which count as two such values in bfloat16."""
+    kind = "num_prototypes" if config.has_prototypes else "bottleneck_dim"
+    width = 1 if config.has_prototypes or config.precision != "bfloat16" else 2
+    heads = config.heads
+    dino = NUM_GLOBAL_CROPS * getattr(heads.dino, kind) if config.uses_dino else 0
+    return width * (dino + _predicted(config, backbone, sizes) * getattr(heads.ibot, kind))
 
 
 def _pixels(config: TrainConfig, sizes: CropSizes, gram: bool = True) -> int:

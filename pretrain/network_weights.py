@@ -126,7 +126,7 @@ def teacher_weights(source: str | Path) -> tuple[Weights, Network]:
     weights = find_weights(source)
     if not weights.description.get("heads"):
         raise ValueError(
-            f"{weights.source} has no heads, and distillation needs the prototypes of its teacher: give a run, "
+            f"{weights.source} has no heads, and distillation needs those of its teacher: give a run, "
             "checkpoint or teacher of pretrain, or an export with --heads."
         )
     with torch.device("meta"):
@@ -153,8 +153,11 @@ def described_network(description: Mapping[str, Any]) -> Network:
     """The network that a description of ours is about, not filled; on whatever device is the default."""
     heads = description["heads"]
     backbone = VisionTransformer(**complete_settings(description["architecture"], description["model"]) | ANYWHERE)
-    dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]))
-    ibot_head = None if heads["tied"] else build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]))
+    has_prototypes = heads.get("has_prototypes", True)  # before there was a choice all had them
+    dino_head = build_head(backbone.embed_dim, HeadConfig(**heads["dino"]), has_prototypes)
+    ibot_head = None
+    if not heads["tied"]:
+        ibot_head = build_head(backbone.embed_dim, HeadConfig(**heads["ibot"]), has_prototypes)
     return Network(backbone, dino_head, ibot_head)
 
 
@@ -169,7 +172,7 @@ def describe_teacher(config: TrainConfig, meta: Mapping[str, Any], position_offs
     return {
         "architecture": config.model.architecture,
         "model": model | ({"position_offset": position_offset} if position_offset else {}),
-        "heads": asdict(config.heads),
+        "heads": asdict(config.heads) | {"has_prototypes": config.has_prototypes},
         "image": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "px": max(s.global_px for s in sizes)},
         "config": asdict(config),
         **meta,

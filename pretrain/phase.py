@@ -17,6 +17,7 @@ from pretrain.data.loader import Loader, build_loader
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
+from pretrain.losses.prototypes import Targets
 from pretrain.models.layers.fp8 import check_device
 from pretrain.network_weights import fill_teacher, load_network, offset_of, teacher_weights
 from pretrain.optim.clip import FiniteWatch, clip_by_module
@@ -28,7 +29,7 @@ from pretrain.student_teacher import (
     Centering,
     Crops,
     Network,
-    TeacherLogits,
+    TeacherAnswers,
     TeacherTargets,
     build_network,
     freeze_unused,
@@ -133,13 +134,13 @@ class Phase:
         self._refresh_gram(step)
         # Crops wait as bytes on the host. Of several micro-batches one at a time is made floats, for the teacher and
         # again for the student.
-        crops = Crops.from_batch(batch, self.device) if len(parts) == 1 else None
+        crops = self.crops(batch) if len(parts) == 1 else None
         centre = [buffer.clone() for buffer in self.centering.buffers()]
         targets, features = self._targets(batch, parts, crops, values.teacher_temperature)
         watched: dict[str, Tensor] = {}
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with self.wrapped.synchronize(last=i == len(parts) - 1):
-                terms, details = self._student_losses(crops or Crops.from_batch(part, self.device), target, step, i)
+                terms, details = self._student_losses(crops or self.crops(part), target, step, i)
                 loss = torch.stack(list(terms.values())).sum()
                 (loss / len(parts)).backward()
             for name, value in {"loss": loss, **{f"loss/{k}": v for k, v in (terms | details).items()}}.items():
@@ -174,15 +175,19 @@ class Phase:
         """
         network = self.teacher if self.frozen is None else self.frozen
         asked = partial(teacher_outputs, dino=self.config.uses_dino, ibot=self.config.uses_ibot)
-        logits, features = TeacherLogits(batch, len(parts)), []
+        answers, features = TeacherAnswers(batch, len(parts), self.config.loss.ibot_patches), []
         with self.wrapped.autocast():
             for part in parts:
-                seen = crops or Crops.from_batch(part, self.device, teacher_only=True)
+                seen = crops or self.crops(part, teacher_only=True)
                 outputs = network(partial(asked, crops=seen))
-                logits.add(outputs)
+                answers.add(outputs)
                 features = features or [outputs.features]
                 del seen, outputs  # before the next are made
-            return self.centering(logits, temperature), features[0]
+            return self.centering(answers, temperature), features[0]
+
+    def crops(self, batch: Batch, teacher_only: bool = False) -> Crops:
+        """Of a micro-batch, on the device."""
+        return Crops.from_batch(batch, self.device, teacher_only, self.config.loss.ibot_patches)
 
     def _student_losses(
         self, crops: Crops, targets: TeacherTargets, step: int, part: int
@@ -205,6 +210,8 @@ class Phase:
                 gram_patches=gram_patches,
                 gather=partial(collectives.gather_with_grad, group=self.koleo_group) if self.koleo_ranks > 1 else None,
                 rank=collectives.rank() % max(self.koleo_ranks, 1),
+                num_ranks=collectives.world_size(),
+                sum_with_grad=collectives.sum_with_grad,
             )
             return self.student(compute)
 
@@ -213,9 +220,9 @@ class Phase:
     ) -> dict[str, Tensor]:
         """Of the first micro-batch."""
         figures = {"feature_std": feature_std(features)}
-        if targets.dino is not None:
+        if isinstance(targets.dino, Targets):
             figures |= target_diagnostics("dino", targets.dino.rows, len(targets.dino), watched["loss/dino_global"])
-        if targets.ibot is not None:
+        if isinstance(targets.ibot, Targets):
             figures |= target_diagnostics("ibot", targets.ibot.rows, len(targets.ibot))
         return figures
 
@@ -379,7 +386,6 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
     def head(network: Network, name: str) -> int:
         return matrix_weights(getattr(network, name) or network.dino_head)
 
-    least, most = config.masks.ratio if config.uses_ibot else (0.0, 0.0)
     return StepCost(
         student=backbone_cost(student.backbone),
         teacher=backbone_cost(teacher.backbone),
@@ -390,18 +396,26 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
         student_ibot_head=head(student, "ibot_head"),
         teacher_dino_head=head(teacher, "dino_head") if config.uses_dino else 0,
         teacher_ibot_head=head(teacher, "ibot_head"),
-        masked_share=config.masks.probability * (least + most) / 2,
+        predicted_share=config.predicted_share,
         gram=backbone_cost(student.backbone) if config.gram.weight else None,
     )
 
 
 def check_distillation(frozen: Network, config: TrainConfig) -> None:
-    """Raises ValueError: the teacher's prototypes are not as many as the student's."""
+    """Raises ValueError: the teacher's answers are not of the kind or width of the student's."""
     for name in [name for name, used in (("dino", config.uses_dino), ("ibot", config.uses_ibot)) if used]:
-        head = getattr(frozen, f"{name}_head") or frozen.dino_head
-        found, asked = head.last_layer.num_prototypes, getattr(config.heads, name).num_prototypes
+        theirs, ours = getattr(frozen, f"{name}_head") or frozen.dino_head, getattr(config.heads, name)
+        if (theirs.last_layer is not None) != config.has_prototypes:
+            objective = "coding_rate" if theirs.last_layer is None else "prototypes"
+            raise ValueError(
+                f"loss.objective={config.loss.objective}, and the heads of the teacher of "
+                f"distill_from={config.distill_from} were trained with {objective}: set it to {objective}."
+            )
+        kind = "num_prototypes" if config.has_prototypes else "bottleneck_dim"
+        found = theirs.last_layer.num_prototypes if theirs.last_layer is not None else theirs.bottleneck_dim
+        asked = getattr(ours, kind)
         if found != asked:
             raise ValueError(
-                f"heads.{name}.num_prototypes={asked}, and the teacher of distill_from={config.distill_from} "
+                f"heads.{name}.{kind}={asked}, and the teacher of distill_from={config.distill_from} "
                 f"has {found}: set it to {found}."
             )

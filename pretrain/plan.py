@@ -173,7 +173,8 @@ def _parameters(plan: PhasePlan) -> Table:
             sizes = (
                 f"{settings.num_layers} layers, {settings.hidden_dim:,} hidden, {settings.bottleneck_dim} bottleneck"
             )
-            table.add_row(name, f"{count(head) / 1e6:,.2f}", f"{settings.num_prototypes:,} prototypes, {sizes}")
+            prototypes = f"{settings.num_prototypes:,} prototypes" if config.has_prototypes else "no prototypes"
+            table.add_row(name, f"{count(head) / 1e6:,.2f}", f"{prototypes}, {sizes}")
     return table
 
 

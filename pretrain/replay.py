@@ -32,7 +32,6 @@ from pretrain.numerics import settle_numerics
 from pretrain.optim.clip import SkippedStep
 from pretrain.phase import Phase, phase_loader, start_phase
 from pretrain.resume import Position, Standing
-from pretrain.student_teacher import Crops
 from pretrain.watch.lines import read_lines
 from pretrain.watch.metrics import SESSIONS
 
@@ -147,7 +146,7 @@ def replay(record: dict[str, Any], run: Path, device: torch.device) -> list[str]
 @torch.no_grad()
 def _images(phase: Phase, batch: Batch, loader: Loader) -> list[str]:
     """The images whose global crops give features that are not finite."""
-    crops = Crops.from_batch(batch, phase.device)
+    crops = phase.crops(batch)
     datasets, rows = loader.steps.order.batch(batch.step)
     lines = []
     phase.student.eval()

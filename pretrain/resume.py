@@ -310,6 +310,8 @@ def _why_fixed(key: str, old: Any, new: Any, is_over: bool) -> str:
         return "a head has moments where its term is on, and none where it is off; add a phase for the other"
     if key == "gram.weight" and not old:
         return "the phase began without a Gram teacher; add a phase that has one"
+    if key == "loss.objective":
+        return "the heads' weights are what it made them"
     if key == "loss.centering":
         return "the phase began with another kind of state; add a phase for the other centring"
     return ""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pretrain.config import HeadConfig, TrainConfig
 from pretrain.data.collate import Batch, prepare
-from pretrain.losses.centering import SoftmaxCentering, sinkhorn_knopp
+from pretrain.losses.centering import SoftmaxCentering, nothing_to_reduce, sinkhorn_knopp
+from pretrain.losses.coding_rate import alignment_loss, coding_rate_loss, patch_alignment_loss
 from pretrain.losses.dino import dino_loss
 from pretrain.losses.gram import gram_loss, resize_grid
 from pretrain.losses.ibot import ibot_loss
@@ -57,8 +58,10 @@ class Network(nn.Module):
 def build_network(config: TrainConfig) -> Network:
     """The network of one phase, on whatever device is the default: `with torch.device("meta")` costs nothing."""
     backbone = VisionTransformer(**architectures.architecture(config.model.architecture, **config.model.changes()))
-    dino_head = build_head(backbone.embed_dim, config.heads.dino)
-    ibot_head = None if config.heads.tied else build_head(backbone.embed_dim, config.heads.ibot)
+    dino_head = build_head(backbone.embed_dim, config.heads.dino, config.has_prototypes)
+    ibot_head = None
+    if not config.heads.tied:
+        ibot_head = build_head(backbone.embed_dim, config.heads.ibot, config.has_prototypes)
     return Network(backbone, dino_head, ibot_head)
 
 
@@ -74,12 +77,12 @@ def freeze_unused(student: Network, config: TrainConfig) -> None:
         student.ibot_head.requires_grad_(False)
 
 
-def build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:
+def build_head(in_dim: int, config: HeadConfig, has_prototypes: bool = True) -> ProjectionHead:
     return ProjectionHead(
         in_dim,
         hidden_dim=config.hidden_dim,
         bottleneck_dim=config.bottleneck_dim,
-        num_prototypes=config.num_prototypes,
+        num_prototypes=config.num_prototypes if has_prototypes else 0,
         num_layers=config.num_layers,
         weight_norm=config.weight_norm,
         train_lengths=config.train_lengths,
@@ -94,25 +97,28 @@ class Crops:
     local_crops: Tensor | None  # [L*B, 3, h, w]
     gram_crops: Tensor | None  # [V*B, 3, H', W']
     masks: Tensor | None  # bool [V*B, N]
-    masked: Tensor  # int64 [M]: flat positions of the masked patches in [V*B*N]
-    mask_weights: Tensor  # float32 [M]: 1 / masked patches of that crop
+    predicted: Tensor  # int64 [M]: flat positions in [V*B*N] of the patches that iBOT predicts
+    patch_weights: Tensor  # float32 [M]: 1 / predicted patches of that crop
     num_global: int
     num_images: int
 
     @staticmethod
-    def from_batch(batch: Batch, device: torch.device, teacher_only: bool = False) -> "Crops":
+    def from_batch(
+        batch: Batch, device: torch.device, teacher_only: bool = False, ibot_patches: str = "masked"
+    ) -> "Crops":
         """Uint8 crops to normalised floats; positions of the masks are found on the processor, where nothing waits.
 
         Args:
             teacher_only: leave out what the teacher does not see, the local and Gram crops.
+            ibot_patches: which are predicted (`LossConfig.ibot_patches`).
         """
         if teacher_only:
             batch = batch.only_global()
         num_global, num_images = batch.global_crops.shape[:2]
-        masks, masked, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        masks, predicted, weights = None, torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         if batch.masks is not None:
             masks = batch.masks.flatten(0, 1)
-            masked, weights = masked_patches(masks)
+            predicted, weights = predicted_patches(masks, ibot_patches)
             masks = masks.to(device, non_blocking=True)
         global_crops, local_crops, gram_crops = prepare(batch, device)
         return Crops(
@@ -120,52 +126,68 @@ class Crops:
             local_crops=local_crops if len(local_crops) else None,
             gram_crops=gram_crops,
             masks=masks,
-            masked=masked.to(device, non_blocking=True),
-            mask_weights=weights.to(device, non_blocking=True),
+            predicted=predicted.to(device, non_blocking=True),
+            patch_weights=weights.to(device, non_blocking=True),
             num_global=num_global,
             num_images=num_images,
         )
 
 
-def masked_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of masks [V*B, N] on the processor the flat positions of the masked patches, int64 [M]; and the weight of each,
-    1 over those of its crop, float32 [M]."""
-    masked = masks.flatten().nonzero().squeeze(1)
-    weights = 1 / masks.sum(dim=1).clamp(min=1)
-    return masked, weights[:, None].expand_as(masks).flatten()[masked]
+def predicted_patches(masks: Tensor, which: str) -> tuple[Tensor, Tensor]:
+    """Flat positions int64 [M] in masks [V*B, N], on the processor, of the patches that iBOT predicts; and the weight
+    of each, 1 over those of its crop, float32 [M].
+
+    Args:
+        which: "masked"; or "all" patches of the crops in which any is masked (iBOT++).
+    """
+    chosen = masks.any(dim=1, keepdim=True).expand_as(masks) if which == "all" else masks
+    predicted = chosen.flatten().nonzero().squeeze(1)
+    weights = 1 / chosen.sum(dim=1).clamp(min=1)
+    return predicted, weights[:, None].expand_as(masks).flatten()[predicted]
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
     """What the student of one micro-batch is asked to predict; None where the loss does not ask."""
 
-    dino: Targets | None  # V*B rows
-    ibot: Targets | None  # M rows
+    dino: Targets | Tensor | None  # V*B rows: assignments, or unit rows [V*B, d] without prototypes
+    ibot: Targets | Tensor | None  # M rows
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The teacher's answers for one micro-batch, before they are centred; None where the loss does not ask."""
+    """The teacher's answers for one micro-batch, before they are centred; None where the loss does not ask.
+
+    They are logits, or without prototypes the heads' unit rows.
+    """
 
     features: Tensor  # [V*B, D], CLS tokens
-    dino_logits: Tensor | None  # [V*B, K]
-    ibot_logits: Tensor | None  # [M, K']
+    dino: Tensor | None  # [V*B, K], or [V*B, d]
+    ibot: Tensor | None  # [M, K'], or [M, d]
 
 
 def teacher_outputs(network: Network, crops: Crops, dino: bool = True, ibot: bool = True) -> TeacherOutputs:
-    """CLS tokens of the whole global crops, and the patches that the student will not see, through the heads.
+    """CLS tokens of the whole global crops, and the patches that the student is to predict, through the heads.
 
     Args:
         dino, ibot: which of the two the loss asks for.
     """
     (features,) = network.backbone([crops.global_crops])
-    patches = features.patches.flatten(0, 1)[crops.masked]
+    patches = features.patches.flatten(0, 1)[crops.predicted]
     cls_projected, patches_projected = _projected(network, features.cls if dino else None, patches if ibot else None)
-    logits = [None if part is None else part[0] @ part[1].T for part in (cls_projected, patches_projected)]
-    return TeacherOutputs(features.cls.float(), *logits)
+    return TeacherOutputs(features.cls.float(), _answers(cls_projected), _answers(patches_projected))
 
 
-Projected = tuple[Tensor, Tensor]  # what a head makes of its rows [T, d], and its prototypes [K, d]
+# What a head makes of its rows [T, d], and its prototypes [K, d] if it has any.
+Projected = tuple[Tensor, Tensor | None]
+
+
+def _answers(projected: Projected | None) -> Tensor | None:
+    """Logits [T, K], or without prototypes the rows [T, d]."""
+    if projected is None:
+        return None
+    rows, prototypes = projected
+    return rows if prototypes is None else rows @ prototypes.T
 
 
 def _projected(
@@ -180,53 +202,63 @@ def _projected(
     return (of_cls, prototypes), (of_patches, prototypes)
 
 
-class TeacherLogits:
-    """The teacher's logits of all micro-batches of a step: one matrix a head, in the dtype that they were computed in.
+class TeacherAnswers:
+    """The teacher's answers in all micro-batches of a step: one matrix a head, in the dtype that they were computed in.
 
     They are centred together, so accumulation changes nothing; what is centred together lies together, once.
 
     Args:
         batch: this rank's images of the step, whose masks are on the processor.
         num_parts: micro-batches.
+        ibot_patches: which patches iBOT predicts.
     """
 
-    def __init__(self, batch: Batch, num_parts: int) -> None:
-        self.rows = {"dino": batch.global_crops.shape[0] * len(batch), "ibot": batch.num_masked()}
+    def __init__(self, batch: Batch, num_parts: int, ibot_patches: str) -> None:
+        self.rows = {
+            "dino": batch.global_crops.shape[0] * len(batch),
+            "ibot": batch.num_predicted(ibot_patches),
+        }
         self.num_parts = num_parts
         self.matrices: dict[str, Tensor] = {}
         self.lengths: dict[str, list[int]] = {}
 
     def add(self, outputs: TeacherOutputs) -> None:
         """The next micro-batch."""
-        for name, logits in (("dino", outputs.dino_logits), ("ibot", outputs.ibot_logits)):
-            if logits is None:
+        for name, rows in (("dino", outputs.dino), ("ibot", outputs.ibot)):
+            if rows is None:
                 continue
             lengths = self.lengths.setdefault(name, [])
             if self.num_parts == 1:
-                self.matrices[name] = logits
+                self.matrices[name] = rows
             else:
                 if not lengths:
-                    self.matrices[name] = logits.new_empty(self.rows[name], logits.shape[1])
-                self.matrices[name][sum(lengths) :][: len(logits)] = logits
-            lengths.append(len(logits))
+                    self.matrices[name] = rows.new_empty(self.rows[name], rows.shape[1])
+                self.matrices[name][sum(lengths) :][: len(rows)] = rows
+            lengths.append(len(rows))
 
 
 class Centering(nn.Module):
-    """Teacher logits to targets that cannot collapse: Sinkhorn-Knopp, or softmax with a moving centre."""
+    """Teacher logits to targets that cannot collapse: Sinkhorn-Knopp, or softmax with a moving centre.
+
+    Without prototypes the teacher's rows are the targets as they are.
+    """
 
     def __init__(self, config: TrainConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.loss, self.sum_over_ranks, self.compiled = config.loss, sum_over_ranks, config.execution.compile
-        if config.loss.centering == "softmax":
+        self.kind = config.loss.centering if config.has_prototypes else "none"
+        if self.kind == "softmax":
             momentum = config.loss.center_momentum
             self.dino = SoftmaxCentering(config.heads.dino.num_prototypes, momentum, self.compiled)
             self.ibot = SoftmaxCentering(config.heads.ibot.num_prototypes, momentum, self.compiled)
 
     @torch.no_grad()
-    def forward(self, logits: TeacherLogits, temperature: float) -> list[TeacherTargets]:
+    def forward(self, answers: TeacherAnswers, temperature: float) -> list[TeacherTargets]:
         """The targets of each micro-batch."""
-        matrices, centred = logits.matrices, []
-        if self.loss.centering == "softmax":
+        matrices, centred = answers.matrices, []
+        if self.kind == "none":
+            centred = list(matrices.values())
+        elif self.kind == "softmax":
             for name, head in matrices.items():
                 centring = self.get_submodule(name)
                 centred.append(centring(head, temperature))
@@ -234,13 +266,15 @@ class Centering(nn.Module):
         elif matrices:
             iterations, heads = self.loss.sinkhorn_iterations, list(matrices.values())
             centred = sinkhorn_knopp(heads, temperature, iterations, self.sum_over_ranks, self.compiled)
-        split = {name: _split(one, logits.lengths[name]) for name, one in zip(matrices, centred, strict=True)}
-        nothing = [None] * logits.num_parts
+        split = {name: _split(one, answers.lengths[name]) for name, one in zip(matrices, centred, strict=True)}
+        nothing = [None] * answers.num_parts
         of_both = zip(split.get("dino", nothing), split.get("ibot", nothing), strict=True)
         return [TeacherTargets(dino, ibot) for dino, ibot in of_both]
 
 
-def _split(targets: Targets, lengths: Sequence[int]) -> list[Targets]:
+def _split(targets: Targets | Tensor, lengths: Sequence[int]) -> Sequence[Targets | Tensor]:
+    if isinstance(targets, Tensor):
+        return targets.split(list(lengths))
     rows = zip(targets.logits.split(list(lengths)), targets.log_sample.split(list(lengths)), strict=True)
     return [replace(targets, logits=logits, log_sample=log_sample) for logits, log_sample in rows]
 
@@ -255,6 +289,8 @@ def student_losses(
     gram_patches: Tensor | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
     rank: int = 0,
+    num_ranks: int = 1,
+    sum_with_grad: Callable[[Tensor], Tensor] = nothing_to_reduce,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted terms of the loss of one micro-batch, whose sum is minimised; and parts of them to watch.
 
@@ -263,6 +299,7 @@ def student_losses(
         gram_patches: [V*B, N, D'] of the Gram teacher, on the student's grid.
         gather, rank: all-gather with gradient over the ranks of a KoLeo group, and this one's place among them; None: a
             group lies on one rank.
+        num_ranks, sum_with_grad: the sum over all ranks with gradient, for the coding rate of their rows together.
     """
     loss, num_global, num_images = config.loss, crops.num_global, crops.num_images
     koleo_group = loss.koleo_group_size or None
@@ -276,35 +313,55 @@ def student_losses(
         groups, masks, local = [*groups, seen], [*masks, None], [*local, True]
     features = network.backbone(groups, masks, local, generator)
     cls = torch.cat([f.cls for f in features])
-    patches = features[0].patches.flatten(0, 1)[crops.masked]
+    patches = features[0].patches.flatten(0, 1)[crops.predicted]
     of_cls, of_patches = _projected(
         network, None if targets.dino is None else cls, None if targets.ibot is None else patches
     )
     terms: dict[str, Tensor] = {}
     watched: dict[str, Tensor] = {}
     if of_cls is not None and targets.dino is not None:
-        views = of_cls[0].unflatten(0, (-1, num_images))
-        dino = dino_loss(
-            views[:num_global],
-            views[num_global:] if crops.local_crops is not None else None,
-            of_cls[1],
-            targets.dino,
-            loss.student_temperature,
-            include_same_crop=loss.same_crop_pairs,
-            local_weight=loss.dino_local_weight,
-            compiled=config.execution.compile,
-        )
+        rows, prototypes = of_cls
+        views = rows.unflatten(0, (-1, num_images))
+        global_views = views[:num_global]
+        local_views = views[num_global:] if crops.local_crops is not None else None
+        if isinstance(targets.dino, Tensor) or prototypes is None:
+            assert isinstance(targets.dino, Tensor), "heads and targets are of one objective"
+            of_teacher = targets.dino.unflatten(0, (num_global, num_images))
+            dino = alignment_loss(
+                global_views, local_views, of_teacher, loss.same_crop_pairs, local_weight=loss.dino_local_weight
+            )
+            # Of the mean of student and teacher, as released for SimDINOv2.
+            spread = (global_views + of_teacher.detach()) / 2
+            rate = coding_rate_loss(spread, loss.coding_rate_eps, num_ranks, sum_with_grad)
+            terms["coding_rate"] = loss.coding_rate_weight * rate
+        else:
+            dino = dino_loss(
+                global_views,
+                local_views,
+                prototypes,
+                targets.dino,
+                loss.student_temperature,
+                include_same_crop=loss.same_crop_pairs,
+                local_weight=loss.dino_local_weight,
+                compiled=config.execution.compile,
+            )
         terms["dino"] = loss.dino_weight * dino.total
         watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
     if of_patches is not None and targets.ibot is not None:
-        ibot = ibot_loss(
-            *of_patches,
-            targets.ibot,
-            crops.mask_weights,
-            num_global * num_images,
-            loss.student_temperature,
-            config.execution.compile,
-        )
+        rows, prototypes = of_patches
+        if isinstance(targets.ibot, Tensor) or prototypes is None:
+            assert isinstance(targets.ibot, Tensor), "heads and targets are of one objective"
+            ibot = patch_alignment_loss(rows, targets.ibot, crops.patch_weights, num_global * num_images)
+        else:
+            ibot = ibot_loss(
+                rows,
+                prototypes,
+                targets.ibot,
+                crops.patch_weights,
+                num_global * num_images,
+                loss.student_temperature,
+                config.execution.compile,
+            )
         terms["ibot"] = loss.ibot_weight * ibot
     if loss.koleo_weight:
         chosen = range(num_global if loss.koleo_crops == "all" else 1)

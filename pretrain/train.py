@@ -217,7 +217,9 @@ class Run:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
         shared_stop = SharedStop(self.stop)
         config, name = phase.config, list(self.phases)[self.position.phase]
-        heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
+        heads = {name: getattr(config.heads, name).num_prototypes for name in ("dino", "ibot")}
+        if not config.has_prototypes:
+            heads = {}
         started = self.position.global_step - self.position.step
         phase.finite.first = started + 1
         alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)

@@ -52,9 +52,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def num_masked(self) -> int:
-        """Patches that the student does not see."""
-        return 0 if self.masks is None else int(self.masks.sum())
+    def num_predicted(self, ibot_patches: str) -> int:
+        """Patches that iBOT predicts: the masked ones, or with "all" every one of the crops that have a mask."""
+        if self.masks is None:
+            return 0
+        return int((self.masks.any(dim=-1) * self.masks.shape[-1] if ibot_patches == "all" else self.masks).sum())
 
     def micro_batches(self, count: int) -> list["Batch"]:
         """`count` equal slices over B; what was skipped or odd stays with the first.

@@ -271,6 +271,21 @@ def gather_with_grad(x: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
     return _Gather.apply(x, group) if is_distributed() else x  # pyright: ignore[reportReturnType]
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_over_ranks(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum_over_ranks(gradient.clone())
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """The sum over all ranks; its gradient is the sum over ranks of what their losses ask (see `gather_with_grad`)."""
+    return _Sum.apply(x) if is_distributed() else x  # pyright: ignore[reportReturnType]
+
+
 def consecutive_ranks(ranks_per_group: int) -> dist.ProcessGroup | None:
     """The group of this many neighbouring ranks that this rank belongs to; None (all ranks) when that is everyone.
 

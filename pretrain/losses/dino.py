@@ -17,6 +17,51 @@ class DinoLoss(NamedTuple):
     # the same over the pairs of a local and a global crop; 0 without local crops
 
 
+class Pairs(NamedTuple):
+    """Which crops of a student answer to which of a teacher, and what each answer weighs in the mean over pairs."""
+
+    pairing: Tensor
+    # [V + L, V]: row g holds what the teacher's crops count for student crop g; rows sum to one
+    weights: Tensor
+    # [(V + L) * B], crop-major
+
+
+def crop_pairs(
+    num_globals: int,
+    num_locals: int,
+    num_images: int,
+    include_same_crop: bool,
+    local_weight: float,
+    device: torch.device,
+) -> Pairs:
+    """Pairs of a student's and a teacher's crop of the same image.
+
+    Each global crop goes with the other ones (G = V * (V - 1) pairs, or V * V with `include_same_crop`), each local
+    crop with all global ones (V * L).
+
+    The mean over pairs is (G * global_term + local_weight * V * L * local_term) / (G + V * L), as released with DINOv2
+    (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104). Raises ValueError if there is no pair.
+    """
+    num_global_pairs = num_globals * (num_globals if include_same_crop else num_globals - 1)
+    num_local_pairs = num_globals * num_locals
+    if num_global_pairs + num_local_pairs == 0:
+        raise ValueError(
+            "the loss on CLS tokens needs two global crops, or a global and a local one, to have a pair; "
+            f"got {num_globals} global and {num_locals} local."
+        )
+    pairing = torch.full((num_globals + num_locals, num_globals), 1 / num_globals, device=device)
+    if not include_same_crop:
+        pairing[:num_globals] = (1 - torch.eye(num_globals, device=device)) / max(num_globals - 1, 1)
+    # Weights of a row of the two kinds; a lone global crop without a pair has none.
+    num_pairs = num_global_pairs + num_local_pairs
+    global_share = num_global_pairs / num_pairs
+    local_share = local_weight * num_local_pairs / num_pairs
+    weights = torch.empty(num_globals + num_locals, num_images, device=device)
+    weights[:num_globals] = global_share / (num_globals * num_images)
+    weights[num_globals:] = local_share / max(num_locals * num_images, 1)
+    return Pairs(pairing, weights.flatten())
+
+
 def dino_loss(
     student_globals: Tensor,
     student_locals: Tensor | None,
@@ -27,10 +72,7 @@ def dino_loss(
     local_weight: float = 1.0,
     compiled: bool = False,
 ) -> DinoLoss:
-    """Mean cross-entropy over all pairs of a student's and a teacher's crop of the same image.
-
-    Pairs: each global crop with the other ones (G = V * (V - 1) pairs, or V * V with `include_same_crop`), each local
-    crop with all global ones (V * L). total = (G * global_term + local_weight * V * L * local_term) / (G + V * L).
+    """Mean cross-entropy over all pairs (`crop_pairs`) of a student's and a teacher's crop of the same image.
 
     Args:
         student_globals: [V, B, d], unit-norm head outputs.
@@ -42,32 +84,16 @@ def dino_loss(
         local_weight: multiplies the local term only (DINOv3 lowers it to 0.5 in its Gram phase).
         compiled: code may be compiled, see `prototype_cross_entropy`.
 
-    Raises ValueError if there is no pair. Source: arXiv:2104.14294; weights of the pairs as released with DINOv2,
-    arXiv:2304.07193, and DINOv3, arXiv:2508.10104.
+    Raises ValueError if there is no pair. Source: arXiv:2104.14294.
     """
     num_globals, num_images, _ = student_globals.shape
     num_locals = 0 if student_locals is None else len(student_locals)
-    num_global_pairs = num_globals * (num_globals if include_same_crop else num_globals - 1)
-    num_local_pairs = num_globals * num_locals
-    if num_global_pairs + num_local_pairs == 0:
-        raise ValueError(
-            "dino_loss needs two global crops, or a global and a local one, to have a pair; "
-            f"got {num_globals} global and {num_locals} local."
-        )
+    pairs = crop_pairs(
+        num_globals, num_locals, num_images, include_same_crop, local_weight, device=student_globals.device
+    )
     students = student_globals if student_locals is None else torch.cat([student_globals, student_locals])
-    device = students.device
-    pairing = torch.full((num_globals + num_locals, num_globals), 1 / num_globals, device=device)
-    if not include_same_crop:
-        pairing[:num_globals] = (1 - torch.eye(num_globals, device=device)) / max(num_globals - 1, 1)
-    # Weights of a row of the two kinds; a lone global crop without a pair has none.
-    num_pairs = num_global_pairs + num_local_pairs
-    global_share = num_global_pairs / num_pairs
-    local_share = local_weight * num_local_pairs / num_pairs
-    weights = torch.empty(num_globals + num_locals, num_images, device=device)
-    weights[:num_globals] = global_share / (num_globals * num_images)
-    weights[num_globals:] = local_share / max(num_locals * num_images, 1)
     total, cross_entropies = prototype_cross_entropy(
-        students.flatten(0, 1), prototypes, targets, weights.flatten(), temperature, pairing, compiled
+        students.flatten(0, 1), prototypes, targets, pairs.weights, temperature, pairs.pairing, compiled
     )
     cross_entropies = cross_entropies.unflatten(0, (-1, num_images))
     global_term = cross_entropies[:num_globals].mean()

@@ -1,4 +1,7 @@
-"""iBOT: the student's token of a masked patch predicts the teacher's assignment of the patch itself."""
+"""iBOT: the student's token of a masked patch predicts the teacher's assignment of the patch itself.
+
+In iBOT++ (arXiv:2604.12012) the patches that it sees too: which they are is the caller's choice.
+"""
 
 from torch import Tensor
 
@@ -9,27 +12,27 @@ def ibot_loss(
     features: Tensor,
     prototypes: Tensor,
     targets: Targets,
-    mask_weights: Tensor,
+    patch_weights: Tensor,
     num_images: int,
     temperature: float = 0.1,
     compiled: bool = False,
 ) -> Tensor:
-    """Cross-entropy per masked patch, averaged within an image, then over images: a scalar, in nats.
+    """Cross-entropy per predicted patch, averaged within an image, then over images: a scalar, in nats.
 
-    An image without masked patches counts in `num_images` and adds nothing, so with half of the images masked the loss
-    starts near ln(K) / 2.
+    An image without predicted patches counts in `num_images` and adds nothing, so with half of the images masked the
+    loss starts near ln(K) / 2.
 
     Args:
-        features: [M, d], the head's unit-norm output for the masked patches; M may be 0.
+        features: [M, d], the head's unit-norm output for the predicted patches; M may be 0.
         prototypes: [K, d] of the student's head.
         targets: M rows.
-        mask_weights: [M], 1 / (number of masked patches in that image); 0 for padding.
+        patch_weights: [M], 1 / (number of predicted patches in that image); 0 for padding.
         num_images: global crops on this rank, masked or not.
         temperature: of the student.
         compiled: code may be compiled, see `prototype_cross_entropy`.
 
     Source: arXiv:2111.07832, weighted as released with DINOv2, arXiv:2304.07193.
     """
-    weights = mask_weights / num_images
+    weights = patch_weights / num_images
     loss, _ = prototype_cross_entropy(features, prototypes, targets, weights, temperature, compiled=compiled)
     return loss

@@ -12,7 +12,7 @@ from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
 from pretrain.models.layers.fp8 import LEAST_WIDTH, use_fp8
 from pretrain.models.layers.norm import LayerNorm, LayerScale
-from pretrain.models.layers.patch_embed import PatchEmbed
+from pretrain.models.layers.patch_embed import STEMS, ConvolutionalStem, PatchEmbed, build_stem
 from pretrain.models.layers.position import patch_positions
 from pretrain.models.layers.rope import Rope, RopeNoise, noisy_tables, tables
 from pretrain.models.layers.rows import Kept
@@ -40,6 +40,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         family: "dinov2" or "dinov3": whose released parameter names and token initialisation to use.
+        stem: "patches" (one linear map of each) or "convolutions", see `layers.patch_embed`.
         ffn, ffn_ratio, ffn_align: "mlp" is `ffn_ratio * embed_dim` wide; "swiglu" two thirds of that, rounded up to
             `ffn_align`.
         position: "learned" (a square table of `position_grid` patches a side, resized to other grids as
@@ -64,6 +65,7 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         patch_size: int,
         in_channels: int = 3,
+        stem: str = "patches",
         family: str = "dinov2",
         ffn: str = "mlp",
         ffn_ratio: float = 4.0,
@@ -95,6 +97,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"family={family!r}; known: {', '.join(FAMILIES)}.")
         if position not in POSITIONS:
             raise ValueError(f"position={position!r}; known: {', '.join(POSITIONS)}.")
+        if stem not in STEMS:
+            raise ValueError(f"stem={stem!r}; known: {', '.join(STEMS)}.")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} does not split over num_heads={num_heads}.")
         if not 0 <= drop_path < 1:
@@ -114,7 +118,7 @@ class VisionTransformer(nn.Module):
         self.rope_noise = RopeNoise(rope_shift, rope_jitter, rope_rescale)
         self.rope_noise_per_block = rope_noise_per_block
 
-        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
+        self.patch_embed = build_stem(stem, patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
         if num_registers:
@@ -161,7 +165,7 @@ class VisionTransformer(nn.Module):
                 found |= prefixed(name, LINEAR)
             elif isinstance(module, LayerNorm):
                 found |= prefixed(name, NORM)
-            elif isinstance(module, LayerScale | PatchEmbed):
+            elif isinstance(module, LayerScale | PatchEmbed | ConvolutionalStem):
                 found |= prefixed(name, module.initials())
         return found
 

@@ -8,8 +8,8 @@ usual):
 - A head of W weights, prototypes among them: 2 W for a row.
 - A training step, for one image: the teacher's forward on V global crops (x 1); the student's forward and backward
   (x 3) on V global and L local crops, its blocks times (1 - drop path), since stochastic depth over the batch leaves
-  those samples out; heads on every CLS token and every masked patch, x 1 for the teacher and x 3 for the student; the
-  Gram teacher's forward on V crops where there is one.
+  those samples out; heads on every CLS token and every patch that iBOT predicts, x 1 for the teacher and x 3 for the
+  student; the Gram teacher's forward on V crops where there is one.
 
 These are operations that the method needs. What an implementation repeats (activation checkpointing, streamed
 prototypes) or saves (a packed attention kernel) does not count, so that MFU compares implementations.
@@ -116,8 +116,8 @@ class StepCost:
     student_ibot_head: int
     teacher_dino_head: int
     teacher_ibot_head: int
-    masked_share: float
-    """of all global patches, the share that is masked: probability x mean ratio, 0.15 as published"""
+    predicted_share: float
+    """of all global patches, the share that iBOT predicts: probability x mean ratio of the mask, 0.15 as published"""
     gram: BackboneCost | None = None
 
 
@@ -127,10 +127,10 @@ def step_flops(cost: StepCost, global_px: int, local_px: int, gram_px: int = 0) 
     student = cost.num_global_crops * forward_flops(cost.student, global_px, global_px, cost.drop_path)
     if cost.num_local_crops:
         student += cost.num_local_crops * forward_flops(cost.student, local_px, local_px, cost.drop_path)
-    masked = cost.num_global_crops * (global_px // cost.student.patch_size) ** 2 * cost.masked_share
+    predicted = cost.num_global_crops * (global_px // cost.student.patch_size) ** 2 * cost.predicted_share
     student_rows = cost.num_global_crops + cost.num_local_crops
-    student += 2 * (student_rows * cost.student_dino_head + masked * cost.student_ibot_head)
-    teacher += 2 * (cost.num_global_crops * cost.teacher_dino_head + masked * cost.teacher_ibot_head)
+    student += 2 * (student_rows * cost.student_dino_head + predicted * cost.student_ibot_head)
+    teacher += 2 * (cost.num_global_crops * cost.teacher_dino_head + predicted * cost.teacher_ibot_head)
     gram = cost.num_global_crops * forward_flops(cost.gram, gram_px, gram_px) if cost.gram and gram_px else 0.0
     return teacher + 3 * student + gram
 

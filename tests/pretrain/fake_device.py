@@ -20,7 +20,7 @@ from pretrain.config import TrainConfig
 from pretrain.data.photometric import Photometric, to_float
 from pretrain.models.layers import rope
 from pretrain.phase import Phase
-from pretrain.student_teacher import Network, build_network, masked_patches
+from pretrain.student_teacher import Network, build_network, predicted_patches
 from tests.pretrain.live_bytes import LiveBytes, random_batch
 
 
@@ -86,8 +86,9 @@ def fake_ranks(num_ranks: int) -> Iterator[None]:
 def step_bytes(config: TrainConfig, num_images: int) -> tuple[int, int]:
     """Bytes that lie there before a step of one rank's images at the first crop sizes, and at its peak."""
     batch = random_batch(config, config.crops.all_sizes()[0], num_images)
-    num_masked, parts = batch.num_masked(), batch.micro_batches(config.execution.accumulation_steps)
-    masked = [masked_patches(part.masks.flatten(0, 1)) for part in parts if part.masks is not None]
+    which = config.loss.ibot_patches
+    num_predicted, parts = batch.num_predicted(which), batch.micro_batches(config.execution.accumulation_steps)
+    masked = [predicted_patches(part.masks.flatten(0, 1), which) for part in parts if part.masks is not None]
     with fake_device() as (mode, live):
         phase = Phase(config, 0, empty_network(config), empty_network(config))
         if config.gram.weight:
@@ -95,8 +96,8 @@ def step_bytes(config: TrainConfig, num_images: int) -> tuple[int, int]:
         # Where the masked patches are only a real mask tells.
         known = [tuple(map(mode.from_tensor, pair)) for pair in masked]
         of_a_step = [*known, *known] if len(known) > 1 else known
-        found = patch("pretrain.student_teacher.masked_patches", side_effect=[*of_a_step, *of_a_step])
-        number = patch("pretrain.data.collate.Batch.num_masked", return_value=num_masked)
+        found = patch("pretrain.student_teacher.predicted_patches", side_effect=[*of_a_step, *of_a_step])
+        number = patch("pretrain.data.collate.Batch.num_predicted", return_value=num_predicted)
         with found, number:
             phase.step(batch._map_large(mode.from_tensor), 0, diagnose=False)
             before, live.most = live.now, live.now

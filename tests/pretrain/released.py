@@ -120,6 +120,7 @@ def _released_model(facts: Facts, v2: bool) -> dict[str, Any]:
     model = {name: facts[f"{arch}.{name}"] for name in ("embed_dim", "depth", "num_heads")}
     norm = "layernorm" if v2 else facts["student.norm_layer"]
     model |= {
+        "stem": "patches",
         "patch_size": facts["student.patch_size"],
         "drop_path": facts["student.drop_path_rate"],
         "layerscale": facts["student.layerscale"],
@@ -173,6 +174,8 @@ def _released_losses(facts: Facts, v2: bool, own_images: int, begins: int, lengt
         "ibot_weight": facts["ibot.loss_weight"],
         "koleo_weight": facts["dino.koleo_loss_weight"],
         "koleo_crops": "all",
+        "objective": "prototypes",
+        "ibot_patches": "masked",
         "koleo_group_size": facts["dino.koleo_distributed_loss_group_size"] if distributed else own_images,
         "student_temperature": facts["student_temp"],
         "centering": {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}[facts["train.centering"]],

@@ -25,6 +25,7 @@ ZERO = [
     "loss.dino_weight",
     "loss.dino_local_weight",
     "loss.dino_local_ramp_steps",
+    "loss.coding_rate_weight",
     "loss.ibot_weight",
     "loss.koleo_weight",
     "loss.koleo_group_size",

@@ -53,6 +53,27 @@ def images(made: Backbone, rows: int, columns: int, count: int = 2) -> torch.Ten
     return torch.randn(count, 3, rows * patch, columns * patch, generator=torch.Generator().manual_seed(rows))
 
 
+CONVOLUTIONAL = ("dinov2_vits14", {**LEARNED, "stem": "convolutions", "patch_size": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["safetensors", "torchscript", "torch_export", "onnx"])
+def test_a_convolutional_stem_goes_where_programs_and_ours_go(format_: str, tmp_path: Path) -> None:
+    made = backbone(*CONVOLUTIONAL)
+    assert write_checked(made, {}, tmp_path / "export", format_)
+    back = load_backbone(tmp_path / "export")
+    assert torch.allclose(
+        back.features(images(made, 3, 5)).patches, made.features(images(made, 3, 5)).patches, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("format_", "library"), [("huggingface", "transformers"), ("timm", "timm")])
+def test_a_convolutional_stem_is_refused_where_no_class_has_it(format_: str, library: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"no class of {library} has a stem of convolutions.*: export it as onnx"):
+        write_checked(backbone(*CONVOLUTIONAL), {}, tmp_path / "export", format_)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", MODELS | RESIZED)
 def test_the_graph_computes_what_the_model_does(kind: str) -> None:
     made = backbone(*(MODELS | RESIZED)[kind])

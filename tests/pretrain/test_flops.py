@@ -54,7 +54,7 @@ def published_step(cost: BackboneCost, drop_path: float, head: int = 0) -> StepC
         student_ibot_head=head,
         teacher_dino_head=head,
         teacher_ibot_head=head,
-        masked_share=0.15,
+        predicted_share=0.15,
     )
 
 

@@ -18,6 +18,8 @@ CASES = {
     "ViT-L, recomputed": ("dinov2_vitl16_short", 1, 16, ("execution.activation_checkpointing=true",)),
     "ViT-S, no DINO": ("dinov3_vits16", 1, 16, ("loss.dino_weight=0",)),
     "ViT-S, no iBOT": ("dinov3_vits16", 1, 16, ("loss.ibot_weight=0",)),
+    "ViT-S, no prototypes": ("dinov2_vits16_short", 1, 16, ("loss.objective=coding_rate", "loss.koleo_weight=0")),
+    "ViT-S, all patches": ("dinov2_vits16_short", 1, 16, ("loss.ibot_patches=all",)),
     "7B of four blocks": ("dinov3_vit7b16", 8, 16, ("model.depth=4", "execution.compile=false")),
 }
 # A step of ViT-S is a second; a processor needs longer to sort out forty blocks of shards.

@@ -24,6 +24,7 @@ REFUSED = {
     "init_from": "x",
     "model.architecture": "dinov3_tiny",
     "model.patch_size": "4",
+    "model.stem": "convolutions",
     "model.num_registers": "2",
     "model.ffn": "swiglu",
     "model.depth": "1",
@@ -42,6 +43,7 @@ REFUSED = {
     "heads.ibot.num_layers": "2",
     "heads.ibot.weight_norm": "false",
     "heads.tied": "true",
+    "loss.objective": "coding_rate",
     "phases": "{}",
 }
 OF_THE_RUN = ("checkpoint.", "watch.", "execution.")
@@ -77,7 +79,10 @@ ACTS: dict[str, tuple[str, ...]] = {
     "loss.dino_local_weight": ("0.5",),
     "loss.dino_local_ramp_steps": ("2", "loss.dino_local_weight=0.5"),
     "loss.same_crop_pairs": ("true",),
+    "loss.coding_rate_weight": ("0.5",),
+    "loss.coding_rate_eps": ("0.5",),
     "loss.ibot_weight": ("0.5",),
+    "loss.ibot_patches": ("all",),
     "loss.koleo_weight": ("0.5",),
     "loss.koleo_crops": ("first",),
     "loss.student_temperature": ("0.2",),
@@ -158,7 +163,9 @@ ACTS: dict[str, tuple[str, ...]] = {
     "evaluation.pca_images": ("1",),
     "evaluation.pca_grid": ("6",),
 }
-ROPE = ("model.rope_shift", "model.rope_jitter", "model.rope_rescale")
+# Keys that act on one kind of run alone, by that kind; all others are tried on "learned".
+KINDS = dict.fromkeys(("model.rope_shift", "model.rope_jitter", "model.rope_rescale"), "rope")
+KINDS |= dict.fromkeys(("loss.coding_rate_weight", "loss.coding_rate_eps"), "coding_rate")
 BASE = {
     "optim": {"warmup_steps": 0, "freeze_last_layer_steps": 0},
     "steps": 2,
@@ -187,27 +194,29 @@ class Runs:
             "OTHER": f"{folder / 'other.tar'}",
             "FIRST": f"{folder / 'first' / 'teacher'}",
         }
-        for architecture in ("learned", "rope"):
+        for kind in ("learned", "rope", "coding_rate"):
             config = json.loads(json.dumps(TINY))
-            if architecture == "rope":
+            if kind == "coding_rate":
+                config["loss"] = {"objective": "coding_rate"}
+            if kind == "rope":
                 config["model"] = {"architecture": "dinov3_tiny", "depth": 2, "layerscale": 0.5}
             sets = {"train": str(folder / "labelled.tar"), "val": str(folder / "labelled.tar")}
             config["evaluation"] = {"every_steps": 3, **sets, "px": 32, "k": [1], "pca_images": 2, "pca_grid": 4}
-            self.path(architecture).write_text(yaml.safe_dump(config))
+            self.path(kind).write_text(yaml.safe_dump(config))
             settings = ["phases={a: {steps: 2}}", "evaluation.every_steps=0"]
-            assert run(self.path(architecture), shards, folder / architecture, *settings) == FINISHED
+            assert run(self.path(kind), shards, folder / kind, *settings) == FINISHED
         assert run(self.path("learned"), shards, folder / "first", *settings, "seed=7") == FINISHED
 
-    def path(self, architecture: str) -> Path:
-        return self.folder / f"{architecture}.yaml"
+    def path(self, kind: str) -> Path:
+        return self.folder / f"{kind}.yaml"
 
     def after(self, key: str, *overrides: str) -> tuple[int, Any]:
         """Status, and what phase b showed: its figures, evaluations and the weights at the end."""
-        architecture = "rope" if key in ROPE else "learned"
-        settings = (architecture, *(self._placed(override) for override in overrides))
+        kind = KINDS.get(key, "learned")
+        settings = (kind, *(self._placed(override) for override in overrides))
         if settings not in self.shown:
             out = self.folder / f"run-{len(self.shown)}"
-            shutil.copytree(self.folder / architecture, out)
+            shutil.copytree(self.folder / kind, out)
             evaluated: list[dict[str, Any]] = []
             real = pretrain.evaluating.run_evaluation
 
@@ -218,9 +227,7 @@ class Runs:
             with self.monkeypatch.context() as patched:
                 patched.setattr(pretrain.evaluating, "run_evaluation", watched)
                 phases = f"phases={json.dumps({'a': {'steps': 2}, 'b': BASE})}"
-                status = run(
-                    self.path(architecture), self.shards, out, phases, *(f"phases.b.{o}" for o in settings[1:])
-                )
+                status = run(self.path(kind), self.shards, out, phases, *(f"phases.b.{o}" for o in settings[1:]))
             self.shown[settings] = status, list(_shown(out, evaluated)) if status == FINISHED else None
             shutil.rmtree(out)
         return self.shown[settings]

@@ -182,6 +182,7 @@ def resolved(config: TrainConfig) -> dict[str, Any]:
     optim = config.optim
     found["optim.peak_lr"] = scaled_lr(optim.base_lr, config.global_batch_size, optim.lr_rule)
     idle = [f"loss.{'sinkhorn_iterations' if config.loss.centering == 'softmax' else 'center_momentum'}"]
+    idle += ["loss.coding_rate_weight", "loss.coding_rate_eps"]  # no released file of these has the objective
     idle += [f"heads.{h}.train_lengths" for h in ("dino", "ibot") if not found[f"heads.{h}.weight_norm"]]
     idle += ["optim.min_lr"] if optim.schedule == "constant" else []
     idle += [] if optim.warmup_steps else ["optim.warmup"]

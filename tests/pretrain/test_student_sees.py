@@ -33,8 +33,8 @@ def crops(local_px: int) -> Crops:
         local_crops=torch.randn(2 * IMAGES, 3, local_px, local_px, generator=generator),
         gram_crops=None,
         masks=masks,
-        masked=masked,
-        mask_weights=torch.full((len(masked),), 1 / 6),
+        predicted=masked,
+        patch_weights=torch.full((len(masked),), 1 / 6),
         num_global=2,
         num_images=IMAGES,
     )
@@ -43,9 +43,9 @@ def crops(local_px: int) -> Crops:
 def losses(asked: TrainConfig, student: Network, seen: Crops) -> dict[str, float]:
     teacher = fresh_network(asked).eval()
     answers = teacher_outputs(teacher, seen)
-    assert answers.dino_logits is not None
-    assert answers.ibot_logits is not None
-    dino, ibot = sinkhorn_knopp([answers.dino_logits.detach(), answers.ibot_logits.detach()], 0.07)
+    assert answers.dino is not None
+    assert answers.ibot is not None
+    dino, ibot = sinkhorn_knopp([answers.dino.detach(), answers.ibot.detach()], 0.07)
     targets, generator = TeacherTargets(dino, ibot), torch.Generator().manual_seed(0)
     terms, _ = student_losses(student.train(), seen, targets, asked, generator=generator)
     return {name: term.item() for name, term in terms.items()}
@@ -60,7 +60,7 @@ def test_a_distilled_student_is_not_masked(distilled: bool) -> None:
     with torch.no_grad():
         student.backbone.mask_token.add_(3.0)
     assert (losses(asked, student, seen) == before) == distilled
-    fewer = replace(seen, masked=seen.masked[:6], mask_weights=seen.mask_weights[:6])
+    fewer = replace(seen, predicted=seen.predicted[:6], patch_weights=seen.patch_weights[:6])
     assert losses(asked, student, fewer)["ibot"] != before["ibot"]
 
 

@@ -21,6 +21,9 @@ SETTINGS: dict[str, list[str]] = {
     "no local crops": ["crops.num_local_crops=0"],
     "no masks": ["masks.probability=0"],
     "softmax without iBOT": ["loss.ibot_weight=0", "loss.centering=softmax"],
+    "coding rate": ["loss.objective=coding_rate", "loss.koleo_weight=0"],
+    "coding rate, tied": ["loss.objective=coding_rate", "heads.tied=true", "model.stem=convolutions"],
+    "all patches": ["loss.ibot_patches=all"],
     "frozen": ["optim.freeze_backbone_steps=2"],
 }
 # KoLeo over the whole batch, and no stochastic depth: both otherwise depend on which images share a rank.

@@ -72,9 +72,9 @@ def test_teacher_logits_are_crops_and_masked_patches_times_prototypes() -> None:
     """Spec figure: 64 images of ViT-L/16 have 128 global crops and about 3,760 masked patches."""
     asked = config("heads.dino.num_prototypes=1000", "heads.ibot.num_prototypes=1000")
     memory = only(asked, 32).memory
-    assert memory["teacher logits"] == pytest.approx(2 * 1000 * (128 + 3763), rel=0.01)
+    assert memory["teacher answers"] == pytest.approx(2 * 1000 * (128 + 3763), rel=0.01)
     accumulating = config(*(f"heads.{head}.num_prototypes=1000" for head in ("dino", "ibot")), ACCUMULATE)
-    assert only(accumulating, 8).memory["teacher logits"] == 4 * memory["teacher logits"]  # of the step
+    assert only(accumulating, 8).memory["teacher answers"] == 4 * memory["teacher answers"]  # of the step
     assert only(accumulating, 8).memory["crops"] == memory["crops"]  # of a micro-batch
 
 

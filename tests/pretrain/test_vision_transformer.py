@@ -370,13 +370,15 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.1)
 
 
+@pytest.mark.parametrize("stem", ["patches", "convolutions"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_initialisation_leaves_no_gap(name: str) -> None:
+def test_initialisation_leaves_no_gap(name: str, stem: str) -> None:
     """Two blocks of every architecture, built without storage and filled with NaN."""
+    changes: dict[str, Any] = {"embed_dim": 256, "num_heads": 4} if "7b" in name else {}
+    if stem == "convolutions":
+        changes |= {"stem": stem, "patch_size": 8}
     with torch.device("meta"):
-        model = VisionTransformer(
-            **architecture(name, depth=2, **({"embed_dim": 256, "num_heads": 4} if "7b" in name else {}))
-        )
+        model = VisionTransformer(**architecture(name, depth=2, **changes))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -386,6 +388,23 @@ def test_initialisation_leaves_no_gap(name: str) -> None:
         assert parameter.isfinite().all(), parameter_name
     size = 2 * model.patch_size
     assert all(f.patches.isfinite().all() for f in model.eval()([pixels((size, size))]))
+
+
+def test_tokens_of_convolutions_are_of_their_image_and_place() -> None:
+    """Row-major, no image's depends on another, and a token sees its patch and a few pixels around, no more."""
+    model = build("dinov2_tiny", stem="convolutions", patch_size=4, generator=torch.Generator().manual_seed(0)).double()
+    images = pixels((16, 24)).double()
+    (tokens,) = model.patch_embed([images])
+    assert tokens.shape[1:] == (4 * 6, 192)
+    changed = images.clone()
+    changed[0, :, 4:8, 8:12] += 1  # the patch in row 1, column 2
+    (found,) = model.patch_embed([changed])
+    moved = (found - tokens).abs().amax(dim=2) > 0
+    assert not moved[1:].any()
+    assert moved[0, 1 * 6 + 2]
+    rows, columns = moved[0].view(4, 6).nonzero().unbind(1)
+    assert set(rows.tolist()) <= {1, 2}
+    assert set(columns.tolist()) <= {2, 3}
 
 
 @torch.no_grad()
@@ -429,6 +448,10 @@ def test_mistakes_are_named() -> None:
         build("dinov2_tiny", ffn="conv")
     with pytest.raises(ValueError, match="dinov2, dinov3"):
         build("dinov2_tiny", family="dino")
+    with pytest.raises(ValueError, match="patches, convolutions"):
+        build("dinov2_tiny", stem="conv")
+    with pytest.raises(ValueError, match="patch_size=14 is no power of 2"):
+        build("dinov2_vits14", stem="convolutions")
     with pytest.raises(ValueError, match="num_heads=5"):
         build("dinov2_tiny", num_heads=5)
     with pytest.raises(ValueError, match="drop_path=1"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.models.layers.block import Block
 from pretrain.models.layers.norm import LayerScale
+from pretrain.models.layers.patch_embed import ConvolutionalStem
 from pretrain.models.layers.rope import coordinates, rotate, tables_from
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.program_files import INPUT
@@ -44,9 +45,12 @@ class Graph(nn.Module):
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model, p = self.model, self.model.patch_size
         batch, (h, w) = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
-        pixels = images.reshape(batch, -1, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(batch, h * w, -1)
-        embed = model.patch_embed.proj
-        patches = nn.functional.linear(pixels, embed.weight.flatten(1), embed.bias)
+        if isinstance(model.patch_embed, ConvolutionalStem):
+            patches = model.patch_embed.tokens(images)
+        else:
+            pixels = images.reshape(batch, -1, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(batch, h * w, -1)
+            embed = model.patch_embed.proj
+            patches = nn.functional.linear(pixels, embed.weight.flatten(1), embed.bias)
         cls = model.cls_token
         if model.rope is None:
             table = model.pos_embed

@@ -102,6 +102,7 @@ def model_config(backbone: Backbone) -> dict[str, Any]:
         ValueError: there is none; the message names the setting.
     """
     s = backbone.settings
+    check_stem(s, "transformers")
     model_type = _model_type(s)
     config = {
         "architectures": [_ARCHITECTURES[model_type]],
@@ -147,6 +148,15 @@ def model_config(backbone: Backbone) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
+
+
+def check_stem(settings: dict[str, Any], library: str) -> None:
+    """Raise ValueError for a stem that no class of a library has."""
+    if settings["stem"] != "patches":
+        raise ValueError(
+            f"no class of {library} has a stem of {settings['stem']} (model.stem): export it as onnx, torchscript, "
+            "torch_export or safetensors."
+        )
 
 
 def processor_config(backbone: Backbone) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.distributed.tensor_files import save_tensors
 from pretrain.downstream.backbone import Backbone, complete_settings
-from pretrain.downstream.export.huggingface import WEIGHTS, described, write_json
+from pretrain.downstream.export.huggingface import WEIGHTS, check_stem, described, write_json
 from pretrain.downstream.program_model import quiet
 from pretrain.downstream.timm_model import TimmModel
 from pretrain.weights import EXPORT_CONFIG
@@ -97,6 +97,7 @@ def timm_entry(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: timm computes something else.
     """
+    check_stem(settings, "timm")
     s, is_rope = settings, settings["position"] == "rope"
     fixed: dict[str, Any] = {"norm_eps": 1e-5 if is_rope else 1e-6}
     if is_rope:
