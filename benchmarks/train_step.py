@@ -8,9 +8,10 @@ ViT-S/16, 2 x 224 + 8 x 96 px, separate heads, one fixed batch: forwards of teac
 clip, AdamW, EMA. Ours also distorts the colours of its uint8 crops inside the step; the others get theirs ready-made.
 Contenders take turns, so a noisy neighbour hits all alike; median and least of `--rounds` after two warm-ups, and
 processor seconds over all threads, which a busy machine moves least (best with --threads 1).
-lightly runs as in benchmarks/lightly_dinov2.py. lightly-train (AGPL: it is run, and nothing of it is here) takes part
-where it is installed: put it into an environment of its own that sees this one's packages, and start from there. It
-takes the same sizes, separate heads and Sinkhorn-Knopp; its Trainer is left out, whose part it is to call these steps.
+lightly runs as in benchmarks/peers/lightly_dinov2.py. lightly-train (AGPL: it is run, and nothing of it is here) takes
+part where it is installed: put it into an environment of its own that sees this one's packages, and start from there.
+It takes the same sizes, separate heads and Sinkhorn-Knopp; its Trainer is left out, whose part it is to call these
+steps.
 """
 
 import argparse
@@ -106,12 +107,11 @@ def views(config: TrainConfig) -> list[torch.Tensor]:
 
 
 def lightly(config: TrainConfig) -> Step:
-    from benchmarks.lightly_dinov2 import LightlyDinov2, draw_masks
+    from benchmarks.peers.lightly_dinov2 import LightlyDinov2, draw_masks, timm_encoder
 
     random.seed(0)
-    peer, crops = LightlyDinov2(config), views(config)
-    autocast = config.precision == "bfloat16"
-    return lambda: peer.step(crops, draw_masks(config, 2 * len(crops[0])), STEP, config.steps, autocast)
+    peer, crops = LightlyDinov2(config, timm_encoder), views(config)
+    return lambda: peer.step(crops, draw_masks(config, 2 * len(crops[0])), STEP)
 
 
 def lightly_train(config: TrainConfig) -> Step:
