@@ -49,8 +49,9 @@ class ModelConfig:
     patch_size: int | None = None
     """pixels, 1 or more"""
     stem: str | None = None
-    """patches (one linear map of each, as published) or convolutions (3 x 3 px, each halving the sides; patch_size is a
-    power of two), which learn faster from few and small images; no class of transformers or timm has them"""
+    """patches (one linear map of each, as published) or convolutions (3 x 3 px, two for each halving of the sides;
+    patch_size is a power of two), which learn faster from few and small images; no class of transformers or timm has
+    them"""
     num_registers: int | None = None
     """0 or more"""
     ffn: str | None = None

@@ -11,6 +11,7 @@ from pretrain.data.crops import NUM_GLOBAL_CROPS, CropSizes
 from pretrain.distributed.fsdp import SHARDED, ranks_of_a_copy
 from pretrain.losses.prototypes import BAND_BYTES_ELSEWHERE, BLOCK_BYTES_ELSEWHERE
 from pretrain.models.layers.block import num_kept
+from pretrain.models.layers.patch_embed import ConvolutionalStem
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.student_teacher import Network
 
@@ -99,7 +100,7 @@ def activation_bytes(config: TrainConfig, network: Network, sizes: CropSizes, im
     heads = cls * _head_row(network.dino_head, width) + predicted * _head_row(
         network.ibot_head or network.dino_head, width
     )
-    return blocks + 8 * dim * tokens + pixels + heads + 4 * dim * predicted
+    return blocks + _stem(config, backbone, sizes, images) + 8 * dim * tokens + pixels + heads + 4 * dim * predicted
 
 
 def loss_bytes(config: TrainConfig, network: Network, sizes: CropSizes, images: int) -> float:
@@ -118,6 +119,20 @@ def loss_bytes(config: TrainConfig, network: Network, sizes: CropSizes, images: 
     # In a band of rows three blocks are alive; the next band begins while those of the last are still there.
     width = 2 if config.precision == "bfloat16" else 4
     return weights + (4.5 if width * logits > BAND_BYTES_ELSEWHERE else 3) * min(BLOCK_BYTES_ELSEWHERE, 4 * logits)
+
+
+def _stem(config: TrainConfig, backbone: VisionTransformer, sizes: CropSizes, images: int) -> float:
+    """What a stem of convolutions keeps: results of each convolution, its norm and GELU, in the compute precision."""
+    stem = backbone.patch_embed
+    if not isinstance(stem, ConvolutionalStem):
+        return 0.0
+    patches = sum(
+        crops * images * (tokens - backbone.num_prefix_tokens)
+        for crops, tokens in _crop_groups(config, backbone, sizes)
+    )
+    channels = [weight.shape[0] for weight in stem.convolutions.parameters() if weight.ndim == 4]
+    width = 2 if config.precision == "bfloat16" else 4
+    return 3 * width * patches * sum(n * places for n, places in zip(channels, stem.places(), strict=True))
 
 
 def _token_bytes(config: TrainConfig, backbone: VisionTransformer) -> int:

@@ -8,6 +8,7 @@ import torch
 from pretrain.models.vision_transformer import VisionTransformer
 
 _SIZES: dict[str, dict[str, Any]] = {
+    "mini": {"embed_dim": 128, "depth": 4, "num_heads": 2},
     "tiny": {"embed_dim": 192, "depth": 4, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -55,6 +56,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "qkv_bias": False,
         "untied_local_norm": True,
     },
+    "dinov2_mini": {**_DINOV2, **_SIZES["mini"], **_TINY},
     "dinov2_tiny": {**_DINOV2, **_SIZES["tiny"], **_TINY},
     "dinov3_tiny": {**_DINOV3, **_SIZES["tiny"], "patch_size": 8},
 }

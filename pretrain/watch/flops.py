@@ -3,7 +3,7 @@
 The model, with 2 operations per multiply-add, and matrix products only (norms, softmax, GELU, RoPE are left out, as is
 usual):
 
-- Forward of a ViT on an image of N patches and T = N + prefix tokens: 2 N P for the patch embedding of P weights, 2 T W
+- Forward of a ViT on an image of N patches and T = N + prefix tokens: 2 N P for the patch embedding of P multiply-adds a patch, 2 T W
   for the W weights of the blocks' linear layers, and 4 T^2 D for attention in each of the blocks.
 - A head of W weights, prototypes among them: 2 W for a row.
 - A training step, for one image: the teacher's forward on V global crops (x 1); the student's forward and backward
@@ -59,8 +59,8 @@ PEAK_TFLOPS = {
 class BackboneCost:
     """What the number of operations of a ViT depends on."""
 
-    embedding_weights: int
-    """of the patch embedding"""
+    embedding_products: int
+    """multiply-adds of the patch embedding for a patch: its weights, or those of each convolution at its resolution"""
     block_weights: int
     """of the linear layers of all blocks; each multiplies every token"""
     depth: int
@@ -73,7 +73,7 @@ class BackboneCost:
 def backbone_cost(backbone: VisionTransformer) -> BackboneCost:
     """Read it off a model; weights may be on `meta`, or sharded."""
     return BackboneCost(
-        embedding_weights=matrix_weights(backbone.patch_embed),
+        embedding_products=backbone.patch_embed.products(),
         block_weights=sum(matrix_weights(block) for block in backbone.blocks),
         depth=len(backbone.blocks),
         embed_dim=backbone.embed_dim,
@@ -97,7 +97,7 @@ def forward_flops(cost: BackboneCost, height_px: int, width_px: int, drop_path: 
     tokens = patches + cost.num_prefix_tokens
     attention = 4 * tokens**2 * cost.embed_dim * cost.depth
     blocks = (2 * tokens * cost.block_weights + attention) * (1 - drop_path)
-    return 2 * patches * cost.embedding_weights + blocks
+    return 2 * patches * cost.embedding_products + blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from pretrain.models.architectures import ARCHITECTURES
 from pretrain.models.vision_transformer import VisionTransformer
 from tests.pretrain.randomised import randomise
 
-PUBLISHED = [name for name in ARCHITECTURES if not name.endswith("tiny")]
+PUBLISHED = [name for name in ARCHITECTURES if not name.endswith(("mini", "tiny"))]
 DEPTHS = {"dinov3_vit7b16": 1} | dict.fromkeys(("dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"), 12)
 """blocks that are computed; of the others two"""
 NOT_IN_TIMM = ("dinov3_vitl16plus",)

@@ -34,7 +34,7 @@ PUBLISHED = {
 def plain_vit(embed_dim: int, depth: int) -> BackboneCost:
     """Patch 16, MLP ratio 4, a CLS token and no registers."""
     return BackboneCost(
-        embedding_weights=3 * 16 * 16 * embed_dim,
+        embedding_products=3 * 16 * 16 * embed_dim,
         block_weights=depth * 12 * embed_dim**2,
         depth=depth,
         embed_dim=embed_dim,
@@ -100,7 +100,7 @@ def test_backward_costs_twice_the_forward() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model([torch.zeros(2, 3, 64, 64)])[0].cls.sum().backward()
     cost = backbone_cost(model)
-    pixels = 2 * 2 * 64 * cost.embedding_weights  # which need no gradient: one product of the patch embedding less
+    pixels = 2 * 2 * 64 * cost.embedding_products  # which need no gradient: one product of the patch embedding less
     assert counter.get_total_flops() == 3 * 2 * forward_flops(cost, 64, 64) - pixels
 
 

@@ -19,6 +19,13 @@ CASES = {
     "ViT-S, no DINO": ("dinov3_vits16", 1, 16, ("loss.dino_weight=0",)),
     "ViT-S, no iBOT": ("dinov3_vits16", 1, 16, ("loss.ibot_weight=0",)),
     "ViT-S, no prototypes": ("dinov2_vits16_short", 1, 16, ("loss.objective=coding_rate", "loss.koleo_weight=0")),
+    "ViT-S, convolutions": ("dinov2_vits16_short", 1, 16, ("model.stem=convolutions",)),
+    "ViT-S, convolutions, float32": (
+        "dinov2_vits16_short",
+        1,
+        16,
+        ("model.stem=convolutions", "precision=float32", "model.depth=2"),
+    ),
     "ViT-S, all patches": ("dinov2_vits16_short", 1, 16, ("loss.ibot_patches=all",)),
     "7B of four blocks": ("dinov3_vit7b16", 8, 16, ("model.depth=4", "execution.compile=false")),
 }

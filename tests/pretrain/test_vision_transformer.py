@@ -391,20 +391,23 @@ def test_initialisation_leaves_no_gap(name: str, stem: str) -> None:
 
 
 def test_tokens_of_convolutions_are_of_their_image_and_place() -> None:
-    """Row-major, no image's depends on another, and a token sees its patch and a few pixels around, no more."""
+    """Row-major, no image's depends on another, a token sees 9 px around, and what is masked nobody."""
     model = build("dinov2_tiny", stem="convolutions", patch_size=4, generator=torch.Generator().manual_seed(0)).double()
-    images = pixels((16, 24)).double()
+    images = pixels((16, 40)).double()
     (tokens,) = model.patch_embed([images])
-    assert tokens.shape[1:] == (4 * 6, 192)
+    assert tokens.shape[1:] == (4 * 10, 192)
     changed = images.clone()
-    changed[0, :, 4:8, 8:12] += 1  # the patch in row 1, column 2
+    changed[0, :, 4:8, 16:20] += 1  # the patch in row 1, column 4
     (found,) = model.patch_embed([changed])
     moved = (found - tokens).abs().amax(dim=2) > 0
     assert not moved[1:].any()
-    assert moved[0, 1 * 6 + 2]
-    rows, columns = moved[0].view(4, 6).nonzero().unbind(1)
-    assert set(rows.tolist()) <= {1, 2}
-    assert set(columns.tolist()) <= {2, 3}
+    rows, columns = moved[0].view(4, 10).nonzero().unbind(1)
+    assert set(rows.tolist()) == {0, 1, 2, 3}
+    assert set(columns.tolist()) == {2, 3, 4, 5, 6, 7}
+    mask = torch.zeros(len(images), 40, dtype=torch.bool)
+    mask[0, 1 * 10 + 4] = True
+    assert torch.equal(joined(model([changed], [mask])[0]), joined(model([images], [mask])[0]))
+    assert not torch.equal(joined(model([changed])[0]), joined(model([images])[0]))
 
 
 @torch.no_grad()

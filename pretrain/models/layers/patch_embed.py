@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -56,37 +57,48 @@ class PatchEmbed(nn.Module):
         split = tokens.split([len(rows) for rows in pixels])
         return [rows.unflatten(0, (len(group), h * w)) for rows, group, (h, w) in zip(split, crops, grids, strict=True)]
 
+    def products(self) -> int:
+        """Multiply-adds for a patch."""
+        return self.proj.weight.numel()
+
     def initials(self) -> dict[str, Initial]:
         """Uniform within 1 / sqrt(fan in), weights and bias, as both families do."""
         bound = Initial("uniform", 1 / math.sqrt(self.in_channels * self.patch_size**2))
         return {"proj.weight": bound, "proj.bias": bound}
 
 
+def hidden(crops: Tensor, mask: Tensor, p: int) -> Tensor:
+    """Crops [B, C, H, W] with zeros, the mean of normalised pixels, in patches of p px where mask [B, N] is true."""
+    height, width = (side // p for side in crops.shape[2:])
+    pixels = mask.unflatten(1, (height, width)).repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)
+    return crops.masked_fill(pixels[:, None], 0)
+
+
 class ConvolutionalStem(nn.Module):
-    """Convolutions of 3 x 3 px, each halving the sides, then a linear layer.
+    """Convolutions of 3 x 3 px, two for each halving of the sides, then a linear layer.
 
     Learns faster than one linear map of a patch, from few and small images above all (arXiv:2106.14881, whose batch
     norm is a layer norm here, so that no token depends on another image; arXiv:2104.05704 for small images). A token
-    sees a few pixels of its neighbours, so a masked patch is hidden but for its rim.
+    sees up to 9 px around its patch of 4: what is masked has to be hidden before (`hidden`).
 
     Args:
         patch_size: a power of two, 2 or more: the stride of all convolutions together.
-        embed_dim: of the tokens; a convolution before the last has half the channels of the one after it.
+        embed_dim: of the tokens, and of the last two convolutions; each pair before has half as many channels.
     """
 
     def __init__(self, patch_size: int, in_channels: int, embed_dim: int) -> None:
         super().__init__()
-        num_layers = patch_size.bit_length() - 1
-        if num_layers < 1 or patch_size != 1 << num_layers:
-            raise ValueError(
-                f"stem=convolutions halves the sides at each layer: patch_size={patch_size} is no power of 2."
-            )
+        num_halvings = patch_size.bit_length() - 1
+        if num_halvings < 1 or patch_size != 1 << num_halvings:
+            raise ValueError(f"stem=convolutions halves the sides: patch_size={patch_size} is no power of 2.")
         self.patch_size, self.in_channels = patch_size, in_channels
-        widths = [in_channels, *[max(embed_dim >> (num_layers - 1 - i), 8) for i in range(num_layers)]]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(width, following, 3, stride=2, padding=1) for width, following in itertools.pairwise(widths)
-        )
-        self.norms = nn.ModuleList(LayerNorm(width, eps=1e-6) for width in widths[1:])
+        widths = [in_channels, *[max(embed_dim >> (num_halvings - 1 - i), 8) for i in range(num_halvings)]]
+        layers: list[nn.Conv2d] = []
+        for width, following in itertools.pairwise(widths):
+            layers.append(nn.Conv2d(width, following, 3, stride=2, padding=1))
+            layers.append(nn.Conv2d(following, following, 3, padding=1))
+        self.convolutions = nn.ModuleList(layers)
+        self.norms = nn.ModuleList(LayerNorm(layer.out_channels, eps=1e-6) for layer in layers)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def grid(self, crops: Tensor) -> tuple[int, int]:
@@ -108,6 +120,15 @@ class ConvolutionalStem(nn.Module):
             # Channels lie last, so that the norm reads rows and the permutation copies nothing.
             x = F.gelu(norm(convolution(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return self.proj(x.permute(0, 2, 3, 1)).flatten(1, 2)
+
+    def places(self) -> list[int]:
+        """Positions in a patch at which each convolution answers."""
+        return [(self.patch_size >> (i // 2 + 1)) ** 2 for i in range(len(self.convolutions))]
+
+    def products(self) -> int:
+        """Multiply-adds for a patch."""
+        weights = [weight.numel() for weight in self.convolutions.parameters() if weight.ndim == 4]
+        return sum(map(operator.mul, weights, self.places())) + self.proj.weight.numel()
 
     def initials(self) -> dict[str, Initial]:
         """Convolutions uniform within 1 / sqrt(fan in), as the patch embedding; linear layer and norms as in blocks."""
