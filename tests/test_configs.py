@@ -67,6 +67,7 @@ def test_published_hierarchy_scales_with_the_pool() -> None:
     assert cluster.levels_for(17_000_000) == [200_000, 8_000, 800, 100, 25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", config_names("curation"))
 def test_dry_run_prints_the_plan_and_writes_nothing(name: str, tmp_path: Path) -> None:
     """In a process of its own, with no network and no cached weights: as on a fresh machine."""

@@ -164,6 +164,7 @@ def begin(folder: Path, seconds: float) -> Setting:
     return Setting(torch.device("cpu"), TINY, time.perf_counter() + seconds, folder, ())
 
 
+@pytest.mark.slow
 def test_parts_are_written_down_one_by_one_whatever_the_others_do(tmp_path: Path) -> None:
     assert run("A", parts(), begin(tmp_path, 60), tmp_path) == "failed"
     lines = read_results(tmp_path)

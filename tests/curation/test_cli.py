@@ -86,6 +86,7 @@ def test_unreachable_bucket(tar, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_full_disk_and_then_space(tar, tmp_path):
     disk = tmp_path / "disk"
@@ -112,6 +113,7 @@ def test_unreadable_pool_and_empty_folder(tmp_path):
     assert "the folder is empty" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_pool_of_no_images_says_so(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -70,6 +70,7 @@ def second(root: Path, arguments: list[str]) -> Path:
     return root / "second"
 
 
+@pytest.mark.slow
 def test_what_the_other_run_keeps_is_left_out(first: Path, second: Path) -> None:
     theirs, rows = kept_of(first), rows_of(second)
     assert len(theirs) == 5

@@ -220,6 +220,7 @@ def test_a_pool_of_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str], ra
     assert not [name for name in ("shards", "report.html", "decisions.parquet") if (out / name).exists()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "words"),
     [

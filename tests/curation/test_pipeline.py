@@ -139,6 +139,7 @@ def test_changed_settings_rerun_only_what_depends_on_them(finished, demo_pool, c
     assert digest_of(finished) != digest
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_give_the_same_bytes(finished, demo_pool, tmp_path):
     assert main(command(demo_pool, finished)) == 0  # whatever the tests above changed is back
     run_process(command(demo_pool, tmp_path / "run", "execution.workers=1"))
@@ -154,6 +155,7 @@ def test_a_cluster_of_two_nodes_gives_the_same_bytes(finished, demo_pool, tmp_pa
     assert digest_of(tmp_path / "run") == digest_of(finished)
 
 
+@pytest.mark.slow
 def test_a_large_pool_is_joined_through_sketches_and_probes(finished, demo_pool, tmp_path, monkeypatch, ray_session):
     """Pools above 16,384 images take another path through the join; here every pool counts as large."""
     assert main(command(demo_pool, finished)) == 0
@@ -168,6 +170,7 @@ def test_a_large_pool_is_joined_through_sketches_and_probes(finished, demo_pool,
     assert pq.read_table(tmp_path / "run/decisions.parquet", columns=columns).equals(exact)
 
 
+@pytest.mark.slow
 def test_seed_sets_draw_each_in_its_own_mode(finished, demo_pool, tmp_path, ray_session):
     by_cluster = tmp_path / "by_cluster.yaml"
     rule = "{mode: cluster, min_hits: 2, images_per_cluster: 5, max_images: 30}"
@@ -246,6 +249,7 @@ def test_a_stop_is_clean_and_the_command_continues(demo_pool, tmp_path, number):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
     """Three pictures, one of them three times over, one of those an evaluation image."""
     small, large = encoded(picture(1), quality=80), encoded(picture(1, (192, 144)), quality=95)
@@ -272,6 +276,7 @@ def test_removed_copies_follow_the_setting(demo_pool, tmp_path, ray_session):
     assert (rows["b"]["component"], rows["b"]["component_size"], rows["d"]["component"]) == (0, 3, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "leaks"), [("component", {"a", "b", "c"}), ("direct", {"a", "b"})])
 def test_decontamination_of_matches_or_of_their_components(tmp_path, ray_session, mode, leaks):
     """a and b look the same and match an evaluation image; c is a crop of them, too far from it for the threshold."""
@@ -316,6 +321,7 @@ def test_a_hot_group_is_linked_without_comparing_all_its_pairs(tmp_path, ray_ses
     assert pairs <= 3
 
 
+@pytest.mark.slow
 def test_repeated_keys_hostile_keys_and_captions_survive(tmp_path, ray_session):
     contents = {f"k{i}": encoded(picture(i)) for i in range(4)}
     a = write_tar(
@@ -346,6 +352,7 @@ def test_repeated_keys_hostile_keys_and_captions_survive(tmp_path, ray_session):
     assert unpack_others(last["others.tar"]) == {"json": b"{broken"}
 
 
+@pytest.mark.slow
 def test_parquet_and_folders_go_all_the_way(tmp_path, ray_session):
     import pyarrow as pa
 
@@ -370,6 +377,7 @@ def crash_on_red(images, rows):
     return [None] * len(images)
 
 
+@pytest.mark.slow
 def test_an_image_that_crashes_the_decoder_is_a_row_with_a_reason(tmp_path, ray_session):
     from PIL import Image
 
@@ -391,6 +399,7 @@ def stamp(content, row):
     return content + b"edited"
 
 
+@pytest.mark.slow
 def test_an_edit_changes_bytes_and_says_so(tmp_path, ray_session):
     pool = picture_tar(tmp_path / "a.tar", range(3))
     (tmp_path / "edit.yaml").write_text(

@@ -49,6 +49,7 @@ def second(pool: Path, first: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_what_was_kept_keeps_its_place(first, second):
     before, now = rows_of(first), rows_of(second)
     assert [now[gid]["key"] for gid in before] == [row["key"] for row in before.values()]

@@ -89,6 +89,7 @@ def test_a_folder_writes_whole_files(s3):
     assert folder.names() == []
 
 
+@pytest.mark.slow
 def test_the_command_from_bucket_to_bucket(s3, tmp_path):
     s3.put(str(picture_tar(tmp_path / "pool.tar", range(20))), "bucket/raw/pool.tar")
     s3.put(str(picture_tar(tmp_path / "seed.tar", range(100, 104))), "bucket/seed/seed.tar")

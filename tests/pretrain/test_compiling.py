@@ -65,6 +65,7 @@ def train(asked: TrainConfig) -> Phase:
     return phase
 
 
+@pytest.mark.slow
 def test_every_size_of_every_phase_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """More variants than the compiler's limit of eight, and none of them for any size."""
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]

@@ -96,6 +96,7 @@ def test_an_update_that_is_not_skipped_is_the_same_to_the_last_bit(shape: tuple[
     assert torch.equal(skipped, teacher)
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_that_diverges_and_its_advice(
     config: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def test_the_student_may_start_from_the_teacher(config: Path, shards: Path, tmp_
     torch.testing.assert_close(last[name], first[of_teacher])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "status"), [(2, FINISHED), (3, WRONG_INPUT), (6, WRONG_INPUT)])
 def test_a_gram_teacher_may_be_named_by_its_step(
     config: Path, shards: Path, tmp_path: Path, step: int, status: int, capsys: pytest.CaptureFixture[str]
@@ -147,6 +148,7 @@ SCALED_DOWN = [
 ]
 
 
+@pytest.mark.slow
 def test_the_phases_of_dinov3_run_one_after_another(shards: Path, tmp_path: Path) -> None:
     """The shipped config, scaled down: which terms there are, in which phase, and what they weigh."""
     config = find_config(GROUP, "dinov3_vits16")

@@ -68,6 +68,7 @@ def test_a_phase_draws_from_the_datasets_that_it_names() -> None:
     assert list(config.phase("pretrain").data.datasets) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_images_of_a_phase_are_read(config: Path, shards: Path, tmp_path: Path, known: bool) -> None:
     """By the losses, the checkpoint's fingerprints and the teacher's description."""

@@ -67,6 +67,7 @@ def tar(root: Path) -> Path:
 KINDS: dict[str, Callable[[Path], Path]] = {"folder": folder, "list": text_list, "parquet": parquet}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_resumes_and_tells_of_damage_as_a_tar_does(kind: str, tmp_path: Path, config: Path) -> None:
     """The same images in the order of their names have the same losses, stopped on the way or not."""
@@ -101,6 +102,7 @@ def test_the_reader_gives_every_images_bytes(kind: str, tmp_path: Path) -> None:
         assert [reader.name(row) for row in range(len(table))] == list(IMAGES_AND_BROKEN)
 
 
+@pytest.mark.slow
 def test_a_phase_may_name_them(tmp_path: Path, config: Path) -> None:
     own = {"steps": 1, "data": {"datasets": {"list": {"shards": str(text_list(tmp_path))}}}}
     rows = {"steps": 1, "data": {"datasets": {"rows": {"shards": str(parquet(tmp_path) / "data" / "*.parquet")}}}}

@@ -169,6 +169,7 @@ def test_a_teacher_to_distil_from_is_known_by_its_weights(
         assert "distill_from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["init_from", "gram.teacher"])
 def test_what_a_phase_started_from_may_be_gone(
     half: Path, config: Path, shards: Path, tmp_path: Path, key: str

@@ -43,6 +43,7 @@ def most_bytes(config: TrainConfig) -> tuple[int, int]:
     return live.most, 4 * 64 * (2 * config.global_batch_size + int(batch.masks.sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gram", [False, True])
 def test_memory_of_more_micro_batches_is_that_of_one_and_the_logits(gram: bool) -> None:
     one, logits_of_one = most_bytes(accumulating(1, gram))

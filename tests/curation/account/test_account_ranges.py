@@ -42,6 +42,7 @@ def shards_of(run: Run) -> list[str]:
     return [file.sha256 for file in run.manifests["shards"].files]
 
 
+@pytest.mark.slow
 def test_the_decisions_are_a_folder_of_parts_and_the_same(run, cut):
     whole = pq.read_table(run.folder.path("decisions.parquet"))
     parts = sorted((cut.folder / "decisions.parquet").names())

@@ -136,6 +136,7 @@ def test_the_fit_separates_even_from_odd_and_images_from_their_edits():
     assert set(state["mirror"].tolist()) == {-1, 1}
 
 
+@pytest.mark.slow
 def test_copies_found_among_real_images(real_data):  # type: ignore[no-untyped-def]
     """The floor that the offline encoder must beat, at the default threshold, on a third of the real pool's groups."""
     from benchmarks.descriptors import CopyTruth, near_pairs, read_part

@@ -21,6 +21,7 @@ def found() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_gpu_has_one_actor_that_takes_one_item_after_another(found: dict) -> None:
     assert [value for value, _, _ in found["on gpus"]] == list(range(100, 108))
     assert {gpu for _, gpu, _ in found["on gpus"]} == {"0", "1"}

@@ -270,6 +270,7 @@ def command(out: Path, pool: Path, *more: str) -> list[str]:
             *settings, *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_commands_on_one_folder_and_a_third_after_a_kill(tmp_path: Path) -> None:
     out, pool = tmp_path / "run", picture_tar(tmp_path / "pool.tar", range(8))
     first = subprocess.Popen(command(out, pool), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)

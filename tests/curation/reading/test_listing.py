@@ -304,6 +304,7 @@ def test_an_empty_value_is_refused_by_its_flag(tmp_path, monkeypatch, capsys, fl
     assert capsys.readouterr().err.startswith(f"error: {flag} is empty")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "words"),
     [

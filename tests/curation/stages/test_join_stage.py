@@ -44,6 +44,7 @@ def contents(folder):
     return {name: folder.read_bytes(name) for name in folder.names()}
 
 
+@pytest.mark.slow
 def test_edges_are_the_join_at_the_certified_settings(joined, cells):
     joined, files, counts, figures = joined
     assert figures["basis"] == "sample"

@@ -206,6 +206,7 @@ def test_what_changed_is_a_row_and_the_run_goes_on(tmp_path, ray_session, conten
         assert "it was chosen, but" in " ".join(story.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "cut_gzip", "no_parquet"])
 def test_a_whole_source_that_went_costs_its_own_images_only(tmp_path, ray_session, contents, damage):
     """Two sources; one of them goes."""
@@ -272,6 +273,7 @@ def test_when_most_of_the_pool_went_the_run_stops_and_nothing_of_it_is_kept(tmp_
     assert written(tmp_path / "run") == contents
 
 
+@pytest.mark.slow
 def test_seed_images_that_are_included_are_checked_too(tmp_path, ray_session, contents):
     from curation.reading.seeds import RetrievalRule, SeedSet
 
@@ -291,6 +293,7 @@ def test_seed_images_that_are_included_are_checked_too(tmp_path, ray_session, co
     assert lost == [{"set": "seed:s", "gid": 4, "reason": CHANGED}]
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_its_last_lines_and_mends_it_when_given_again(tmp_path, ray_session, contents, capsys):
     """The file keeps its size and time, so only its bytes tell; the second time it has another time."""
     pool = tmp_path / "pool"

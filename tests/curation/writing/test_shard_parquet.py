@@ -254,6 +254,7 @@ def test_a_mistake_in_the_settings_is_a_sentence(settings, message):
         ShardConfig(**settings)
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_and_curates_it_again(tmp_path, ray_session, capsys):
     """`shard.format=parquet` on the command line; its shards as the next run's pool, and as its seed."""
     from curation.account.explain import explain
