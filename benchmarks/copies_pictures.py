@@ -23,15 +23,15 @@ from curation.demo.drawing.clipart import clipart
 SEED = 11
 SIDE_PX = 128
 IMAGES_PER_SHARD = 1000
-# Of the pictures: dead leaves, drawings of one thing, scenes; the rest is junk.
-SHARES = {"leaves": 0.5, "clipart": 0.3, "scene": 0.1, "junk": 0.1}
+# Kinds of pictures and their shares within a set: `shaded` ones fill the frame, `flat` ones are drawn on a ground.
+SETS = {"shaded": {"leaves": 0.85, "scene": 0.15}, "flat": {"clipart": 0.8, "junk": 0.2}}
 _textures = cache(fit_descriptors.textures)
 
 
-def draw(number: int) -> Image.Image:
-    """Picture `number`, RGB of 128 x 128 px."""
-    rng = np.random.default_rng((SEED, number))
-    kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+def draw(of: str, number: int) -> Image.Image:
+    """Picture `number` of a set, RGB of 128 x 128 px."""
+    rng = np.random.default_rng((SEED, list(SETS).index(of), number))
+    kind = rng.choice(list(SETS[of]), p=list(SETS[of].values()))
     if kind == "leaves":
         cv2.setNumThreads(1)
         pixels = fit_descriptors.draw_image(rng, _textures())
@@ -44,13 +44,15 @@ def draw(number: int) -> Image.Image:
     return of_kind(str(rng.choice(list(names))), rng, SIDE_PX, SIDE_PX)
 
 
-def write_shard(first: int, folder: Path) -> Path:
-    path = folder / f"pictures-{first // IMAGES_PER_SHARD:04d}.tar"
+def write_shard(shard: tuple[str, int], folder: Path) -> Path:
+    """1000 pictures of a set, from a number on, as a tar of JPEG files."""
+    of, first = shard
+    path = folder / f"{of}-{first // IMAGES_PER_SHARD:04d}.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(first, first + IMAGES_PER_SHARD):
             file = io.BytesIO()
-            draw(number).save(file, "JPEG", quality=92)
-            entry = tarfile.TarInfo(f"{number:08d}.jpeg")
+            draw(of, number).save(file, "JPEG", quality=92)
+            entry = tarfile.TarInfo(f"{of}-{number:08d}.jpeg")
             entry.size = file.tell()
             file.seek(0)
             tar.addfile(entry, file)
@@ -60,13 +62,13 @@ def write_shard(first: int, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=60_000, help="a multiple of 1000")
+    parser.add_argument("--images", type=int, default=40_000, help="of each set, a multiple of 1000")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    shards = [(of, first) for first in range(0, arguments.images, IMAGES_PER_SHARD) for of in SETS]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        work = partial(write_shard, folder=arguments.out)
-        for path in pool.map(work, range(0, arguments.images, IMAGES_PER_SHARD)):
+        for path in pool.map(partial(write_shard, folder=arguments.out), shards):
             print(path, flush=True)
 
 

@@ -7,6 +7,7 @@ beyond what reading the model's configuration needs.
 Spec strings:
     descriptors                 copy detection offline, weight-free (curation.ops.descriptors); needs no torch
     descriptors-likeness        retrieval offline, likewise; with "descriptors" it shares the view
+    copies                      copy detection offline, learned from drawings too (curation.ops.copies); the same view
     NAME or timm:NAME           pretrained timm model, from the Hugging Face cache or hub
     timm:NAME@/path/file        the same architecture with local weights (.safetensors, or a .pth read weights-only)
     sscd:/path/file.pt          TorchScript copy-detection model (SSCD, arXiv:2202.10261), 320 px skewed
@@ -35,7 +36,7 @@ from curation.encoders.weights import (
     require_timm_name,
     require_weights_file,
 )
-from curation.ops import descriptors
+from curation.ops import copies, descriptors
 
 if TYPE_CHECKING:
     import torch
@@ -161,21 +162,27 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
 
 
 class DescriptorEncoder:
-    """The offline encoders: `curation.ops.descriptors` behind the protocol. Batch size never changes a bit."""
+    """The offline encoders: `curation.ops.descriptors` and `copies` behind the protocol. Batch size never changes a
+    bit."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.view = _descriptor_view()
-        is_copy = name == "descriptors"
-        self.mirror: np.ndarray | None = descriptors.mirror_signs() if is_copy else None
-        self.dim = descriptors.COPY_DIM if is_copy else descriptors.LIKENESS_DIM
+        self.mirror: np.ndarray | None = None
+        if name == "copies":
+            self.dim, self.mirror = copies.DIM, copies.mirror_signs()
+        elif name == "descriptors":
+            self.dim, self.mirror = descriptors.COPY_DIM, descriptors.mirror_signs()
+        else:
+            self.dim = descriptors.LIKENESS_DIM
 
     def fingerprint(self) -> str:
-        return _digest({"encoder": self.name, "view": asdict(self.view), "state": descriptors.fingerprint()})
+        state = copies.fingerprint() if self.name == "copies" else descriptors.fingerprint()
+        return _digest({"encoder": self.name, "view": asdict(self.view), "state": state})
 
     def embed(self, views: np.ndarray) -> np.ndarray:
-        embed = descriptors.embed_copies if self.name == "descriptors" else descriptors.embed_likeness
-        return embed(_checked(views, self.view))
+        own = {"copies": copies.embed, "descriptors": descriptors.embed_copies}
+        return own.get(self.name, descriptors.embed_likeness)(_checked(views, self.view))
 
 
 class TorchEncoder:

@@ -14,10 +14,10 @@ import urllib.request
 from pathlib import Path
 
 HF_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-DESCRIPTOR_NAMES = ("descriptors", "descriptors-likeness")
+DESCRIPTOR_NAMES = ("descriptors", "descriptors-likeness", "copies")
 OFFLINE_CHOICES = ", ".join(
     [
-        f"--config offline ({' and '.join(DESCRIPTOR_NAMES)}, no weights)",
+        f"--config offline (of {', '.join(DESCRIPTOR_NAMES)}; no weights)",
         "hf:/folder",
         "timm:NAME@/path/weights.safetensors",
         "sscd:/path/file.torchscript.pt",

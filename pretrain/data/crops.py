@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.ranges import check_choice, check_ranges
 from pretrain.data.decode import EncodedImage
+from pretrain.data.edits import EDITS, edit
 from pretrain.data.photometric import Photometric
 from pretrain.data.randomness import Stream, generator
 
@@ -79,6 +80,9 @@ class CropsConfig:
     """pixels of the crop"""
     global_solarize_probability: list[float] = field(default_factory=lambda: [0.0, 0.2])
     """values from 128 on are inverted"""
+    edits: int = 0
+    """most edits of a global crop, such as copies show (pretrain.data.edits), on top of cut, mirror and colours: each
+    crop has from 0 to this many; for a backbone that is to find copies"""
 
     def __post_init__(self) -> None:
         check_choice("crops.blur", self.blur, ("as_released", "as_intended"))
@@ -90,7 +94,8 @@ class CropsConfig:
         ranges |= dict.fromkeys(("global_scale", "local_scale"), "(0, 1]")
         ranges |= dict.fromkeys(("aspect", "blur_sigma"), "(0, inf)")
         sides = {"global_px": "[1, inf)", "local_px": "[1, inf)", "gram_px": "[0, inf)"}
-        check_ranges("crops", self, **ranges | sides | {"hue": "[0, 0.5]", "num_local_crops": "[0, inf)"})
+        others = {"hue": "[0, 0.5]", "num_local_crops": "[0, inf)", "edits": f"[0, {len(EDITS)}]"}
+        check_ranges("crops", self, **ranges | sides | others)
         for number, sizes in enumerate(self.sizes):
             check_ranges(f"crops.sizes.{number}", sizes, **sides | {"probability": "[0, inf)"})
         for name in of_the_two:
@@ -182,6 +187,9 @@ def multi_crop(
             # Channels last, with a batch dimension in front, is what torch's fastest kernel reads and writes.
             region = torch.from_numpy(pixels[top : top + height, left : left + width])[None].permute(0, 3, 1, 2)
             resized = F.interpolate(region, crop.shape[1:], mode=config.interpolation, antialias=True)[0]
+            if config.edits and crops is out[0]:
+                edited = edit(resized.permute(1, 2, 0).numpy(), config.edits, rng)
+                resized = torch.from_numpy(edited).permute(2, 0, 1)
             crop.copy_(resized.flip(-1) if flip else resized)
     global_crops, local_crops, gram_crops = out
     of_global, of_local = photometric[:NUM_GLOBAL_CROPS], photometric[NUM_GLOBAL_CROPS:]

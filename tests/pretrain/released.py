@@ -254,6 +254,7 @@ def _released_crops(facts: Facts, v2: bool) -> dict[str, Any]:
         "local_blur_probability": facts["local_transfo.GaussianBlur.p"],
         "blur_sigma": [facts["GaussianBlur.radius_min"], facts["GaussianBlur.radius_max"]],
         "global_solarize_probability": [0.0, facts["global_transfo2.RandomSolarize.p"]],
+        "edits": 0,  # both codes know colours, mirrors and cuts alone
     }
     return {f"crops.{name}": value for name, value in crops.items()}
 

@@ -46,6 +46,7 @@ ZERO = [
     "crops.hue",
     "crops.gray_probability",
     "crops.local_blur_probability",
+    "crops.edits",
     "masks.probability",
     "optim.min_lr",
     "optim.warmup_steps",
@@ -120,7 +121,7 @@ def test_a_number_outside_its_range_is_refused_by_name(key: str) -> None:
 
 
 def load(*overrides: str) -> TrainConfig:
-    return load_train_config("cifar", ["data.homogeneous=''", *overrides], ["a.tar"])
+    return load_train_config("demo", ["data.homogeneous=''", *overrides], ["a.tar"])
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "crops.local_blur_probability": ("0.1",),
     "crops.blur_sigma": ("[1.0, 1.5]",),
     "crops.global_solarize_probability": ("[1.0, 1.0]",),
+    "crops.edits": ("3",),
     "masks.probability": ("0",),
     "masks.ratio": ("[0.6, 0.7]",),
     "masks.min_patches": ("1",),

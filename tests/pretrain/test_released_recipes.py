@@ -19,7 +19,7 @@ from pretrain.resume import flat
 from tests.pretrain.released import Facts, Recipe, released, table
 
 # Recipes of our own, whose opening comments say what was measured.
-OWN = {"cifar", "demo", "vits16_one_gpu", "vitl16_eight_gpus"}
+OWN = {"cifar", "copies", "demo", "vits16_one_gpu", "vitl16_eight_gpus"}
 # What a recipe does not say: how a run is computed, watched and fed.
 NOT_OF_A_RECIPE = (
     *("seed", "precision", "phases", "init_from", "distill_from", "execution", "checkpoint", "evaluation", "watch"),

@@ -28,12 +28,12 @@ def test_lists_of_sizes_come_from_yaml() -> None:
 
 
 def test_a_phase_is_the_config_with_its_differences() -> None:
-    config = load_train_config("cifar", ["phases.high_resolution.steps=7"], ["a.tar"])
+    config = load_train_config("demo", ["phases.high_resolution.steps=7"], ["a.tar"])
     assert config.phase_names == ["pretrain", "high_resolution"]
     late = config.phase("high_resolution")
-    assert (late.steps, late.crops.global_px, late.model.position_px) == (7, 48, 48)
-    assert config.phase("pretrain").steps == config.steps
+    assert (late.steps, late.crops.global_px, late.model.position_px) == (7, 96, 96)
+    assert config.phase("pretrain").steps == 400
     with pytest.raises(ValueError, match=r"phases\.high_resolution: unknown key 'crops\.size'"):
-        load_train_config("cifar", ["phases.high_resolution.crops.size=1"], ["a.tar"])
+        load_train_config("demo", ["phases.high_resolution.crops.size=1"], ["a.tar"])
     with pytest.raises(ValueError, match="seed cannot differ by phase"):
-        load_train_config("cifar", ["phases.high_resolution.seed=1"], ["a.tar"])
+        load_train_config("demo", ["phases.high_resolution.seed=1"], ["a.tar"])
