@@ -171,7 +171,8 @@ def _sentence(of: Summary, name: str, variants: list[str], evaluations: list[str
     lines = []
     for variant in [one for one in variants if of.of(one)]:
         figures = ", ".join(f"{one} {of.spread(variant, one)}" for one in evaluations)
-        lines.append(f"{variant}: {figures} ({len(of.of(variant))} seeds)")
+        num_seeds = len(of.of(variant))
+        lines.append(f"{variant}: {figures} ({num_seeds} seed{'s' * (num_seeds != 1)})")
     return "\n".join(textwrap.fill(line, width) for line in lines)
 
 

@@ -3,8 +3,8 @@
 The model, with 2 operations per multiply-add, and matrix products only (norms, softmax, GELU, RoPE are left out, as is
 usual):
 
-- Forward of a ViT on an image of N patches and T = N + prefix tokens: 2 N P for the patch embedding of P multiply-adds a patch, 2 T W
-  for the W weights of the blocks' linear layers, and 4 T^2 D for attention in each of the blocks.
+- Forward of a ViT on an image of N patches and T = N + prefix tokens: 2 N P for the patch embedding of P multiply-adds
+  a patch, 2 T W for the W weights of the blocks' linear layers, and 4 T^2 D for attention in each of the blocks.
 - A head of W weights, prototypes among them: 2 W for a row.
 - A training step, for one image: the teacher's forward on V global crops (x 1); the student's forward and backward
   (x 3) on V global and L local crops, its blocks times (1 - drop path), since stochastic depth over the batch leaves
