@@ -71,8 +71,8 @@ def test_two_ranks_have_the_losses_of_one(mode: str, setting: Path, one_process:
     for name in asked:
         one, two = (losses(folder / name.replace(" ", "-")) for folder in (one_process, tmp_path / "two"))
         assert len(one) == 3
-        # Sums over images in another order, in float32.
-        assert two == pytest.approx(one, rel=1e-5), name
+        # Sums over images in another order, in float32; terms of order one may cancel, as alignment and coding rate do.
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["no iBOT", "no DINO", "KoLeo alone", "no masks"])
