@@ -120,7 +120,6 @@ def learning(at: Setting) -> Iterator[Part]:
     vote, classify = shards / "vote.tar", at.work / "classify.tar"
     config = at.work / "learning.yaml"
     raw = yaml.safe_load(CIFAR.read_text(encoding="utf-8"))
-    del raw["phases"]
     raw["model"]["patch_size"] = 4
     raw["global_batch_size"] = sizes.learning_batch
     config.write_text(yaml.safe_dump(raw))
