@@ -39,12 +39,13 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import pretrain.phase
-from pretrain.config import HeadConfig, HeadsConfig, ModelConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.collate import Batch, collate, prepare
 from pretrain.data.crops import multi_crop
 from pretrain.data.decode import ImageLimits, open_image
 from pretrain.data.masks import step_masks
 from pretrain.phase import Phase, fresh_network
+from pretrain.settings import HeadConfig, HeadsConfig, ModelConfig
 
 WARM_UPS = 2
 STEP = 20_000  # of 125,000: past the warm-up and the freeze of the prototypes

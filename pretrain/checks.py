@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint import PREFIX
-from pretrain.config import RUN_SETTINGS, HeadConfig, ModelConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.loader import check_sizes, read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import ranks_of_a_copy
 from pretrain.models.architectures import ARCHITECTURES, architecture
-from pretrain.network_weights import fill_teacher, load_network, teacher_weights
-from pretrain.phase import check_distillation
+from pretrain.network_weights import check_distillation, fill_teacher, load_network, teacher_weights
 from pretrain.resume import Position, saved_position
+from pretrain.settings import RUN_SETTINGS, HeadConfig, ModelConfig
 from pretrain.student_teacher import Network, build_network, freeze_unused
 from pretrain.watch.evaluation import check_sets
 

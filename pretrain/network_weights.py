@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import HeadConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.distributed.tensor_files import Stored, local_rows
 from pretrain.models.architectures import architecture
 from pretrain.models.released import fitting_state, is_looked_at
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.settings import HeadConfig
 from pretrain.student_teacher import Network, build_head
 from pretrain.weight_files import BACKBONE, HEADS
 from pretrain.weights import ANYWHERE, RELEASED_OFFSET, Weights, complete_settings, find_weights
@@ -137,6 +138,26 @@ def teacher_weights(source: str | Path) -> tuple[Weights, Network]:
     if wrong:
         raise ValueError(f"{weights.source} is not what its description says: {sorted(wrong)[0]} differs.")
     return weights, network
+
+
+def check_distillation(frozen: Network, config: TrainConfig) -> None:
+    """Raises ValueError: the teacher's answers are not of the kind or width of the student's."""
+    for name in [name for name, used in (("dino", config.uses_dino), ("ibot", config.uses_ibot)) if used]:
+        theirs, ours = getattr(frozen, f"{name}_head") or frozen.dino_head, getattr(config.heads, name)
+        if (theirs.last_layer is not None) != config.has_prototypes:
+            objective = "coding_rate" if theirs.last_layer is None else "prototypes"
+            raise ValueError(
+                f"loss.objective={config.loss.objective}, and the heads of the teacher of "
+                f"distill_from={config.distill_from} were trained with {objective}: set it to {objective}."
+            )
+        kind = "num_prototypes" if config.has_prototypes else "bottleneck_dim"
+        found = theirs.last_layer.num_prototypes if theirs.last_layer is not None else theirs.bottleneck_dim
+        asked = getattr(ours, kind)
+        if found != asked:
+            raise ValueError(
+                f"heads.{name}.{kind}={asked}, and the teacher of distill_from={config.distill_from} "
+                f"has {found}: set it to {found}."
+            )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pretrain.distributed import collectives
 from pretrain.distributed.fsdp import Wrapped, initialise, local_tensor, plain_module, wrap
 from pretrain.losses.prototypes import Targets
 from pretrain.models.layers.fp8 import check_device
-from pretrain.network_weights import fill_teacher, load_network, offset_of, teacher_weights
+from pretrain.network_weights import check_distillation, fill_teacher, load_network, offset_of, teacher_weights
 from pretrain.optim.clip import FiniteWatch, clip_by_module
 from pretrain.optim.ema import copy_parameters, paired_parameters, update_ema
 from pretrain.optim.param_groups import adamw, apply_schedule, param_groups, step_unless
@@ -399,23 +399,3 @@ def step_cost(config: TrainConfig, student: Network, teacher: Network) -> StepCo
         predicted_share=config.predicted_share,
         gram=backbone_cost(student.backbone) if config.gram.weight else None,
     )
-
-
-def check_distillation(frozen: Network, config: TrainConfig) -> None:
-    """Raises ValueError: the teacher's answers are not of the kind or width of the student's."""
-    for name in [name for name, used in (("dino", config.uses_dino), ("ibot", config.uses_ibot)) if used]:
-        theirs, ours = getattr(frozen, f"{name}_head") or frozen.dino_head, getattr(config.heads, name)
-        if (theirs.last_layer is not None) != config.has_prototypes:
-            objective = "coding_rate" if theirs.last_layer is None else "prototypes"
-            raise ValueError(
-                f"loss.objective={config.loss.objective}, and the heads of the teacher of "
-                f"distill_from={config.distill_from} were trained with {objective}: set it to {objective}."
-            )
-        kind = "num_prototypes" if config.has_prototypes else "bottleneck_dim"
-        found = theirs.last_layer.num_prototypes if theirs.last_layer is not None else theirs.bottleneck_dim
-        asked = getattr(ours, kind)
-        if found != asked:
-            raise ValueError(
-                f"heads.{name}.{kind}={asked}, and the teacher of distill_from={config.distill_from} "
-                f"has {found}: set it to {found}."
-            )

@@ -20,10 +20,11 @@ from torch import nn
 
 from configs.loader import merge_config
 from pretrain.checkpoint import MANIFEST, PREFIX, Checkpoints, read_manifest
-from pretrain.config import RUN_SETTINGS, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.loader import read_tables
 from pretrain.data.shards import ImageTable
 from pretrain.distributed.tensor_files import DamagedFile
+from pretrain.settings import RUN_SETTINGS
 from pretrain.watch.lines import read_lines
 from pretrain.watch.metrics import CHANGES
 from pretrain.weight_files import BACKBONE, HEADS

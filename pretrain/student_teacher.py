@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import HeadConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.collate import Batch, prepare
 from pretrain.losses.centering import SoftmaxCentering, nothing_to_reduce, sinkhorn_knopp
 from pretrain.losses.coding_rate import alignment_loss, coding_rate_loss, patch_alignment_loss
@@ -24,6 +24,7 @@ from pretrain.models import architectures
 from pretrain.models.initial import Initial, prefixed
 from pretrain.models.projection_head import ProjectionHead
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.settings import HeadConfig
 
 T = TypeVar("T")
 
@@ -214,10 +215,7 @@ class TeacherAnswers:
     """
 
     def __init__(self, batch: Batch, num_parts: int, ibot_patches: str) -> None:
-        self.rows = {
-            "dino": batch.global_crops.shape[0] * len(batch),
-            "ibot": batch.num_predicted(ibot_patches),
-        }
+        self.rows = {"dino": batch.global_crops.shape[0] * len(batch), "ibot": batch.num_predicted(ibot_patches)}
         self.num_parts = num_parts
         self.matrices: dict[str, Tensor] = {}
         self.lengths: dict[str, list[int]] = {}
@@ -320,49 +318,9 @@ def student_losses(
     terms: dict[str, Tensor] = {}
     watched: dict[str, Tensor] = {}
     if of_cls is not None and targets.dino is not None:
-        rows, prototypes = of_cls
-        views = rows.unflatten(0, (-1, num_images))
-        global_views = views[:num_global]
-        local_views = views[num_global:] if crops.local_crops is not None else None
-        if isinstance(targets.dino, Tensor) or prototypes is None:
-            assert isinstance(targets.dino, Tensor), "heads and targets are of one objective"
-            of_teacher = targets.dino.unflatten(0, (num_global, num_images))
-            dino = alignment_loss(
-                global_views, local_views, of_teacher, loss.same_crop_pairs, local_weight=loss.dino_local_weight
-            )
-            # Of the mean of student and teacher, as released for SimDINOv2.
-            spread = (global_views + of_teacher.detach()) / 2
-            rate = coding_rate_loss(spread, loss.coding_rate_eps, num_ranks, sum_with_grad)
-            terms["coding_rate"] = loss.coding_rate_weight * rate
-        else:
-            dino = dino_loss(
-                global_views,
-                local_views,
-                prototypes,
-                targets.dino,
-                loss.student_temperature,
-                include_same_crop=loss.same_crop_pairs,
-                local_weight=loss.dino_local_weight,
-                compiled=config.execution.compile,
-            )
-        terms["dino"] = loss.dino_weight * dino.total
-        watched = {"dino_global": dino.global_term, "dino_local": dino.local_term}
+        terms, watched = _cls_terms(of_cls, targets.dino, crops, config, num_ranks, sum_with_grad)
     if of_patches is not None and targets.ibot is not None:
-        rows, prototypes = of_patches
-        if isinstance(targets.ibot, Tensor) or prototypes is None:
-            assert isinstance(targets.ibot, Tensor), "heads and targets are of one objective"
-            ibot = patch_alignment_loss(rows, targets.ibot, crops.patch_weights, num_global * num_images)
-        else:
-            ibot = ibot_loss(
-                rows,
-                prototypes,
-                targets.ibot,
-                crops.patch_weights,
-                num_global * num_images,
-                loss.student_temperature,
-                config.execution.compile,
-            )
-        terms["ibot"] = loss.ibot_weight * ibot
+        terms["ibot"] = loss.ibot_weight * _patch_loss(of_patches, targets.ibot, crops, config)
     if loss.koleo_weight:
         chosen = range(num_global if loss.koleo_crops == "all" else 1)
         global_cls = features[0].cls.unflatten(0, (num_global, num_images))
@@ -376,6 +334,44 @@ def student_losses(
         )
         terms["gram"] = config.gram.weight * gram
     return terms, watched
+
+
+def _cls_terms(
+    of_cls: Projected,
+    targets: Targets | Tensor,
+    crops: Crops,
+    config: TrainConfig,
+    num_ranks: int,
+    sum_with_grad: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weighted terms on CLS tokens; and parts of them to watch."""
+    loss, (rows, prototypes) = config.loss, of_cls
+    views, num_global = rows.unflatten(0, (-1, crops.num_images)), crops.num_global
+    seen = views[:num_global], views[num_global:] if crops.local_crops is not None else None
+    pairs = {"include_same_crop": loss.same_crop_pairs, "local_weight": loss.dino_local_weight}
+    terms: dict[str, Tensor] = {}
+    if isinstance(targets, Tensor):
+        of_teacher = targets.unflatten(0, (num_global, crops.num_images))
+        dino = alignment_loss(*seen, of_teacher, **pairs)
+        # Of the mean of student and teacher, as released for SimDINOv2.
+        rate = coding_rate_loss((seen[0] + of_teacher) / 2, loss.coding_rate_eps, num_ranks, sum_with_grad)
+        terms["coding_rate"] = loss.coding_rate_weight * rate
+    else:
+        assert prototypes is not None, "heads and targets are of one objective"
+        compiled = config.execution.compile
+        dino = dino_loss(*seen, prototypes, targets, loss.student_temperature, **pairs, compiled=compiled)
+    terms["dino"] = loss.dino_weight * dino.total
+    return terms, {"dino_global": dino.global_term, "dino_local": dino.local_term}
+
+
+def _patch_loss(of_patches: Projected, targets: Targets | Tensor, crops: Crops, config: TrainConfig) -> Tensor:
+    (rows, prototypes), weights = of_patches, crops.patch_weights
+    num_crops = crops.num_global * crops.num_images
+    if isinstance(targets, Tensor):
+        return patch_alignment_loss(rows, targets, weights, num_crops)
+    assert prototypes is not None, "heads and targets are of one objective"
+    temperature, compiled = config.loss.student_temperature, config.execution.compile
+    return ibot_loss(rows, prototypes, targets, weights, num_crops, temperature, compiled)
 
 
 def gram_targets(network: Network, crops: Crops) -> Tensor:

@@ -217,12 +217,10 @@ class Run:
         """Every step left of a phase; whether it got to the end, for it may be asked to stop."""
         shared_stop = SharedStop(self.stop)
         config, name = phase.config, list(self.phases)[self.position.phase]
-        heads = {name: getattr(config.heads, name).num_prototypes for name in ("dino", "ibot")}
-        if not config.has_prototypes:
-            heads = {}
+        heads = {"dino": config.heads.dino.num_prototypes, "ibot": config.heads.ibot.num_prototypes}
         started = self.position.global_step - self.position.step
         phase.finite.first = started + 1
-        alarms = AlarmWatch(heads, started, config.optim.warmup_steps, config.steps)
+        alarms = AlarmWatch(heads if config.has_prototypes else {}, started, config.optim.warmup_steps, config.steps)
         loader = self._loader(self.position.phase, self.position.step)
         teacher = Answering(phase.teacher, phase.wrapped)
         if self.position.global_step == 0 and self._is_evaluation_owed(config):

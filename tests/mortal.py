@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.encoders.load import View
+from curation.encoders.encoder import View
 from curation.engine.folder import Folder
 
 

@@ -11,9 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.peers.lightly_vit import LightlyVit, check_head, encode
-from pretrain.config import HeadConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.models.architectures import architecture
 from pretrain.phase import fresh_network
+from pretrain.settings import HeadConfig
 
 
 class LightlyDinov2(LightlyVit):

@@ -24,13 +24,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pretrain.config import HeadConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.loader import Steps
 from pretrain.models.architectures import architecture
 from pretrain.models.vision_transformer import VisionTransformer
 from pretrain.optim.param_groups import param_groups
 from pretrain.optim.schedules import scaled_lr
 from pretrain.phase import fresh_network
+from pretrain.settings import HeadConfig
 
 
 class OurEncoder(nn.Module):

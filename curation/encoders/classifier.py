@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from curation.encoders.load import IMAGENET_MEAN, IMAGENET_STD, View, encoder_view, has_fast_bfloat16, read_transformers
+from curation.encoders.encoder import View
+from curation.encoders.load import IMAGENET_MEAN, IMAGENET_STD, encoder_view, has_fast_bfloat16, read_transformers
 from curation.encoders.weights import file_sha256
 
 

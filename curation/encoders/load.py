@@ -16,17 +16,18 @@ Spec strings:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from curation.encoders.encoder import Encoder, View, checked, digest
+from curation.encoders.offline import DescriptorEncoder, descriptor_view
 from curation.encoders.weights import (
     DESCRIPTOR_NAMES,
     OFFLINE_CHOICES,
@@ -36,7 +37,6 @@ from curation.encoders.weights import (
     require_timm_name,
     require_weights_file,
 )
-from curation.ops import copies, descriptors
 
 if TYPE_CHECKING:
     import torch
@@ -51,61 +51,11 @@ _FRESH_SEED = 0x5EEDBED
 _RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """Image to uint8 array: resize, then a centre crop. Small, picklable, and all that a decode worker needs."""
-
-    height: int
-    width: int
-    # Short side in pixels before the centre crop; None squashes the whole image to height x width.
-    resize_short_px: int | None = None
-    resample: int = int(Image.Resampling.BICUBIC)
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """[height, width, 3] uint8 of an RGB image; ValueError for any other mode."""
-        if image.mode != "RGB":
-            raise ValueError(
-                f"an encoder's view needs an RGB image, got mode {image.mode!r}; convert it when decoding."
-            )
-        size = (self.width, self.height)
-        box = None
-        if self.resize_short_px is not None:
-            scale = self.resize_short_px / min(image.size)
-            width, height = (max(round(side * scale), self.resize_short_px) for side in image.size)
-            left, top = round((width - self.width) / 2), round((height - self.height) / 2)
-            image = image.resize((width, height), Image.Resampling(self.resample), reducing_gap=3.0)
-            box = (left, top, left + self.width, top + self.height)
-            return np.asarray(image.crop(box))
-        return np.asarray(image.resize(size, Image.Resampling(self.resample), box=box, reducing_gap=3.0))
-
-
-class Encoder(Protocol):
-    """uint8 views to unit-norm float32 rows."""
-
-    name: str
-    view: View
-    # Signs [dim] with embed(flip(view)) == embed(view) * mirror, exactly; None where no such signs exist.
-    mirror: np.ndarray | None
-
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Hex digest of everything that decides the numbers: weights, view, arithmetic. Part of a stage's cache key."""
-        ...
-
-    def embed(self, views: np.ndarray) -> np.ndarray:
-        """[B, H, W, 3] uint8 to [B, dim] float32, unit norm."""
-        ...
-
-
 def encoder_view(spec: str, image_px: int | None = None) -> View:
     """The view of `load_encoder(spec, image_px=image_px)`, without its weights: for decode workers."""
     kind, name, path = parse_spec(spec)
     if kind == "descriptors":
-        return _descriptor_view()
+        return descriptor_view()
     if kind == "sscd":
         px = image_px or 320  # SSCD's own second protocol: the whole image skewed to 320 x 320
         return View(height=px, width=px, resample=int(Image.Resampling.BILINEAR))
@@ -161,30 +111,6 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     raise ValueError(f"encoder {spec!r} is not a known kind; use a timm name, {OFFLINE_CHOICES}.")
 
 
-class DescriptorEncoder:
-    """The offline encoders: `curation.ops.descriptors` and `copies` behind the protocol. Batch size never changes a
-    bit."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.view = _descriptor_view()
-        self.mirror: np.ndarray | None = None
-        if name == "copies":
-            self.dim, self.mirror = copies.DIM, copies.mirror_signs()
-        elif name == "descriptors":
-            self.dim, self.mirror = descriptors.COPY_DIM, descriptors.mirror_signs()
-        else:
-            self.dim = descriptors.LIKENESS_DIM
-
-    def fingerprint(self) -> str:
-        state = copies.fingerprint() if self.name == "copies" else descriptors.fingerprint()
-        return _digest({"encoder": self.name, "view": asdict(self.view), "state": state})
-
-    def embed(self, views: np.ndarray) -> np.ndarray:
-        own = {"copies": copies.embed, "descriptors": descriptors.embed_copies}
-        return own.get(self.name, descriptors.embed_likeness)(_checked(views, self.view))
-
-
 class TorchEncoder:
     """A frozen torch model behind the protocol; the model is built once, at the first embed, and never pickled.
 
@@ -223,7 +149,7 @@ class TorchEncoder:
     def fingerprint(self) -> str:
         """Device and precision are left out: they change the last digits, not the meaning."""
         kind, name, _ = parse_spec(self.name)
-        return _digest(
+        return digest(
             {"kind": kind, "name": name, "view": asdict(self.view), "mean_std": self._mean_std()}
             | {"weights": file_sha256(self.weights)}
         )
@@ -231,7 +157,7 @@ class TorchEncoder:
     def embed(self, views: np.ndarray) -> np.ndarray:
         import torch
 
-        views = _checked(views, self.view)
+        views = checked(views, self.view)
         model, device, bfloat16 = self._model()
         mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in self._mean_std())
         pixels = torch.from_numpy(views).to(device, non_blocking=True).permute(0, 3, 1, 2).float()
@@ -324,11 +250,6 @@ def read_transformers(auto: Any, folder: str) -> tuple[Any, list[str]]:
     return model, sorted(report["missing_keys"])
 
 
-def _descriptor_view() -> View:
-    px = descriptors.VIEW_PX
-    return View(height=px, width=px, resample=int(Image.Resampling.BILINEAR))
-
-
 def _timm_config(name: str) -> dict[str, Any]:
     import timm
     from timm.data.config import resolve_data_config
@@ -402,16 +323,3 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     # Without these instructions bfloat16 on a CPU is emulated, and slower than float32.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
-def _checked(views: np.ndarray, view: View) -> np.ndarray:
-    expected = (view.height, view.width, 3)
-    if views.dtype != np.uint8 or views.ndim != 4 or views.shape[1:] != expected:
-        raise ValueError(
-            f"views must be uint8 [B, {view.height}, {view.width}, 3], got {views.dtype} {list(views.shape)}."
-        )
-    return np.ascontiguousarray(views)
-
-
-def _digest(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -32,8 +32,12 @@ def require_timm_name(name: str) -> None:
     # A tag that timm does not list would load without a word, as untrained weights.
     if name in timm.list_models() or name in timm.list_pretrained():
         return
-    near = difflib.get_close_matches(name, [*timm.list_pretrained(), *timm.list_models()], n=4, cutoff=0.3)
-    raise ValueError(f"encoder {name!r} is no timm model; nearest: {', '.join(near) or 'none'}. Or use 'descriptors'.")
+    known = [*DESCRIPTOR_NAMES, *timm.list_pretrained(), *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.3)
+    raise ValueError(
+        f"encoder {name!r} is neither {', '.join(DESCRIPTOR_NAMES)} nor a timm model; nearest: "
+        f"{', '.join(near) or 'none'}."
+    )
 
 
 def require_weights_file(path: str, other_suffixes: tuple[str, ...]) -> None:

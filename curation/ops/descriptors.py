@@ -23,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -56,7 +57,7 @@ def embed_copies(views: np.ndarray) -> np.ndarray:
     Each row depends on its own view only, to the last bit: no batched matrix product, whose order of summation changes
     with the batch.
     """
-    return _by_block(views, lambda _, raw: _projected(raw), COPY_DIM)
+    return by_block(views, lambda _, raw: _projected(raw), COPY_DIM)
 
 
 def embed_likeness(views: np.ndarray) -> np.ndarray:
@@ -65,12 +66,12 @@ def embed_likeness(views: np.ndarray) -> np.ndarray:
     A cosine is 0.4 of the cosine of `embed_copies` plus 0.2 each of those of gradient energy, gradient magnitudes and
     colours. Equal row by row for any batch, as there.
     """
-    return _by_block(views, _likeness, LIKENESS_DIM)
+    return by_block(views, _likeness, LIKENESS_DIM)
 
 
 def mirror_signs() -> np.ndarray:
     """Signs float32 [256]: embed_copies(mirrored) == embed_copies(view) * signs, up to the rounding of sums (1e-6)."""
-    return _state()["mirror"].copy()
+    return load_projection(STATE_PATH).mirror.copy()
 
 
 def fingerprint() -> str:
@@ -114,8 +115,8 @@ def mirror_permutation() -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _by_block(views: np.ndarray, rows_of: Callable[[np.ndarray, np.ndarray], np.ndarray], dim: int) -> np.ndarray:
-    """rows_of(views, raw descriptors) by blocks, since raw descriptors are ten times the size of the rows."""
+def by_block(views: np.ndarray, rows_of: Callable[[np.ndarray, np.ndarray], np.ndarray], dim: int) -> np.ndarray:
+    """rows_of(views, raw descriptors), float32 [B, dim], by blocks: raw descriptors are ten times as large."""
     out = np.empty((len(views), dim), np.float32)
     for start in range(0, len(views), _ROWS_PER_BLOCK):
         block = np.ascontiguousarray(views[start : start + _ROWS_PER_BLOCK])
@@ -123,11 +124,39 @@ def _by_block(views: np.ndarray, rows_of: Callable[[np.ndarray, np.ndarray], np.
     return out
 
 
-def _projected(raw: np.ndarray) -> np.ndarray:
-    state = _state()
-    rows = np.empty((len(raw), COPY_DIM), np.float32)
-    _project(raw, state["mean"], state["projection"], rows)
+class Projection(NamedTuple):
+    """A linear map of raw descriptors whose rows are even or odd under mirroring (benchmarks/fit_descriptors.py)."""
+
+    mean: np.ndarray
+    """float32 [RAW_DIM]"""
+    matrix: np.ndarray
+    """float32 [D, RAW_DIM]"""
+    mirror: np.ndarray
+    """signs float32 [D]"""
+
+
+@functools.cache
+def load_projection(path: Path) -> Projection:
+    """Stored for one entry of each pair that mirroring exchanges; the other is equal up to the row's sign."""
+    with np.load(path) as file:
+        mean, half, mirror = (file[name].astype(np.float32) for name in ("mean", "half_projection", "mirror"))
+    permutation = mirror_permutation()
+    left = np.flatnonzero(np.arange(RAW_DIM) < permutation)
+    matrix = np.empty((len(half), RAW_DIM), np.float32)
+    matrix[:, left] = half
+    matrix[:, permutation[left]] = half * mirror[:, None]
+    return Projection(mean, matrix, mirror)
+
+
+def project(raw: np.ndarray, projection: Projection) -> np.ndarray:
+    """Unit rows float32 [B, D] of (raw [B, RAW_DIM] - mean) @ matrix.T."""
+    rows = np.empty((len(raw), len(projection.matrix)), np.float32)
+    _project(raw, projection.mean, projection.matrix, rows)
     return rows
+
+
+def _projected(raw: np.ndarray) -> np.ndarray:
+    return project(raw, load_projection(STATE_PATH))
 
 
 def _likeness(views: np.ndarray, raw: np.ndarray) -> np.ndarray:
@@ -143,26 +172,14 @@ def _likeness(views: np.ndarray, raw: np.ndarray) -> np.ndarray:
         _colour_histogram(view, colour_row)
     # Square roots of shares: a dot product of two histograms is then their Bhattacharyya coefficient.
     histograms = np.sqrt(magnitudes.reshape(len(views), -1)), np.sqrt(colours)
-    parts = [_projected(raw), *(_unit(part) for part in (energy, *histograms))]
+    parts = [_projected(raw), *(unit(part) for part in (energy, *histograms))]
     weights = np.sqrt(np.array([0.4, 0.2, 0.2, 0.2], np.float32))
-    return _unit(np.concatenate([part * weight for part, weight in zip(parts, weights, strict=True)], axis=1))
+    return unit(np.concatenate([part * weight for part, weight in zip(parts, weights, strict=True)], axis=1))
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows [B, D] of length 1; a row of zeros stays one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
-
-
-@functools.cache
-def _state() -> dict[str, np.ndarray]:
-    with np.load(STATE_PATH) as file:
-        mean, half, mirror = (file[name].astype(np.float32) for name in ("mean", "half_projection", "mirror"))
-    # Stored for one entry of each pair that mirroring exchanges; the other is equal up to the row's sign.
-    permutation = mirror_permutation()
-    left = np.flatnonzero(np.arange(RAW_DIM) < permutation)
-    projection = np.empty((len(half), RAW_DIM), np.float32)
-    projection[:, left] = half
-    projection[:, permutation[left]] = half * mirror[:, None]
-    return {"mean": mean, "projection": projection, "mirror": mirror}
 
 
 @functools.cache

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from curation.encoders.load import View, encoder_view
+from curation.encoders.encoder import View
+from curation.encoders.load import encoder_view
 from curation.planning import costs
 from curation.planning.costs import EncoderCost, Work
 from curation.planning.estimates import SetEstimate, estimate_set

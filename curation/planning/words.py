@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from curation.encoders.load import View
+from curation.encoders.encoder import View
 from curation.planning.costs import EncoderCost
 from curation.reading.seeds import RetrievalRule
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.encoders.load import View
+from curation.encoders.encoder import View
 from curation.engine.store import INDEX_SCHEMA
 from curation.ops.hashes import perceptual_hash
 from curation.reading.filters import Pixels, first_refusals

@@ -15,7 +15,8 @@ import pyarrow as pa
 import ray
 
 from configs.ranges import check_ranges
-from curation.encoders.load import Encoder, View, load_encoder
+from curation.encoders.encoder import Encoder, View
+from curation.encoders.load import load_encoder
 from curation.encoders.weights import DESCRIPTOR_NAMES
 from curation.engine.actors import run_actors
 from curation.engine.folder import Folder

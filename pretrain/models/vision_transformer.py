@@ -12,7 +12,7 @@ from pretrain.models.layers.block import Block, draw_kept, num_kept
 from pretrain.models.layers.ffn import build_ffn
 from pretrain.models.layers.fp8 import LEAST_WIDTH, use_fp8
 from pretrain.models.layers.norm import LayerNorm, LayerScale
-from pretrain.models.layers.patch_embed import STEMS, ConvolutionalStem, PatchEmbed, build_stem, hidden
+from pretrain.models.layers.patch_embed import STEMS, ConvolutionalStem, PatchEmbed, build_stem, patch_grid
 from pretrain.models.layers.position import patch_positions
 from pretrain.models.layers.rope import Rope, RopeNoise, noisy_tables, tables
 from pretrain.models.layers.rows import Kept
@@ -225,7 +225,7 @@ class VisionTransformer(nn.Module):
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None
     ) -> tuple[Tensor, list[tuple[int, int]]]:
         """All crops as one token matrix [T, D], each image CLS, registers, patches; and the groups' grids."""
-        grids = [self.patch_embed.grid(group) for group in crops]
+        grids = [patch_grid(group, self.patch_embed.in_channels, self.patch_size) for group in crops]
         # The residual stream stays float32 under autocast; in a model cast as a whole it has the model's precision.
         autocast = torch.is_autocast_enabled(crops[0].device.type)
         dtype = torch.float32 if autocast else self.cls_token.dtype
@@ -237,13 +237,7 @@ class VisionTransformer(nn.Module):
             prefix = prefix + 0 * mask_token
         registers = [self.get_parameter(self.registers_name).to(dtype)] if self.num_registers else []
         rows = []
-        if isinstance(self.patch_embed, ConvolutionalStem):
-            # Its tokens see around them: what is masked may not reach those beside it.
-            crops = [
-                group if mask is None else hidden(group, mask, self.patch_size)
-                for group, mask in zip(crops, masks, strict=True)
-            ]
-        for patches, mask, grid in zip(self.patch_embed(crops), masks, grids, strict=True):
+        for patches, mask, grid in zip(self.patch_embed(crops, masks), masks, grids, strict=True):
             patches = patches.to(dtype)
             if mask is not None:
                 patches = torch.where(mask[..., None], mask_token, patches)

@@ -137,7 +137,7 @@ def test_another_model_is_one_sentence(damage: str, tmp_path: Path) -> None:
         "missing": "missing blocks.1.norm1.weight",
         "extra": "unknown blocks.2.norm1.weight",
         "shape": "pos_embed is",
-        "architecture": "'resnet50' is unknown; choose one of dinov2_tiny",
+        "architecture": "'resnet50' is unknown; choose one of dinov2_mini, dinov2_tiny",
         "setting": "'wdith' is not one of",
         "json": "config.json cannot be read as the description",
         "truncated": "cannot be read as safetensors",

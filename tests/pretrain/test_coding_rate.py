@@ -13,8 +13,8 @@ from pretrain.checks import check_run
 from pretrain.config import TrainConfig, load_train_config
 from pretrain.distributed import collectives
 from pretrain.losses.coding_rate import alignment_loss, coding_rate_loss, patch_alignment_loss
-from pretrain.network_weights import load_teacher
-from pretrain.phase import check_distillation, fresh_network
+from pretrain.network_weights import check_distillation, load_teacher
+from pretrain.phase import fresh_network
 from pretrain.student_teacher import predicted_patches
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny_train import TINY, run

@@ -8,11 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.bytes.backward import in_python
 from benchmarks.bytes.count import Counter
 from benchmarks.bytes.device import described
-from pretrain.config import ModelConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.models.architectures import architecture
 from pretrain.models.layers.fp8 import Fp8Linear, rounded_rows, scaled_product, use_fp8
 from pretrain.models.layers.norm import LayerScale
 from pretrain.models.vision_transformer import VisionTransformer
+from pretrain.settings import ModelConfig
 
 HALF_STEP = 2**-4
 """relative, of a number with three bits behind the point"""

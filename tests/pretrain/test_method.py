@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.loader import merge_config
-from pretrain.config import HeadConfig, HeadsConfig, ModelConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.collate import Batch
 from pretrain.data.loader import read_tables
 from pretrain.losses.centering import sinkhorn_knopp
 from pretrain.models.architectures import build
 from pretrain.optim.schedules import values_at
 from pretrain.phase import Phase, fresh_network, phase_loader
+from pretrain.settings import HeadConfig, HeadsConfig, ModelConfig
 from pretrain.student_teacher import Crops, Network, TeacherTargets, student_losses, teacher_outputs
 from tests.conftest import REPOSITORY, picture
 from tests.pretrain.randomised import randomise

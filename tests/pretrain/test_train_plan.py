@@ -27,9 +27,13 @@ def only(asked: TrainConfig, world_size: int = 1) -> plan.PhasePlan:
 
 
 @pytest.mark.parametrize("name", config_names(GROUP))
-def test_every_config_has_a_plan(name: str) -> None:
-    # The demo's labelled sets are made by its curation, and a plan says when they are not there.
-    text = plan.describe(load_train_config(name, ["evaluation.every_steps=0"], []), 8)
+def test_every_config_has_a_plan(name: str, tmp_path: Path) -> None:
+    # Labelled sets and pictures that commands make are not there yet, and a plan says so.
+    asked = ["evaluation.every_steps=0"]
+    for dataset in load_train_config(name, [], []).data.datasets:
+        picture_tar(tmp_path / f"{dataset}.tar", range(128))  # a batch
+        asked.append(f"data.datasets.{dataset}.shards={tmp_path / dataset}.tar")
+    text = plan.describe(load_train_config(name, asked, []), 8)
     assert "in all" in text
     assert max(map(len, text.splitlines()[:-10])) <= 120
 

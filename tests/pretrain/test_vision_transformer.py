@@ -394,11 +394,11 @@ def test_tokens_of_convolutions_are_of_their_image_and_place() -> None:
     """Row-major, no image's depends on another, a token sees 9 px around, and what is masked nobody."""
     model = build("dinov2_tiny", stem="convolutions", patch_size=4, generator=torch.Generator().manual_seed(0)).double()
     images = pixels((16, 40)).double()
-    (tokens,) = model.patch_embed([images])
+    (tokens,) = model.patch_embed([images], [None])
     assert tokens.shape[1:] == (4 * 10, 192)
     changed = images.clone()
     changed[0, :, 4:8, 16:20] += 1  # the patch in row 1, column 4
-    (found,) = model.patch_embed([changed])
+    (found,) = model.patch_embed([changed], [None])
     moved = (found - tokens).abs().amax(dim=2) > 0
     assert not moved[1:].any()
     rows, columns = moved[0].view(4, 10).nonzero().unbind(1)

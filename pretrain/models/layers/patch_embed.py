@@ -15,8 +15,13 @@ from pretrain.models.layers.norm import LayerNorm
 STEMS = ("patches", "convolutions")
 
 
-def patch_grid(crops: Tensor, p: int) -> tuple[int, int]:
-    """Rows and columns of patches of p px in crops [B, C, H, W]; raises ValueError where they do not divide them."""
+def patch_grid(crops: Tensor, channels: int, p: int) -> tuple[int, int]:
+    """Rows and columns of patches of p px in crops [B, C, H, W].
+
+    Raises ValueError: other channels, or sides that the patch does not divide.
+    """
+    if crops.ndim != 4 or crops.shape[1] != channels:
+        raise ValueError(f"crops are [B, {channels}, H, W], got {tuple(crops.shape)}.")
     height, width = crops.shape[-2:]
     if height % p or width % p or not height or not width:
         raise ValueError(
@@ -39,16 +44,13 @@ class PatchEmbed(nn.Module):
         self.in_channels = in_channels
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def grid(self, crops: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in crops [B, C, H, W]. Raises ValueError where the patch does not divide them."""
-        if crops.ndim != 4 or crops.shape[1] != self.in_channels:
-            raise ValueError(f"crops are [B, {self.in_channels}, H, W], got {tuple(crops.shape)}.")
-        return patch_grid(crops, self.patch_size)
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+        """Groups of crops [B_g, C, H_g, W_g] to patch tokens [B_g, N_g, D], row-major.
 
-    def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
-        """Groups of crops [B_g, C, H_g, W_g] to patch tokens [B_g, N_g, D], row-major."""
-        grids = [self.grid(group) for group in crops]
+        `masks` change nothing: a token sees its own patch alone.
+        """
         p = self.patch_size
+        grids = [patch_grid(group, self.in_channels, p) for group in crops]
         pixels = [
             group.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5).reshape(len(group) * h * w, -1)
             for group, (h, w) in zip(crops, grids, strict=True)
@@ -67,19 +69,12 @@ class PatchEmbed(nn.Module):
         return {"proj.weight": bound, "proj.bias": bound}
 
 
-def hidden(crops: Tensor, mask: Tensor, p: int) -> Tensor:
-    """Crops [B, C, H, W] with zeros, the mean of normalised pixels, in patches of p px where mask [B, N] is true."""
-    height, width = (side // p for side in crops.shape[2:])
-    pixels = mask.unflatten(1, (height, width)).repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)
-    return crops.masked_fill(pixels[:, None], 0)
-
-
 class ConvolutionalStem(nn.Module):
     """Convolutions of 3 x 3 px, two for each halving of the sides, then a linear layer.
 
     Learns faster than one linear map of a patch, from few and small images above all (arXiv:2106.14881, whose batch
     norm is a layer norm here, so that no token depends on another image; arXiv:2104.05704 for small images). A token
-    sees up to 9 px around its patch of 4: what is masked has to be hidden before (`hidden`).
+    sees up to 9 px around its patch of 4, so what is masked is hidden before.
 
     Args:
         patch_size: a power of two, 2 or more: the stride of all convolutions together.
@@ -101,17 +96,19 @@ class ConvolutionalStem(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(layer.out_channels, eps=1e-6) for layer in layers)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def grid(self, crops: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in crops [B, C, H, W]. Raises ValueError where the patch does not divide them."""
-        if crops.ndim != 4 or crops.shape[1] != self.in_channels:
-            raise ValueError(f"crops are [B, {self.in_channels}, H, W], got {tuple(crops.shape)}.")
-        return patch_grid(crops, self.patch_size)
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+        """Groups of crops [B_g, C, H_g, W_g] to patch tokens [B_g, N_g, D], row-major.
 
-    def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
-        """Groups of crops [B_g, C, H_g, W_g] to patch tokens [B_g, N_g, D], row-major."""
-        for group in crops:
-            self.grid(group)
-        return [self.tokens(group) for group in crops]
+        Args:
+            masks: bool [B_g, N_g], or None: patches whose pixels no token sees, but 0, the mean of normalised ones.
+        """
+        pairs = zip(crops, masks, strict=True)
+        return [self.tokens(group if mask is None else self._hidden(group, mask)) for group, mask in pairs]
+
+    def _hidden(self, crops: Tensor, mask: Tensor) -> Tensor:
+        p = self.patch_size
+        pixels = mask.unflatten(1, patch_grid(crops, self.in_channels, p))
+        return crops.masked_fill(pixels.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)[:, None], 0)
 
     def tokens(self, crops: Tensor) -> Tensor:
         """Crops [B, C, H, W] of sides that the patch divides to patch tokens [B, N, D], row-major."""

@@ -43,7 +43,7 @@ def test_rows_are_unit_and_do_not_depend_on_the_batch(monkeypatch: pytest.Monkey
     assert rows.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(np.concatenate([copies.embed(view[None]) for view in views]), rows)
-    monkeypatch.setattr(copies, "_ROWS_PER_BLOCK", 4)
+    monkeypatch.setattr(descriptors, "_ROWS_PER_BLOCK", 4)
     np.testing.assert_array_equal(copies.embed(views), rows)
     assert copies.embed(views[:0]).shape == (0, copies.DIM)
     grey = np.full((1, PX, PX, 3), 128, np.uint8)

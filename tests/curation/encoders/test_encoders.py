@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from curation.encoders import load
-from curation.encoders.load import View, encoder_view, load_encoder, parse_spec
+from curation.encoders.encoder import View
+from curation.encoders.load import encoder_view, load_encoder, parse_spec
 from curation.ops.randomness import hash_uint64
 
 pytest.importorskip("torch")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.encoders.load import View
+from curation.encoders.encoder import View
 from curation.reading.listing import find_parts
 from curation.reading.pictures.images import ImageLimits
 from curation.reading.samples import Part
