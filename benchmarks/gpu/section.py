@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -100,7 +101,10 @@ def measured(asked: argparse.Namespace) -> str:
         seconds = float(end) - time.monotonic()  # one clock for all processes; importing may have used some of it
     else:
         sys.exit("whoever started this section is gone")
-    faulthandler.dump_traceback_later(max(seconds - 0.5, 0.1))  # where it stood, should it be killed
+    # Where it stood, should it be killed. By a signal: dump_traceback_later reads the frames of a thread that goes on,
+    # and has crashed here.
+    faulthandler.register(signal.SIGALRM, all_threads=False)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds - 0.5, 0.1))
     if failure is not None or measure is None or parts is None:
         return _note(asked.out, name, "imports", failure or AssertionError())
     try:
