@@ -20,11 +20,12 @@ demo: .venv/.curation,pretrain,export
 demo-curation: .venv/.curation
 	$(PY) -m curation.run --seed demo
 
+# Two processes, a file each: one alone leaves more than half of two cores idle.
 test: .venv/.dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/.dev
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: .venv/.dev
 	.venv/bin/ruff check .
