@@ -16,7 +16,7 @@ from curation.ops.retrieval import SAMPLED_QUERIES
 # for each pixel of the view.
 DECODE_S = 0.5e-3
 DECODE_S_PER_MEGAPIXEL = 12e-3
-DESCRIPTOR_IMAGES_PER_S = 1_700.0  # descriptors-likeness; 3,800 for descriptors
+DESCRIPTOR_IMAGES_PER_S = 1_700.0  # descriptors-likeness; 2,700 for copies
 EMBED_FLOPS = 268e9  # ViT-S/14 in bfloat16; 104e9 in float32, on processors without bfloat16
 KMEANS_FLOPS = 115e9  # curation.ops.nearest.assign, 4,096 centroids, 384-d
 # curation.ops.neighbours.near_rows, 256-d: 2.6e9 in further cells (27 November 2026), and what a row costs beside them.

@@ -8,6 +8,7 @@ taken in the order of their names, or a video, of which some frames are taken, e
     --frames N             of each video
     --foreground           only patches above the middle of the first component, which come first; others are black
     --attention            beside it the attention of CLS to the patches, a picture for each head of the last block
+    --beside NAME          beside it the same of another backbone, of untrained:BACKBONE, or of pixels; repeatable
     --similar-to X,Y       beside it the cosine of every patch with the one at these shares of the first image's width
                            and height, as 0.5,0.5
 """
@@ -25,6 +26,7 @@ from configs.messages import answered
 from pretrain.data.decode import IMAGE_SUFFIXES, Damaged, ImageLimits, open_image
 from pretrain.distributed.collectives import choose_device
 from pretrain.downstream.backbone import Backbone, load_backbone
+from pretrain.downstream.evals.compared import Evaluated, load_evaluated
 from pretrain.downstream.look import attention_maps, first_component, patch_grids, pca_colours, similarity
 from pretrain.downstream.pixels import check_px, whole_picture
 
@@ -153,6 +155,7 @@ def draw(
     foreground: bool = False,
     attention: bool = False,
     similar_to: tuple[float, float] | None = None,
+    beside: Sequence[Evaluated] = (),
 ) -> Image.Image:
     """The page of a command, of images uint8 [H, W, 3]; see the top of this file."""
     device = next(backbone.model.parameters()).device
@@ -163,6 +166,9 @@ def draw(
     if foreground:
         masks = [component > _FOREGROUND for component in first_component(grids)]
     rows = [[image, colours] for image, colours in zip(images, pca_colours(grids, masks), strict=True)]
+    for other in beside:
+        for row, colours in zip(rows, pca_colours(_grids_of(other, ready)), strict=True):
+            row.append(colours)
     if similar_to is not None:
         h, w = grids[0].shape[:2]
         x, y = similar_to
@@ -177,6 +183,15 @@ def draw(
     return sheet(rows, [(image.shape[0], image.shape[1]) for image in images])
 
 
+def _grids_of(other: Evaluated, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Patch features [h, w, D] of each image [1, 3, H, W]."""
+    found = []
+    for image in images:
+        features = other.model.to(image.device).eval()([other.image.normalise(image)])[0]
+        found.append(features.patches[0].float().unflatten(0, features.grid))
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.downstream.pca", description="Pictures of what a backbone sees: patches as colours."
@@ -189,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=16, help="of each video, evenly spaced (default: %(default)s)")
     parser.add_argument("--foreground", action="store_true", help="only what stands out by the first component")
     parser.add_argument("--attention", action="store_true", help="also the attention of CLS, by head")
+    parser.add_argument(
+        "--beside", metavar="NAME", action="append", default=[], help="also another's colours; as evals"
+    )
     parser.add_argument("--similar-to", metavar="X,Y", help="also the cosine with a patch of the first image")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
@@ -207,10 +225,11 @@ def _run(asked: argparse.Namespace) -> int:
     backbone.model.to(device)
     short_px = _short_px(asked.px, backbone)
     images, left_out = read_pictures(paths, short_px, backbone.model.patch_size, asked.frames)
-    page = draw(backbone, images, asked.foreground, asked.attention, similar_to)
+    beside = load_evaluated(asked.beside, asked.architecture, backbone.image.px) if asked.beside else []
+    page = draw(backbone, images, asked.foreground, asked.attention, similar_to, beside)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     page.save(asked.out)
-    columns = ["image", "patches as colours"] + ["similarity"] * (similar_to is not None)
+    columns = ["image", "patches as colours", *asked.beside] + ["similarity"] * (similar_to is not None)
     columns += ["attention of each head"] * asked.attention
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_the_command_draws_each_image_at_its_own_aspect(exported: Path, photos: 
     assert capsys.readouterr().out.startswith("2 images in")
     page = Image.open(out)
     assert page.size == (7 * (96 + 8) - 8, 64 + 8 + 128)  # 96 x 64 and 64 x 128 px, 3 + 4 pictures each
+
+
+def test_others_stand_beside_it(exported: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    untrained, out = f"untrained:{exported}", tmp_path / "out.png"
+    beside = ["--beside", untrained, "--beside", "pixels"]
+    assert main([str(exported), str(photos / "0.png"), "-o", str(out), "--px", "64", *beside]) == 0
+    assert f"image, patches as colours, {untrained}, pixels" in capsys.readouterr().out
+    page = np.asarray(Image.open(out))
+    tiles = [page[:, left : left + 96] for left in range(0, page.shape[1], 104)]
+    assert [tile.shape[1] for tile in tiles] == [96] * 4
+    assert not any(np.array_equal(one, other) for one, other in pairwise(tiles))
 
 
 def test_images_at_their_own_size(exported: Path, photos: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_loop_from_a_pool_to_a_teacher_that_curates_it(demo_pool: DemoPaths,
     run("curation.run", "--out", again, *pool, f"embed.encoder=hf:{teacher}")
     asked = json.loads((again / "run.json").read_text())["config"]["embed"]
     assert asked["encoder"] == f"hf:{teacher}"
-    assert asked["copy_encoder"] == "descriptors"
+    assert asked["copy_encoder"] == "copies"
 
     figures = run("curation.demo.figures", demo_pool.truth, curated, trained, again)
     for words in ("random features", "teacher, step 6", "descriptors", "the teacher"):
