@@ -2,17 +2,19 @@
 
 README.md, docs/*.md and the comments of configs/pretrain/*.yaml hold blocks
 
-    <!-- records: EXPERIMENT [table | curve | claims | sentence] [key=value ...] -->
+    <!-- records: EXPERIMENT [table | curve | claims | sentence | images] [key=value ...] -->
     ... written by this command ...
     <!-- /records -->
 
 table (the default) has a row a variant, curve a row a number of images seen, claims a sentence for each claim of the
-experiment, sentence one line for each variant. Keys: variants=a,b and evaluations=c,d, to choose and to order; `own` is
-what a classifier answers that learned from labels itself. In YAML marks and lines stand behind `# `. `--check` writes
-nothing, and fails where a file is not what the records give.
+experiment, sentence one line for each variant, images what images.json says of what is learned from. Keys:
+variants=a,b and evaluations=c,d, to choose and to order; `own` is what a classifier answers that learned from labels
+itself. In YAML marks and lines stand behind `# `. `--check` writes nothing, and fails where a file is not what the
+records give.
 """
 
 import argparse
+import json
 import re
 import statistics
 import sys
@@ -30,6 +32,7 @@ FILES = ("README.md", "docs/*.md", "configs/pretrain/*.yaml")
 _OPEN = re.compile(r"(?P<before>(?:# )?)<!-- records: (?P<words>.*) -->")
 _CLOSE = "<!-- /records -->"
 _KEYS = ("variants", "evaluations")
+_IMAGES = "images"
 _WIDTH = 120
 
 
@@ -87,12 +90,14 @@ def with_blocks(text: str, experiments: Path) -> str:
 def _block(words: Sequence[str], experiments: Path, width: int) -> str:
     name, *options = words
     described = read_experiment(name, experiments)
+    if options == [_IMAGES]:
+        return _images(described.records)
     experiment, records = described.experiment, read_records(described.records)
     kinds = [word for word in options if "=" not in word] or ["table"]
     asked = dict(word.split("=", 1) for word in options if "=" in word)
     if len(kinds) > 1 or kinds[0] not in _BLOCKS or (unknown := sorted(set(asked) - set(_KEYS))):
         wrong = kinds[-1] if len(kinds) > 1 or kinds[0] not in _BLOCKS else unknown[0]
-        raise ValueError(f"records: {name}: {wrong!r} is none of {', '.join([*_BLOCKS, *_KEYS])}.")
+        raise ValueError(f"records: {name}: {wrong!r} is none of {', '.join([*_BLOCKS, _IMAGES, *_KEYS])}.")
     variants = _chosen("variants", asked.get("variants"), [*experiment.variants])
     evaluations = _chosen("evaluations", asked.get("evaluations"), [*experiment.evaluations], also=(OWN,))
     if not records:
@@ -174,6 +179,27 @@ def _sentence(of: Summary, name: str, variants: list[str], evaluations: list[str
         num_seeds = len(of.of(variant))
         lines.append(f"{variant}: {figures} ({num_seeds} seed{'s' * (num_seeds != 1)})")
     return "\n".join(textwrap.fill(line, width) for line in lines)
+
+
+def _images(records: Path) -> str:
+    """A row for each set of images.json: its name, counts, and shares in %."""
+    path = records / f"{_IMAGES}.json"
+    if not path.is_file():
+        return f"No record yet: {path.parent.name}/{path.name}."
+    sets = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[name + ", %" * isinstance(value, float) for name, value in sets[0].items()], ["---"] * len(sets[0])]
+    for one in sets:
+        cells = (
+            f"{100 * v:.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in one.values()
+        )
+        rows.append(list(cells))
+    return "\n".join(_aligned(rows))
+
+
+def _told(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

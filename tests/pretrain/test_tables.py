@@ -1,5 +1,6 @@
 """Tables say what records say, and claims no more than they show."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,17 @@ def test_curve_and_sentence(tmp_path: Path) -> None:
     assert cells(block, "96,000") == ["96,000", "", "", "50.0"]
     line = written(tmp_path, " sentence variants=recipe", "configs/pretrain/a.yaml", before="# ")
     assert line == "# recipe: knn 51.0 ± 1.0%, linear 51.0 ± 1.0% (3 seeds)"
+
+
+def test_what_was_learned_from(tmp_path: Path) -> None:
+    write_records(tmp_path, KNN)
+    assert "No record yet" in written(tmp_path, " images")
+    sets = [{"images": "raw", "of": 44_000, "natural": 0.4671}, {"images": "chosen", "of": 900, "natural": 0.0}]
+    (tmp_path / "benchmarks" / "records" / "tiny" / "images.json").write_text(json.dumps(sets))
+    block = written(tmp_path, " images")
+    assert cells(block, "images") == ["images", "of", "natural, %"]
+    assert cells(block, "raw") == ["raw", "44,000", "46.7"]
+    assert cells(block, "chosen") == ["chosen", "900", "0.0"]
 
 
 @pytest.mark.parametrize(
