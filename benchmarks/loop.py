@@ -13,12 +13,14 @@ with their standard errors, for the vectors of RUN, for those of AGAIN, for thes
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
+from configs.messages import answered
 from curation.account.report.account import Account, open_account
 from curation.account.truth import TruthRow, read_truth
 from curation.engine.store import ImageSet, encoder_folder
@@ -92,6 +94,8 @@ def compared(first: Account, again: Account, truth: dict[str, TruthRow]) -> Iter
         sets = [vectors(run, run.images(step))[1] for step in run.steps if step.startswith("embed/seed-")]
         found[name] = dict(zip(keys, pool, strict=True)), np.concatenate(sets)
     both = sorted(survivors & found["first"][0].keys() & found["again"][0].keys() & truth.keys())
+    if not both:
+        raise ValueError("no image is in both runs and in the truth: give two runs over one pool, and its truth.csv.")
     rows = [truth[key] for key in both]
     one, other = ((np.stack([pool[key] for key in both]), seeds) for pool, seeds in found.values())
     white = whitened(*other)
@@ -103,16 +107,22 @@ def compared(first: Account, again: Account, truth: dict[str, TruthRow]) -> Iter
         yield [f"both, {share:.0%} from the backbone", *figures(*joined, rows)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of the curation by the offline encoder")
     parser.add_argument("again", help="run folder of the curation by the backbone")
     parser.add_argument("truth", type=Path, help="csv with a row for every pool image")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
+    return answered(lambda: _print(asked), "nothing was written")
+
+
+def _print(asked: argparse.Namespace) -> int:
+    first, again, truth = open_account(asked.run), open_account(asked.again), read_truth(asked.truth).rows
     print("| vectors | natural, % | seed concepts, % | 10-NN, % |\n| --- | --- | --- | --- |")
-    for row in compared(open_account(asked.run), open_account(asked.again), read_truth(asked.truth).rows):
+    for row in compared(first, again, truth):
         print(f"| {' | '.join(row)} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

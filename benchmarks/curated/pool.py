@@ -8,6 +8,7 @@ the demo's edits; evaluation images, every other one as it is. `truth.csv` says 
 import csv
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +24,7 @@ from curation.ops.randomness import hash_shuffle
 SEED = 29
 SAMPLES_PER_SHARD = 2000
 EVALUATION = ("eval20-train", "eval20-val", "eval32-train", "eval32-val")
+_OURS = re.compile(r"web-\d{4}\.tar|truth\.csv|pool\.json")
 POPULARITY = 0.6
 """copies of the popular image of rank r are as many as r to the minus this"""
 
@@ -67,13 +69,19 @@ def make_pool(data: Path, folder: Path, sizes: Sizes) -> tuple[str, Path]:
 
     Returns:
         the glob of the tars, and the path of the truth.
+
+    Raises:
+        ValueError: images that are not there, or a folder that holds something else; a pool half written is none.
     """
     shards, truth, done = str(folder / "web-????.tar"), folder / "truth.csv", folder / "pool.json"
     recipe = {"seed": SEED, "sizes": asdict(sizes)}
     if done.is_file() and json.loads(done.read_text()) == recipe:
         return shards, truth
-    folder.mkdir(parents=True)
+    others = [path.name for path in folder.glob("*") if not _OURS.fullmatch(path.name)]
+    if others or done.is_file():
+        raise ValueError(f"{folder} holds {others[0] if others else 'a pool of other sizes'}: move it away.")
     samples = list(_samples(data, sizes))
+    folder.mkdir(parents=True, exist_ok=True)
     samples = [samples[place] for place in hash_shuffle(SEED, np.arange(len(samples)))]
     for start in range(0, len(samples), SAMPLES_PER_SHARD):
         write_tar(folder / f"web-{start // SAMPLES_PER_SHARD:04d}.tar", samples[start : start + SAMPLES_PER_SHARD])

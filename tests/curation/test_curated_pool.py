@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,22 @@ def test_a_pool_that_is_there_is_left_as_it_is(pool: Path, real_data: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in pool.iterdir()} == before
 
 
-def test_without_the_images_it_says_what_is_wanted(tmp_path: Path) -> None:
+def test_without_the_images_it_says_what_is_wanted_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file is called .*: give the folder of images"):
         make_pool(tmp_path, tmp_path / "pool", SIZES)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_what_is_half_written_is_written_again_and_what_is_not_ours_stays(real_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "web-0000.tar").write_bytes(b"half")
+    make_pool(real_data, tmp_path, SIZES)
+    assert next(read_images(tmp_path / "web-0000.tar"))[2]
+    with pytest.raises(ValueError, match="holds a pool of other sizes: move it away"):
+        make_pool(real_data, tmp_path, replace(SIZES, junk=3))
+    (tmp_path / "pool.json").unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt: move it away"):
+        make_pool(real_data, tmp_path, SIZES)
 
 
 def test_what_a_set_holds() -> None:
