@@ -118,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(asked: argparse.Namespace) -> int:
     first, again, truth = open_account(asked.run), open_account(asked.again), read_truth(asked.truth).rows
+    rows = list(compared(first, again, truth))
     print("| vectors | natural, % | seed concepts, % | 10-NN, % |\n| --- | --- | --- | --- |")
-    for row in compared(first, again, truth):
+    for row in rows:
         print(f"| {' | '.join(row)} |")
     return 0
 
