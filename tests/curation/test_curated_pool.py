@@ -5,10 +5,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.curated import __main__ as curated
 from benchmarks.curated.__main__ import ARMS, holds
-from benchmarks.curated.pool import EVALUATION, Sizes, make_pool, read_images
+from benchmarks.curated.pool import EVALUATION, Sample, Sizes, make_pool, read_images, write_tar
 from curation.account.truth import TruthRow, read_truth
 
 SIZES = Sizes(small=30, junk=20, copies=60, popular=6, leaks=8)
@@ -96,3 +99,28 @@ def test_what_a_set_holds() -> None:
 )
 def test_which_images_may_be_in_which_set(status: str, reason: str, arms: list[str]) -> None:
     assert [name for name, belongs in ARMS.items() if belongs(status, reason)] == arms
+
+
+def test_sets_of_equal_size_are_cut_from_what_the_decisions_leave(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(curated, "IMAGES", 2)
+    decided = {
+        "a": ("kept", "retrieved"), "b": ("kept", "retrieved and balanced"), "c": ("kept", "balanced"),
+        "d": ("not_retrieved", None), "e": ("duplicate", "embedding"), "f": ("leak", "exact"),
+    }  # fmt: skip
+    write_tar(tmp_path / "web-0000.tar", [Sample(key=key, ext="jpg", data=key.encode()) for key in decided])
+    rows = [{"gid": gid, "key": key, "status": s, "reason": r} for gid, (key, (s, r)) in enumerate(decided.items())]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "decisions.parquet")
+    truth = tmp_path / "truth.csv"
+    truth.write_text("key,kind,label\n" + "".join(f"{key},{'ui' if key == 'c' else 'natural'},\n" for key in decided))
+    found = {str(one["images"]): one for one in curated.cut(str(tmp_path / "web-*.tar"), tmp_path, truth, tmp_path)}
+    assert {name: one["of"] for name, one in found.items()} == {
+        "raw": 5, "deduplicated": 4, "retrieved": 2, "balanced": 2, "retrieved_or_balanced": 3,
+    }  # fmt: skip
+    images = {name: sorted(key for key, _, _ in read_images(tmp_path / f"{name}.tar")) for name in found}
+    assert images["retrieved"] == ["a", "b"]
+    assert images["balanced"] == ["b", "c"]
+    assert found["balanced"]["natural"] == 0.5
+    assert all(len(keys) == 2 for keys in images.values())
+    monkeypatch.setattr(curated, "IMAGES", 3)
+    with pytest.raises(ValueError, match="retrieved has 2 images, fewer than the 3 asked for"):
+        curated.cut(str(tmp_path / "web-*.tar"), tmp_path, truth, tmp_path)
