@@ -85,9 +85,8 @@ def _share(hits: np.ndarray) -> str:
 
 def compared(first: Account, again: Account, truth: dict[str, TruthRow]) -> Iterator[list[str]]:
     """Rows of the table."""
-    survivors = {
-        row["key"] for row in first.decisions(pc.field("status").isin(["kept", "not_retrieved"]), ["key"]).to_pylist()
-    }
+    survived = pc.field("status").isin(["kept", "not_retrieved"])
+    survivors = set(first.decisions(survived, ["key"])["key"].to_pylist())
     found = {}
     for name, run in (("first", first), ("again", again)):
         keys, pool = vectors(run, run.pool)

@@ -122,7 +122,7 @@ def _table(of: Summary, name: str, variants: list[str], evaluations: list[str], 
         records = of.of(variant)
         figures = [spread(list(of.values(variant, one).values()), of.metric(one)) for one in evaluations]
         seen = sorted({record.facts["images_seen"] for record in records})
-        minutes = statistics.fmean(record.facts["minutes"]["training"] for record in records)
+        minutes = statistics.fmean(record.facts["minutes"]["processor"] for record in records)
         compared = [_against(of, variant, reference, first)] if reference else []
         took = f"{minutes:.{1 if minutes < 10 else 0}f}" if seen != [0] else ""
         counts = [str(len(records)), ", ".join(f"{n:,}" for n in seen), took]
@@ -145,8 +145,8 @@ def _note(of: Summary, name: str, experiment: Experiment, variants: list[str]) -
     )
     difference = " differences by a t-test paired by seed;" if experiment.reference else ""
     return (
-        f"Mean ± standard deviation over seeds;{difference} minutes of training, without evaluations ({on}). "
-        f"`python -m benchmarks.experiment {name}`."
+        f"Mean ± standard deviation over seeds;{difference} minutes of processor, with loaders and the curve's "
+        f"evaluations ({on}). `python -m benchmarks.experiment {name}`."
     )
 
 
@@ -188,11 +188,7 @@ def _images(records: Path) -> str:
         return f"No record yet: {path.parent.name}/{path.name}."
     sets = json.loads(path.read_text(encoding="utf-8"))
     rows = [[name + ", %" * isinstance(value, float) for name, value in sets[0].items()], ["---"] * len(sets[0])]
-    for one in sets:
-        cells = (
-            f"{100 * v:.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in one.values()
-        )
-        rows.append(list(cells))
+    rows += [[_told(value) for value in one.values()] for one in sets]
     return "\n".join(_aligned(rows))
 
 

@@ -11,12 +11,11 @@ What `python -m benchmarks.experiment curated` learns from, in FOLDER/curated-im
 
 Leaks of the evaluation sets, as the run finds them, are in none; seeds are the curated photographs and the labelled
 sets' training images, as the training sets of its benchmarks are DINOv2's. What each holds, by the pool's truth, goes
-to benchmarks/records/curated/images.json. About ten minutes of two cores and 1 GB; what is there is not made again.
+to benchmarks/records/curated/images.json. MINUTES of two cores and 1 GB; pool and run are not made again.
 """
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -36,9 +35,6 @@ from curation.ops.randomness import hash_shuffle
 IMAGES = 8_000
 SEEDS = ("seed/seed-*.tar", "eval/eval20-train-*.tar", "eval/eval32-train-*.tar")
 SETTINGS = (
-    "embed.copy_encoder=copies",
-    "dedup.similarity_threshold=0.62",
-    "decontaminate.similarity_threshold=0.60",
     "retrieve.k=8",
     f"balance.num_images={IMAGES}",
     "cluster.levels=[2000,400,80]",
@@ -52,7 +48,6 @@ ARMS: dict[str, Callable[[str, str], bool]] = {
     "retrieved_or_balanced": lambda status, reason: status == "kept",
 }
 """which rows of decisions.parquet each set is drawn from, by status and reason"""
-log = logging.getLogger("benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=named_folder, default=WORK, help=f"as of benchmarks.experiment (default: {WORK})"
     )
     asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return answered(lambda: _make(asked), "the same command continues")
 
 
@@ -72,7 +66,9 @@ def _make(asked: argparse.Namespace) -> int:
         raise ValueError("give --data FOLDER, the folder of images, or name it in SEEDBED_DATA.")
     folder = asked.work.absolute() / "curated-images"
     pool, truth = make_pool(Path(data), folder / "pool", Sizes())
-    run = curated(Path(data), pool, folder / "run")
+    run = folder / "run"
+    if status := curate(Path(data), pool, run):
+        return status
     print(json.dumps(contents := cut(pool, run, truth, folder), indent=1))
     path = Path(__file__).parents[1] / "records" / "curated" / "images.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,15 +76,14 @@ def _make(asked: argparse.Namespace) -> int:
     return 0
 
 
-def curated(data: Path, pool: str, out: Path) -> Path:
-    """A run of curation over the pool, by its own command."""
+def curate(data: Path, pool: str, out: Path) -> int:
+    """A run of curation over the pool, by its own command; its status."""
     command = [sys.executable, "-m", "curation.run", "--config", "offline", "--pool", pool, "--out", str(out)]
     for seed in SEEDS:
         command += ["--seed", str(data / seed)]
     for name in EVALUATION:
         command += ["--evaluation", str(data / "eval" / f"{name}-*.tar")]
-    subprocess.run([*command, *SETTINGS], check=True)
-    return out
+    return subprocess.run([*command, *SETTINGS]).returncode
 
 
 def cut(pool: str, run: Path, truth: Path, folder: Path) -> list[dict[str, object]]:

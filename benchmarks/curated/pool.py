@@ -6,10 +6,8 @@ the demo's edits; evaluation images, every other one as it is. `truth.csv` says 
 """
 
 import csv
-import io
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ import webdataset as wds
 
 from curation.demo.copies import EDITS, copy_of
 from curation.demo.pool import COPY_WEIGHTS, JUNK_WEIGHTS, apportion, draw_picture, generator
+from curation.engine.progress import StageProgress
 from curation.ops.randomness import hash_shuffle
 
 SEED = 29
@@ -80,7 +79,8 @@ def make_pool(data: Path, folder: Path, sizes: Sizes) -> tuple[str, Path]:
     others = [path.name for path in folder.glob("*") if not _OURS.fullmatch(path.name)]
     if others or done.is_file():
         raise ValueError(f"{folder} holds {others[0] if others else 'a pool of other sizes'}: move it away.")
-    samples = list(_samples(data, sizes))
+    with StageProgress("raw pool", sizes.junk + sizes.copies, "images") as progress:
+        samples = list(_samples(data, sizes, progress))
     folder.mkdir(parents=True, exist_ok=True)
     samples = [samples[place] for place in hash_shuffle(SEED, np.arange(len(samples)))]
     for start in range(0, len(samples), SAMPLES_PER_SHARD):
@@ -94,17 +94,21 @@ def make_pool(data: Path, folder: Path, sizes: Sizes) -> tuple[str, Path]:
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
         for sample in samples:
-            entry = tarfile.TarInfo(f"{sample.key}.{sample.ext}")
-            entry.size = len(sample.data)
-            tar.addfile(entry, io.BytesIO(sample.data))
+            tar.write({"__key__": sample.key, sample.ext: sample.data})
 
 
-def _samples(data: Path, sizes: Sizes) -> Iterator[Sample]:
+def _samples(data: Path, sizes: Sizes, progress: StageProgress) -> Iterator[Sample]:
+    def counted(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            progress.advance(1)
+            yield sample
+
     real = [*_real_pool(data), *_small(data, sizes.small)]
-    junk = [_drawn(number, kind) for number, kind in enumerate(apportion(JUNK_WEIGHTS, sizes.junk))]
-    copies = list(_copies([sample for sample in real + junk if not sample.leak_of], sizes))
+    kinds = apportion(JUNK_WEIGHTS, sizes.junk)
+    junk = list(counted(_drawn(number, kind) for number, kind in enumerate(kinds)))
+    copies = list(counted(_copies([sample for sample in real + junk if not sample.leak_of], sizes)))
     clusters = {copy.duplicate_of: copy.cluster for copy in copies}
     for original in real + junk:
         yield replace(original, cluster=original.cluster or clusters.get(original.key, ""))

@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--foreground", action="store_true", help="only what stands out by the first component")
     parser.add_argument("--attention", action="store_true", help="also the attention of CLS, by head")
     parser.add_argument(
-        "--beside", metavar="NAME", action="append", default=[], help="also another's colours; as evals"
+        "--beside", metavar="NAME", action="append", default=[], help="another backbone, untrained:BACKBONE or pixels"
     )
     parser.add_argument("--similar-to", metavar="X,Y", help="also the cosine with a patch of the first image")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -225,7 +225,7 @@ def _run(asked: argparse.Namespace) -> int:
     backbone.model.to(device)
     short_px = _short_px(asked.px, backbone)
     images, left_out = read_pictures(paths, short_px, backbone.model.patch_size, asked.frames)
-    beside = load_evaluated(asked.beside, asked.architecture, backbone.image.px) if asked.beside else []
+    beside = load_evaluated(asked.beside, asked.architecture, px=None)
     page = draw(backbone, images, asked.foreground, asked.attention, similar_to, beside)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     page.save(asked.out)
