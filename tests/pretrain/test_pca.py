@@ -141,10 +141,10 @@ def test_the_command_draws_each_image_at_its_own_aspect(exported: Path, photos: 
     assert page.size == (7 * (96 + 8) - 8, 64 + 8 + 128)  # 96 x 64 and 64 x 128 px, 3 + 4 pictures each
 
 
-def test_pixels_stand_beside_a_patch_that_theirs_does_not_divide(photos: Path, tmp_path: Path) -> None:
+def test_pixels_stand_beside_a_backbone_of_smaller_images_than_their_patch(photos: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "export", tmp_path / "out.png"
-    write_checked(replace(made("dinov2_vits14"), image=ImageSettings(px=42)), {}, folder, "safetensors")
-    assert main([str(folder), str(photos / "0.png"), "-o", str(out), "--beside", "pixels"]) == 0
+    write_checked(replace(made("dinov2_vits14"), image=ImageSettings(px=14)), {}, folder, "safetensors")
+    assert main([str(folder), str(photos / "0.png"), "-o", str(out), "--px", "84", "--beside", "pixels"]) == 0
     assert Image.open(out).width == 3 * (126 + 8) - 8
 
 
